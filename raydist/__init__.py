@@ -1,0 +1,27 @@
+"""raydist: raw files in, a trained Hugging Face model out, on a Ray cluster, from one job file.
+
+>>> from raydist import Job, train           # doctest: +SKIP
+>>> result = train(Job(...))                 # doctest: +SKIP
+>>> model = result.load_model()              # doctest: +SKIP
+
+The names below are imported when they are first used: `import raydist` loads neither torch nor Ray.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raydist.api import blocks, load_job, open_feed, open_log, prepare, submit, train
+    from raydist.job.schema import Job
+    from raydist.run import RunResult
+
+__all__ = ["Job", "RunResult", "blocks", "load_job", "open_feed", "open_log", "prepare", "submit", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module raydist has no attribute {name}")
+    home = {"Job": "raydist.job.schema", "RunResult": "raydist.run"}.get(name, "raydist.api")
+    return getattr(import_module(home), name)

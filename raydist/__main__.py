@@ -1,0 +1,5 @@
+"""`python -m raydist` is `raydist`."""
+
+from raydist.cli import main
+
+main()

@@ -1,0 +1,110 @@
+"""raydist from Python: the same jobs, and the same samples for programs with a loop of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydist.cluster.connect import ray_address, ray_session
+from raydist.corpus.log import open_log
+from raydist.errors import RunError
+from raydist.folder import RunFolder, find_run
+from raydist.job.load import load_job
+from raydist.job.schema import Job
+from raydist.prepare import Prepared, prepare_logs
+from raydist.run import RunResult, run_job
+from raydist.track.progress import Progress
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from raydist.feed.feed import Feed
+
+__all__ = ["blocks", "load_job", "open_feed", "open_log", "prepare", "submit", "train"]
+
+BLOCKS_PER_TASK = 256
+
+
+def train(job: Job, *, address: str | None = None) -> RunResult:
+    """Run `job` here, on this process's Ray, on the cluster at `address`, or on an embedded one.
+
+    Resumes the run of the same name. Raises a RaydistError; the run's folder then says failed or stopped.
+    """
+    return run_job(job, address=ray_address(address))
+
+
+def submit(job: Job, *, address: str | None = None) -> int:
+    """Submit `job` through Ray's Jobs API, follow its log and return its exit status.
+
+    Without an address, RAY_ADDRESS or cluster.address it runs here: 0, or an error is raised.
+    """
+    cluster = ray_address(address, job.cluster.address)
+    if cluster is None:
+        run_job(job)
+        return 0
+    from raydist.cluster.submit import submit_and_follow
+
+    return submit_and_follow(job, cluster, print)
+
+
+def prepare(job: Job, *, address: str | None = None) -> Prepared:
+    """Make the token logs of `job`, or find them made; returns them opened."""
+    with Progress() as progress, ray_session(0, 1, ray_address(address)):
+        return prepare_logs(job, progress)
+
+
+def open_feed(job_or_run: Job | str | Path) -> Feed:
+    """The packed blocks of a job whose logs are prepared, or of a run: `.block(g)`, `.loader(...)`.
+
+    Yields exactly the samples that the trainer reads. Raises RunError where the logs are not made yet.
+    """
+    return _prepared(job_or_run).feed()
+
+
+def blocks(job_or_run: Job | str | Path, start: int = 0, stop: int | None = None) -> ray.data.Dataset:
+    """Packed blocks `start` to `stop` of the run's order as a Ray Dataset; rows stand in that order.
+
+    Columns: input_ids, labels, position_ids (int64, shape (block_size,)) and sample. labels are
+    already shifted: the next token of the same document, else -100. stop: default one epoch; a
+    weighted mixture has no end and needs it.
+    """
+    import ray.data
+
+    prepared = _prepared(job_or_run)
+    feed = prepared.feed()
+    stop = feed.samples_per_epoch if stop is None else stop
+    if stop is None:
+        raise RunError("a weighted mixture has no end", fix="say how many blocks: blocks(job, start, stop)")
+    tasks = max(1, -(-(stop - start) // BLOCKS_PER_TASK))
+
+    def read(batch: dict[str, Any]) -> dict[str, Any]:
+        return _feed_of(prepared).batch(batch["id"] + start)
+
+    ray.data.DataContext.get_current().execution_options.preserve_order = True
+    return ray.data.range(stop - start, override_num_blocks=tasks).map_batches(
+        read, batch_size=BLOCKS_PER_TASK
+    )
+
+
+_FEEDS: dict[str, Any] = {}
+"""This process's feeds: a Ray Data task finds the one that the task before it opened."""
+
+
+def _feed_of(prepared: Prepared) -> Feed:
+    key = repr(prepared.pins()) + prepared.job.model_dump_json()
+    if key not in _FEEDS:
+        _FEEDS[key] = prepared.feed()
+    feed: Feed = _FEEDS[key]
+    return feed
+
+
+def _prepared(job_or_run: Job | str | Path) -> Prepared:
+    """The logs of a run are those it is pinned to; a job's are looked up, never made here."""
+    from raydist.prepare import find_prepared
+
+    if isinstance(job_or_run, Job):
+        folder, job = RunFolder(Path(job_or_run.storage).expanduser() / job_or_run.name), job_or_run
+    else:
+        folder = find_run(job_or_run)
+        job = load_job(folder.job_file)
+    return find_prepared(job, folder.data().get("pins"))

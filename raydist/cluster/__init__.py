@@ -1,0 +1,1 @@
+"""Joining a Ray cluster or starting an embedded one, and submitting jobs to one."""

@@ -1,0 +1,84 @@
+"""Join a Ray cluster, or start an embedded one on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raydist.errors import ClusterError
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Tokens never travel through the object store, so that an embedded Ray needs little of it."""
+
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker of a `uv run` driver starts uv again
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray Train takes one report per poll; its default is 2 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_DEDUP_LOGS": "1",
+}
+
+
+def ray_address(asked: str | None, in_job: str | None = None) -> str | None:
+    """The cluster's address: the command line's, else RAY_ADDRESS, else the job's; None for embedded."""
+    return asked or os.environ.get("RAY_ADDRESS") or in_job
+
+
+@contextmanager
+def ray_session(num_workers: int, cpus_per_worker: int, address: str | None = None) -> Iterator[None]:
+    """A Ray to run on: this process's if it has one, else the cluster at `address`, else an embedded one.
+
+    Whoever started it shuts it down. An address that does not answer is an error, never an embedded Ray.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if address is not None:
+        _join(address)
+    else:
+        _embed(num_workers * cpus_per_worker)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, OSError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}",
+            why=f"{type(error).__name__}: {error}",
+            fix="start it, mend the address, or unset RAY_ADDRESS to run on an embedded local Ray",
+        ) from error
+
+
+def _embed(training_cpus: int) -> None:
+    """One CPU more than training reserves: tokenizing must always find one."""
+    import ray
+
+    shared_memory = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
+    roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 1.2 * OBJECT_STORE_BYTES
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, training_cpus + 1),
+        object_store_memory=OBJECT_STORE_BYTES,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        _plasma_directory=None if roomy else os.environ.get("TMPDIR", "/tmp"),  # noqa: S108
+    )

@@ -1,0 +1,164 @@
+"""Send a job to a cluster through Ray's Jobs API, follow its log, and bring back its exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlparse
+
+from raydist import files
+from raydist.cluster.connect import ENVIRONMENT
+from raydist.errors import ClusterError, JobError
+from raydist.job.load import job_yaml
+from raydist.job.schema import Job
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+STOP_WAIT_SECONDS = "120"
+"""Between Ray's SIGTERM and its SIGKILL: time for a checkpoint. Ray's own default is 3 s."""
+
+
+def submit_and_follow(job: Job, address: str, say: Callable[[str], None]) -> int:
+    """Submit `job`, or attach to it where it is running already; returns the exit status of its driver.
+
+    Ctrl-C detaches; the job goes on. Raises ClusterError where nothing answers at `address`.
+    """
+    client = _connect(address)
+    submission = _running(client, job) or _submit(client, _absolute(job, address))
+    say(f"job {submission} on {address}")
+    try:
+        asyncio.run(_follow(client, submission, say))
+    except KeyboardInterrupt:
+        say(f"detached; the job goes on. Submit it again to follow it, or: ray job stop {submission}")
+        return 0
+    return _exit_status(client, submission, say)
+
+
+def _connect(address: str) -> JobSubmissionClient:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from ray.job_submission import JobSubmissionClient
+
+    try:
+        client = JobSubmissionClient(address)
+        client.list_jobs()
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(
+            f"no Ray cluster answers at {address}",
+            why=f"{type(error).__name__}: {error}",
+            fix="give the dashboard's address, such as http://head:8265, and its token in RAY_AUTH_TOKEN",
+        ) from error
+    return client
+
+
+def _running(client: JobSubmissionClient, job: Job) -> str | None:
+    """The submission that is running this very run."""
+    for details in client.list_jobs():
+        mine = (details.metadata or {}).get("raydist_run") == _run_key(job)
+        if mine and details.submission_id and not details.status.is_terminal():
+            return str(details.submission_id)
+    return None
+
+
+def _run_key(job: Job) -> str:
+    return f"{job.storage}/{job.name}"
+
+
+def _submit(client: JobSubmissionClient, job: Job) -> str:
+    """Ships the resolved job and this version of raydist; the cluster has the libraries."""
+    import raydist
+
+    package = str(Path(raydist.__file__).parent)
+    with tempfile.TemporaryDirectory() as folder:
+        files.write_text(Path(folder) / "job.yaml", job_yaml(job))
+        runtime_env: dict[str, Any] = {
+            "working_dir": folder,
+            "py_modules": [package],
+            "env_vars": {**ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_SECONDS},
+        }
+        return str(
+            client.submit_job(
+                entrypoint="python -m raydist train job.yaml",
+                runtime_env=runtime_env,
+                submission_id=f"raydist-{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+                metadata={"raydist_run": _run_key(job)},
+            )
+        )
+
+
+def _absolute(job: Job, address: str) -> Job:
+    """Relative paths mean this machine's folder: true of a cluster on this machine, refused elsewhere."""
+    relative = [
+        (key, path)
+        for key, path in _paths(job)
+        if "://" not in path and not path.startswith(("/", "~", "${"))
+    ]
+    if not relative:
+        return job
+    if urlparse(address).hostname not in ("127.0.0.1", "localhost", "::1"):
+        raise JobError(
+            "relative paths in a job for a remote cluster: " + ", ".join(f"{k}: {p}" for k, p in relative),
+            why="no two hosts have the same working folder",
+            fix="give absolute paths on shared storage, or URIs",
+        )
+    return _map_paths(job)
+
+
+def _paths(job: Job) -> list[tuple[str, str]]:
+    found = [("storage", job.storage)]
+    for section, sources in (("corpus", job.corpus.sources), ("eval", job.eval.sources)):
+        for name, source in sources.items():
+            paths = [source.path] if isinstance(source.path, str) else source.path
+            found += [(f"{section}.sources.{name}.path", path) for path in paths]
+    return found
+
+
+def _map_paths(job: Job) -> Job:
+    values = job.model_dump(mode="json")
+    values["storage"] = _from_here(values["storage"])
+    for section in ("corpus", "eval"):
+        for source in values[section]["sources"].values():
+            path = source["path"]
+            source["path"] = _from_here(path) if isinstance(path, str) else [_from_here(p) for p in path]
+    for key in ("base", "tokenizer"):
+        value = values["model"][key]
+        if isinstance(value, str) and Path(value).is_dir():
+            values["model"][key] = _from_here(value)
+    return Job.model_validate(values)
+
+
+def _from_here(path: str) -> str:
+    return path if "://" in path or path.startswith(("/", "~", "${")) else str(Path(path).absolute())
+
+
+async def _follow(client: JobSubmissionClient, submission: str, say: Callable[[str], None]) -> None:
+    """Print the log from its start; after a broken connection, go on behind what was printed."""
+    printed = 0
+    while True:
+        seen = 0
+        try:
+            async for text in client.tail_job_logs(submission):
+                seen += len(text)
+                if seen > printed:
+                    say(text[max(0, len(text) - (seen - printed)) :].rstrip("\n"))
+                    printed = seen
+        except RuntimeError:
+            await asyncio.sleep(1)
+        if client.get_job_status(submission).is_terminal():
+            return
+
+
+def _exit_status(client: JobSubmissionClient, submission: str, say: Callable[[str], None]) -> int:
+    details: JobDetails = client.get_job_info(submission)
+    code = details.driver_exit_code
+    if code is None:
+        code = 0 if details.status.name == "SUCCEEDED" else 1
+    if code != 0:
+        say(f"job {submission}: {details.status.name}, exit status {code}. {details.message or ''}")
+    return code % 256

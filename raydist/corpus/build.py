@@ -1,0 +1,341 @@
+"""From a source of the job to its token log: plan it, make what is missing of it on Ray, estimate it."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, islice
+from pathlib import Path
+from typing import Any
+
+from raydist.corpus.identity import fingerprint
+from raydist.corpus.log import FORMAT, TokenLog, commit_name, has_size, open_log, quarantine_name, token_dtype
+from raydist.corpus.slices import Slice, from_json, to_json
+from raydist.corpus.source import SourceFiles, open_source
+from raydist.corpus.tokenizer import TokenizerSpec, open_tokenizer
+from raydist.errors import ClusterError, EmptyCorpus, LogError, RaydistError
+from raydist.files import read_json, read_jsonl, write_bytes, write_json
+from raydist.job.schema import Corpus, Source
+
+SAMPLE_TEXTS = 64
+SAMPLE_CHARACTERS = 4096
+"""Of each sample text: the reference library is slow."""
+ESTIMATE_SLICES = 2
+ESTIMATE_BYTES = 96 * 2**20
+ESTIMATE_TOKENIZED_BYTES = 4 * 2**20
+ASSUMED_COMPRESSION = 3.0
+POLL_SECONDS = 0.5
+CPU_PATIENCE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class LogPlan:
+    """A log to be: a function of the source files and of the settings, not of what exists of it."""
+
+    source: SourceFiles
+    tokenizer: TokenizerSpec | None
+    fingerprint: str
+    path: Path
+
+    @property
+    def n_files(self) -> int:
+        return len(self.source.files)
+
+    @property
+    def n_bytes(self) -> int:
+        """Of the source files."""
+        return self.source.n_bytes
+
+    @functools.cached_property
+    def slices(self) -> list[Slice]:
+        """As the log's plan.json has them, if it was begun: planning may read every file."""
+        plan = self.path / "plan.json"
+        if plan.exists():
+            return from_json(read_json(plan)["slices"])
+        return self.source.plan()
+
+    @property
+    def n_slices(self) -> int:
+        return len(self.slices)
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / "manifest.json").exists()
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Slices of the log and what the finished ones hold; n_bytes is of cleaned UTF-8 text."""
+
+    n_slices: int
+    n_done: int
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """n_bytes is of cleaned UTF-8 text; n_tokens is 0 if there is no tokenizer yet."""
+
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+
+
+def plan_log(source: Source, corpus: Corpus, tokenizer: TokenizerSpec | None, tokens_dir: Path) -> LogPlan:
+    """Needs no Ray. `tokenizer` None, one still to be trained: the plan is good for `estimate` only.
+
+    Raises CorpusError if there are no files, or no text column.
+    """
+    files = open_source(source, corpus)
+    named = tokenizer.fingerprint if tokenizer else None
+    name = fingerprint({"format": FORMAT, "source": files.identity(), "tokenizer": named})
+    return LogPlan(files, tokenizer, name, tokens_dir / name)
+
+
+def build_log(
+    plan: LogPlan, *, on_error: str, on_progress: Callable[[Progress], None] | None = None
+) -> TokenLog:
+    """The log of `plan`, of which only what is missing is made, on the Ray that the caller has started.
+
+    on_error: "fail" raises BadRecords for unreadable records, "quarantine" leaves them out. Either way
+    finished slices are kept. Raises EmptyCorpus if no document is left, ClusterError without a free CPU.
+    """
+    slices = _Slices(plan)
+    slices.begin()
+    _refuse_bad(slices, on_error)
+    if slices.missing:
+        with _reporting(slices, on_progress):
+            _make(slices, on_error)
+    slices.poll()
+    if slices.missing:
+        raise LogError(f"{len(slices.missing)} slices of the token log were not made", where=str(plan.path))
+    _refuse_bad(slices, on_error)
+    if not plan.complete or slices.repaired:
+        _finish(slices)
+    return open_log(plan.path)
+
+
+class _Slices:
+    """The commit records of a log under way. `repaired`: the log was complete, but lacked files."""
+
+    def __init__(self, plan: LogPlan) -> None:
+        self.plan = plan
+        self.records: dict[int, dict[str, Any]] = {}
+        self.poll()
+        self.repaired = plan.complete and bool(self.missing)
+
+    def begin(self) -> None:
+        """Write the plan, first of all files."""
+        path = self.plan.path / "plan.json"
+        if not path.exists():
+            write_json(path, {"identity": self._identity(), "slices": to_json(self.plan.slices)})
+
+    def _identity(self) -> dict[str, Any]:
+        assert self.plan.tokenizer is not None
+        source, tokenizer = self.plan.source.identity(), self.plan.tokenizer.fingerprint
+        return {"format": FORMAT, "source": source, "tokenizer": tokenizer}
+
+    def poll(self) -> None:
+        """Take in the slices that were committed since; those whose files are not all there do not count."""
+        done = {f"slices/{path.name}" for path in self.plan.path.glob("slices/*.json")}
+        for number in self.missing:
+            name = commit_name(number)
+            if name in done and self._is_whole(number, record := read_json(self.plan.path / name)):
+                self.records[number] = record
+
+    def _is_whole(self, number: int, record: dict[str, Any]) -> bool:
+        shards = self.plan.path / "shards"
+        quarantine = self.plan.path / quarantine_name(number)
+        return all(has_size(shards / shard["name"], shard["size"]) for shard in record["shards"]) and (
+            not record["n_quarantined"] or quarantine.exists()
+        )
+
+    @property
+    def missing(self) -> list[int]:
+        return [number for number in range(self.plan.n_slices) if number not in self.records]
+
+    @property
+    def shards(self) -> list[dict[str, Any]]:
+        """In planned order."""
+        return [shard for number in sorted(self.records) for shard in self.records[number]["shards"]]
+
+    @property
+    def bad(self) -> list[int]:
+        """Slices with quarantined records."""
+        return [number for number in sorted(self.records) if self.records[number]["n_quarantined"]]
+
+    def total(self, key: str) -> int:
+        return sum(record[key] for record in self.records.values())
+
+    def shard_total(self, key: str) -> int:
+        return sum(shard[key] for shard in self.shards)
+
+    def progress(self) -> Progress:
+        totals = (self.shard_total(key) for key in ("n_documents", "n_tokens", "n_bytes"))
+        return Progress(self.plan.n_slices, len(self.records), *totals)
+
+
+def _refuse_bad(slices: _Slices, on_error: str) -> None:
+    from raydist.corpus.pipeline import BAD_SHOWN, bad_records
+
+    if on_error == "fail" and slices.bad:
+        log = slices.plan.path
+        first = (bad for number in slices.bad for bad in read_jsonl(log / quarantine_name(number)))
+        raise bad_records(list(islice(first, BAD_SHOWN)), slices.total("n_quarantined"), log)
+
+
+def _make(slices: _Slices, on_error: str) -> None:
+    from raydist.corpus.pipeline import LogDatasink, write_slices
+
+    plan = slices.plan
+    assert plan.tokenizer is not None
+    _require_cpu()
+    sample = islice(plan.source.texts(plan.slices), SAMPLE_TEXTS)
+    backend = open_tokenizer(plan.tokenizer, [text[:SAMPLE_CHARACTERS] for text in sample]).backend
+    missing = {number: plan.slices[number] for number in slices.missing}
+    sink = LogDatasink(plan.path, fail_on_bad=on_error == "fail")
+    try:
+        write_slices(plan.source, missing, plan.tokenizer, backend, sink)
+    except RaydistError:
+        if not plan.complete:  # else another process finished this log first, and tidied it under our hands
+            raise
+
+
+def _require_cpu() -> None:
+    """Ray Data waits for ever where other work has reserved every CPU."""
+    import ray
+
+    deadline = time.monotonic() + CPU_PATIENCE_SECONDS
+    while (free := ray.available_resources().get("CPU", 0.0)) < 1:
+        if time.monotonic() > deadline:
+            total = ray.cluster_resources().get("CPU", 0.0)
+            raise ClusterError(
+                f"no CPU is free to prepare the corpus: {free:g} of {total:g} CPUs of the cluster",
+                why="reading and tokenizing run as Ray tasks of one CPU each",
+                fix="wait until other work ends, or add CPUs to the cluster",
+            )
+        time.sleep(0.2)
+
+
+@contextmanager
+def _reporting(slices: _Slices, on_progress: Callable[[Progress], None] | None) -> Iterator[None]:
+    """Call `on_progress` whenever slices were committed, from a thread, and once at the end."""
+    if on_progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        last = None
+        while not done.wait(POLL_SECONDS):
+            slices.poll()
+            if (progress := slices.progress()) != last:
+                on_progress(progress)
+                last = progress
+
+    thread = threading.Thread(target=watch, name="raydist-prepare-progress", daemon=True)
+    on_progress(slices.progress())
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        slices.poll()
+        on_progress(slices.progress())
+
+
+def _finish(slices: _Slices) -> None:
+    """Refuse an empty log, tidy the folder and write the manifest, last."""
+    plan = slices.plan
+    assert plan.tokenizer is not None
+    n_documents, n_bad = slices.shard_total("n_documents"), slices.total("n_quarantined")
+    if n_documents == 0:
+        raise EmptyCorpus(
+            "no document is left in this source",
+            where=", ".join(file.name for file in plan.source.files[:5]),
+            why=f"its {plan.n_files} files hold {slices.total('n_empty')} documents without text after "
+            f"cleaning and {n_bad} unreadable records",
+            fix="check path, text_column and corpus.clean",
+        )
+    _tidy(slices)
+    if slices.bad:
+        parts = [(plan.path / quarantine_name(number)).read_bytes() for number in slices.bad]
+        write_bytes(plan.path / "quarantine.jsonl", b"".join(parts))
+    write_json(
+        plan.path / "manifest.json",
+        {
+            "format": FORMAT,
+            "fingerprint": plan.fingerprint,
+            "dtype": token_dtype(plan.tokenizer.vocab_size).name,
+            "vocab_size": plan.tokenizer.vocab_size,
+            "eos_token_id": plan.tokenizer.eos_token_id,
+            "tokenizer": plan.tokenizer.fingerprint,
+            "shards": slices.shards,
+            "n_documents": n_documents,
+            "n_tokens": slices.shard_total("n_tokens"),
+            "n_bytes": slices.shard_total("n_bytes"),
+            "n_quarantined": n_bad,
+            "n_empty": slices.total("n_empty"),
+        },
+    )
+
+
+def _tidy(slices: _Slices) -> None:
+    """Remove what killed attempts left, so that the folder holds the log's files only."""
+    kept = {"plan.json", *(commit_name(number) for number in slices.records)}
+    kept |= {f"shards/{shard['name']}" for shard in slices.shards}
+    kept |= {quarantine_name(number) for number in slices.bad}
+    path = slices.plan.path
+    for file in [file for file in path.rglob("*") if file.is_file()]:
+        if str(file.relative_to(path)) not in kept:
+            file.unlink(missing_ok=True)
+
+
+def estimate(plan: LogPlan) -> Estimate:
+    """Documents, tokens and text of the log, from its first slices; a complete log is counted.
+
+    Slices stand in hashed order, so the first ones are a random sample.
+    """
+    if plan.complete:
+        log = open_log(plan.path)
+        return Estimate(log.n_documents, log.n_tokens, log.n_bytes)
+    sample, covered = _sample(plan)
+    scale = plan.n_bytes / max(covered, 1)
+    n_bytes = sum(len(text.encode()) for text in sample) * scale
+    n_tokens = n_bytes * _tokens_per_byte(plan.tokenizer, sample) if plan.tokenizer else 0.0
+    return Estimate(round(len(sample) * scale), round(n_tokens), round(n_bytes))
+
+
+def _sample(plan: LogPlan) -> tuple[list[str], float]:
+    """Documents of the first slices, and how many bytes of source files they came from."""
+    texts: list[str] = []
+    covered, n_bytes = 0.0, 0
+    for slice_ in plan.slices[:ESTIMATE_SLICES]:
+        before = n_bytes
+        for text in plan.source.texts([slice_]):
+            texts.append(text)
+            n_bytes += len(text.encode())
+            if n_bytes - before > ESTIMATE_BYTES:  # it goes on: a file that cannot be split
+                name = plan.source.files[slice_.parts[0].file].name
+                ratio = ASSUMED_COMPRESSION if name.endswith((".gz", ".zst", ".bz2", ".parquet")) else 1
+                covered += min(slice_.n_bytes, (n_bytes - before) / ratio)
+                break
+        else:
+            covered += slice_.n_bytes
+    return texts, covered
+
+
+def _tokens_per_byte(spec: TokenizerSpec, sample: Sequence[str]) -> float:
+    sizes = list(accumulate(len(text.encode()) for text in sample))
+    n = max(1, bisect_right(sizes, ESTIMATE_TOKENIZED_BYTES))
+    tokenizer = open_tokenizer(spec, [text[:SAMPLE_CHARACTERS] for text in sample[:SAMPLE_TEXTS]])
+    _, offsets = tokenizer.encode_batch(sample[:n])
+    return int(offsets[-1]) / sizes[n - 1] if sizes else 0.0

@@ -1,0 +1,152 @@
+"""Cleaning: named steps and functions of the user, applied to each document's text in order."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from raydist.corpus.identity import fingerprint
+from raydist.errors import JobError
+
+Step = Callable[[str], str | None]
+
+SPACES = re.compile(r"[ \t]+")
+LINE_ENDS = re.compile(r"[ \r]+(?=\n)")
+NEWLINES = re.compile(r"\n{3,}")
+
+
+@dataclass(frozen=True)
+class Cleaner:
+    """Calls the steps in order; None or "" means that the document is dropped. No steps: the identity.
+
+    fingerprint: changes with the steps, their options and the source of the user's modules.
+    """
+
+    steps: tuple[Step, ...]
+    fingerprint: str
+
+    def __call__(self, text: str) -> str | None:
+        for step in self.steps:
+            cleaned = step(text)
+            if not cleaned:
+                return cleaned
+            text = cleaned
+        return text
+
+
+def make_cleaner(steps: Sequence[str | dict[str, Any]]) -> Cleaner:
+    """steps: names, {name: options} or module:function. JobError: unknown, wrong options, no source."""
+    made = [_step(step, f"corpus.clean[{index}]") for index, step in enumerate(steps)]
+    return Cleaner(tuple(step for step, _ in made), fingerprint([identity for _, identity in made]))
+
+
+def _step(step: str | dict[str, Any], where: str) -> tuple[Step, list[Any]]:
+    """The step and what identifies it."""
+    if isinstance(step, str) and ":" in step:
+        return _user_step(step, where)
+    if isinstance(step, dict) and len(step) != 1:
+        raise JobError(
+            f"a cleaning step of {len(step)} names: {', '.join(map(str, step)) or 'none'}", where=where,
+            fix="write each step as an entry of its own: {name: options}",
+        )  # fmt: skip
+    name, options = (step, {}) if isinstance(step, str) else next(iter(step.items()))
+    if name not in STEPS:
+        near = get_close_matches(str(name), STEPS, 1, 0.5)
+        raise JobError(
+            f"no cleaning step is called {name}", where=where, why=f"the steps are {', '.join(STEPS)}",
+            fix=f"did you mean {near[0]}?" if near else "for a function of your own, write module:function",
+        )  # fmt: skip
+    if name == "min_words" and isinstance(options, int):
+        options = {"count": options}
+    try:
+        return STEPS[name](**(options or {})), [name, options or {}]
+    except (TypeError, ValueError, re.error, IndexError) as error:
+        raise JobError(
+            f"the options of {name} are wrong: {options}",
+            where=where,
+            why=str(error),
+            fix=f"as in {EXAMPLES[name]}",
+        ) from error
+
+
+# --- named steps
+
+
+def _make_whitespace() -> Step:
+    return whitespace
+
+
+def whitespace(text: str) -> str:
+    """One space between words, none at line ends, at most one empty line, nothing around the text."""
+    text = LINE_ENDS.sub("", SPACES.sub(" ", text))
+    return NEWLINES.sub("\n\n", text).strip()
+
+
+def _make_characters(*, pattern: str, replacement: str = "") -> Step:
+    compiled = re.compile(pattern)
+    compiled.sub(replacement, "")  # refuses a replacement that names a group which is not there
+    return partial(compiled.sub, replacement)
+
+
+def _make_min_words(*, count: int) -> Step:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count is {count!r}, not a whole number from 1")
+    return partial(_with_words, count)
+
+
+def _with_words(count: int, text: str) -> str | None:
+    return text if len(text.split(maxsplit=count)) >= count else None
+
+
+STEPS: dict[str, Callable[..., Step]] = {
+    "whitespace": _make_whitespace,
+    "characters": _make_characters,
+    "min_words": _make_min_words,
+}
+EXAMPLES = {
+    "whitespace": "whitespace",
+    "characters": "{characters: {pattern: '[\\u200b]', replacement: ''}}",
+    "min_words": "{min_words: {count: 20}}",
+}
+
+
+# --- functions of the user
+
+
+def _user_step(path: str, where: str) -> tuple[Step, list[Any]]:
+    """The fingerprint takes the whole module's source, since a function may call its neighbours."""
+    module_name, _, name = path.partition(":")
+    try:
+        function: Any = importlib.import_module(module_name)
+        for attribute in name.split("."):
+            function = getattr(function, attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise JobError(
+            f"cannot import {path}", where=where, why=str(error),
+            fix="write module:function, of a module that Python can import (see PYTHONPATH)",
+        ) from error  # fmt: skip
+    try:
+        source = inspect.getsource(function), inspect.getsource(inspect.getmodule(function) or function)
+    except (TypeError, OSError) as error:
+        raise JobError(
+            f"{path} has no source", where=where,
+            why="tokens are kept for as long as the cleaning is the same, and that is told by its source",
+            fix="wrap it in a function of a module of your own",
+        ) from error  # fmt: skip
+    return partial(_checked, function, path), [path, *source]
+
+
+def _checked(function: Callable[[str], Any], path: str, text: str) -> str | None:
+    cleaned = function(text)
+    if cleaned is None or isinstance(cleaned, str):
+        return cleaned
+    raise JobError(
+        f"{path} gave {type(cleaned).__name__}, not a string or None", where="corpus.clean",
+        why="the text of a document is a string; None drops it", fix="correct the function",
+    )  # fmt: skip

@@ -1,0 +1,318 @@
+"""Which files a source names: paths, folders, globs and URIs become one sorted list with identities."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+import stat
+import sysconfig
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+from urllib.parse import quote, unquote
+
+import xxhash
+
+from raydist.corpus.extensions import detect_format, is_known
+from raydist.errors import CorpusError
+from raydist.job.schema import Source
+
+MIB = 2**20
+HASHED_WHOLE_BYTES = 64 * MIB
+URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "LastModified", "last_modified", "created")
+QUERY = re.compile(r"\?\w+=")
+
+
+@dataclass(frozen=True)
+class File:
+    """`name` is relative, '/'-separated and the same on every machine; `location` is what to open.
+
+    size: bytes.  identity: changes when the content does.
+    """
+
+    name: str
+    location: str
+    size: int
+    identity: str
+
+
+class Found(NamedTuple):
+    """A file that an entry of the path matches. `stamp`: what tells a remote or large file's version."""
+
+    name: str
+    location: str
+    size: int
+    stamp: str
+    named: bool  # the path names this very file: its format has to be known
+
+
+def list_files(source: Source) -> list[File]:
+    """The files of `source`, sorted by name; one that two entries match counts once.
+
+    CorpusError: an entry that matches nothing, nothing left after `exclude`, no known format.
+    """
+    entries = [source.path] if isinstance(source.path, str) else source.path
+    excluded = [_glob_regex(pattern.rstrip("/")) for pattern in source.exclude]
+    found: dict[str, Found] = {}
+    for entry in entries:
+        matches = list(_expand(_substitute(entry), excluded))
+        for file in sorted(_wanted(entry, matches, excluded, source.format)):
+            found.setdefault(_one_place(file.location), file)
+    distinct = _distinct_names(found.values())
+    with ThreadPoolExecutor(8) as pool:
+        identities = pool.map(_identity, distinct)
+        files = [File(f.name, f.location, f.size, i) for f, i in zip(distinct, identities, strict=True)]
+    return sorted(files, key=lambda file: file.name)
+
+
+def open_file(location: str) -> IO[bytes]:
+    """A seekable binary stream of a local path or a URI."""
+    if not is_uri(location):
+        return Path(location).open("rb")
+    filesystem, path = _filesystem(location)
+    return cast(IO[bytes], filesystem.open_input_file(path))
+
+
+def is_uri(location: str) -> bool:
+    return URI.match(location) is not None
+
+
+def _substitute(entry: str) -> str:
+    entry = entry.replace("${stdlib}", sysconfig.get_path("stdlib"))
+    if entry.startswith("file://"):
+        return unquote(entry.removeprefix("file://").removeprefix("localhost"))
+    return entry if is_uri(entry) else str(Path(entry).expanduser().absolute())
+
+
+def _wanted(entry: str, files: list[Found], excluded: list[re.Pattern[str]], asked: str) -> list[Found]:
+    if not files:
+        raise CorpusError(
+            f"no file matches {entry}", where=entry, why="a source without files would train on nothing",
+            fix="correct the source's path (relative ones start at the working directory) or its exclude",
+        )  # fmt: skip
+    kept = [file for file in files if not any(pattern.fullmatch(file.name) for pattern in excluded)]
+    if not kept:
+        raise CorpusError(
+            f"exclude leaves no file of {entry}", where=entry, fix="loosen the source's exclude"
+        )
+    if asked != "auto":
+        return kept
+    known = [file for file in kept if file.named or is_known(file.name)]
+    for file in known:
+        detect_format(file.name, asked)
+    if not known:
+        some = ", ".join(file.name for file in kept[:5]) + (", ..." if len(kept) > 5 else "")
+        raise CorpusError(
+            f"no file of {entry} has a known format", where=entry, why=f"the files are {some}",
+            fix="set the source's format: parquet, jsonl, json, csv, text or arrow",
+        )  # fmt: skip
+    return known
+
+
+def _expand(entry: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
+    return _expand_uri(entry) if is_uri(entry) else _expand_local(entry, excluded)
+
+
+def _expand_local(entry: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
+    if os.path.isdir(entry):
+        yield from _folder(entry, "", excluded)
+    elif os.path.exists(entry) or not glob.has_magic(entry):
+        yield from _local(entry, os.path.basename(entry), named=True)
+    else:
+        root, pattern = _split_glob(entry, glob.has_magic)
+        for name in glob.glob(pattern, root_dir=root, recursive=True):
+            whole = os.path.join(root, name)
+            if not os.path.isdir(whole):
+                yield from _local(whole, name)
+            elif not pattern.endswith("**"):  # ** gives the folders and what is in them
+                yield from _folder(whole, name + "/", excluded)
+
+
+def _folder(root: str, prefix: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
+    """Everything under a folder but what starts with '_' or '.'; follows links, each folder once.
+
+    Excluded folders are not entered: site-packages can hold more than all the rest.
+    """
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
+        seen.add(os.path.realpath(folder))
+        relative = os.path.relpath(folder, root)
+        inside = prefix if relative == "." else f"{prefix}{relative}/"
+        folders[:] = [
+            name
+            for name in folders
+            if not _is_hidden(name)
+            and not any(pattern.fullmatch(inside + name) for pattern in excluded)
+            and os.path.realpath(os.path.join(folder, name)) not in seen
+        ]
+        for name in names:
+            if not _is_hidden(name):
+                yield from _local(os.path.join(folder, name), inside + name)
+
+
+def _local(path: str, name: str, *, named: bool = False) -> Iterator[Found]:
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        if os.path.islink(path):
+            raise CorpusError(f"{path} links to nothing", where=path, fix="mend or remove the link") from None
+        return
+    except OSError as error:
+        raise _cannot_read(path, error) from error
+    if stat.S_ISREG(status.st_mode):
+        printable = os.fsencode(name).decode("utf-8", "backslashreplace")
+        yield Found(printable, os.path.abspath(path), status.st_size, str(status.st_mtime_ns), named)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(("_", "."))
+
+
+def _cannot_list(error: OSError) -> None:
+    raise _cannot_read(str(error.filename), error) from error
+
+
+def _cannot_read(path: str, error: OSError) -> CorpusError:
+    return CorpusError(
+        f"cannot read {path}", where=path, why=str(error), fix="check its permissions and storage"
+    )
+
+
+# --- remote filesystems
+
+
+def _split_query(uri: str) -> tuple[str, str]:
+    """pyarrow's URIs carry options behind '?', as in s3://bucket/key?region=eu-west-1."""
+    match = QUERY.search(uri)
+    return (uri[: match.start()], uri[match.start() :]) if match else (uri, "")
+
+
+def _filesystem(uri: str) -> tuple[Any, str]:
+    """The pyarrow filesystem of a URI (not escaped), or fsspec's wrapped as one, and the path in it."""
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+
+    base, query = _split_query(uri)
+    scheme, _, rest = base.partition("://")
+    host, slash, path = rest.partition("/")
+    try:
+        escaped = f"{scheme}://{host}{slash}{quote(path)}{query}"
+        return cast(tuple[Any, str], pafs.FileSystem.from_uri(escaped))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
+        import fsspec
+
+        try:
+            filesystem, inside = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise CorpusError(
+                f"no filesystem reads {scheme}://", where=uri, why=f"{unknown}; {error}",
+                fix="install the fsspec package of this kind of storage",
+            ) from error  # fmt: skip
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(inside)
+
+
+def _expand_uri(entry: str) -> Iterator[Found]:
+    import pyarrow.fs as pafs
+
+    base, query = _split_query(entry)
+    root, pattern = _split_glob(base, lambda segment: "*" in segment or "[" in segment)
+    filesystem, inside = _filesystem(root.rstrip("/") + query)
+    try:
+        info = filesystem.get_file_info(inside)
+        if info.type == pafs.FileType.File and not pattern:
+            yield _remote(filesystem, info, info.base_name, entry, named=True)
+        elif info.type != pafs.FileType.NotFound:
+            deep = not pattern or "/" in pattern or "**" in pattern
+            regex = _glob_regex(pattern or "**")
+            for info in filesystem.get_file_info(pafs.FileSelector(inside, recursive=deep)):
+                name = info.path.removeprefix(inside).lstrip("/")
+                hidden = any(part.startswith("." if pattern else ("_", ".")) for part in name.split("/"))
+                if info.type == pafs.FileType.File and regex.fullmatch(name) and not hidden:
+                    yield _remote(filesystem, info, name, f"{root.rstrip('/')}/{name}{query}")
+    except OSError as error:
+        raise _cannot_read(entry, error) from error
+
+
+def _remote(filesystem: Any, info: Any, name: str, location: str, *, named: bool = False) -> Found:
+    if info.size is None:
+        raise CorpusError(
+            f"{location} does not tell its size", where=location, why="slices are planned by size",
+            fix="copy it to a storage that tells it",
+        )  # fmt: skip
+    return Found(name, location, info.size, _version(filesystem, info), named)
+
+
+def _version(filesystem: Any, info: Any) -> str:
+    """What the filesystem gives that changes with the content: an etag, a checksum or a time; else ""."""
+    if info.mtime_ns is not None:
+        return str(info.mtime_ns)
+    details = filesystem.handler.fs.info(info.path) if hasattr(filesystem, "handler") else {}
+    return next((str(details[key]) for key in VERSION_KEYS if details.get(key)), "")
+
+
+# --- names and identities
+
+
+def _split_glob(path: str, has_magic: Any) -> tuple[str, str]:
+    """(root, pattern): the folders before the first segment with a wildcard, and the rest."""
+    segments = path.split("/")
+    first = next((i for i, segment in enumerate(segments) if has_magic(segment)), len(segments))
+    return "/".join(segments[:first]) or "/", "/".join(segments[first:])
+
+
+@cache
+def _glob_regex(pattern: str) -> re.Pattern[str]:
+    """** crosses folders, * and ? do not; a pattern that matches a folder matches all in it."""
+    wild = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    regex = ""
+    for part in re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]/]+\])", pattern):
+        is_set = len(part) > 2 and part[0] == "[" and part[-1] == "]"
+        regex += wild.get(part) or (part.replace("[!", "[^", 1) if is_set else re.escape(part))
+    return re.compile(f"{regex}(?:/.*)?", re.DOTALL)
+
+
+def _one_place(location: str) -> str:
+    return location if is_uri(location) else os.path.realpath(location)
+
+
+def _distinct_names(files: Iterable[Found]) -> list[Found]:
+    """Files of one name get the folders above them added until their names differ."""
+    groups: dict[str, list[Found]] = {}
+    for file in files:
+        groups.setdefault(file.name, []).append(file)
+    return [file for group in groups.values() for file in (group if len(group) == 1 else _prefixed(group))]
+
+
+def _prefixed(group: list[Found]) -> list[Found]:
+    deepest = max(file.location.count("/") for file in group)
+    for depth in range(group[0].name.count("/") + 2, deepest + 2):
+        names = ["/".join(file.location.split("/")[-depth:]).lstrip("/") for file in group]
+        if len(set(names)) == len(names):
+            break
+    return [file._replace(name=name) for file, name in zip(group, names, strict=True)]
+
+
+def _identity(file: Found) -> str:
+    """Content hash of a small local file; both ends of a large one; what a remote storage says."""
+    remote = is_uri(file.location)
+    if remote and file.stamp:
+        return f"{file.size}:{file.stamp}"
+    digest = xxhash.xxh3_128()
+    try:
+        with open_file(file.location) as stream:
+            if file.size <= HASHED_WHOLE_BYTES:
+                while block := stream.read(MIB):
+                    digest.update(block)
+                return digest.hexdigest()
+            digest.update(stream.read(MIB))
+            stream.seek(-MIB, io.SEEK_END)
+            digest.update(stream.read(MIB))
+    except OSError as error:
+        raise _cannot_read(file.location, error) from error
+    return f"{file.size}:{file.stamp}:{digest.hexdigest()}"

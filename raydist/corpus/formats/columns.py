@@ -1,0 +1,171 @@
+"""Parquet and Arrow: only the text column is read, a few MiB at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import IO, Any, cast
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from raydist.corpus.formats.records import CHUNK_BYTES, Bad, Item, Part, Record, no_column
+from raydist.corpus.formats.streams import Opened
+
+DAMAGED = (pa.ArrowException, OSError, ValueError)
+MAX_ROWS = 65536
+
+
+def open_parquet(stream: Opened) -> Any:
+    """DAMAGED: not a parquet file, or a torn one."""
+    source = pa.PythonFile(cast(IO[bytes], stream), mode="r")
+    return pq.ParquetFile(source, buffer_size=CHUNK_BYTES, page_checksum_verification=True)
+
+
+def open_arrow(stream: Opened, fields: list[int] | None = None) -> Any:
+    """A reader of an IPC file (has num_record_batches) or stream. `fields`: the columns to read."""
+    options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+    start = stream.read(6)
+    stream.seek(0)
+    source = pa.PythonFile(cast(IO[bytes], stream), mode="r")
+    return (pa.ipc.open_file if start == b"ARROW1" else pa.ipc.open_stream)(source, options=options)
+
+
+def is_file(reader: Any) -> bool:
+    return isinstance(reader, pa.ipc.RecordBatchFileReader)
+
+
+def find(schema: Any, column: str) -> list[str] | None:
+    """The way to `column`: its own name, or the structs that its dots enter; None if there is none."""
+    if column in schema.names:
+        return [column]
+    fields, path = {field.name: field for field in schema}, column.split(".")
+    for name in path:
+        if name not in fields:
+            return None
+        kind = fields[name].type
+        fields = {field.name: field for field in kind} if pa.types.is_struct(kind) else {}
+    return path
+
+
+def read_parquet(stream: Opened, part: Part, column: str) -> Iterator[list[Item]]:
+    """A damaged row group is one Bad; the others are read."""
+    try:
+        file = open_parquet(stream)
+    except DAMAGED as error:
+        yield [Bad(None, f"not a readable parquet file: {error}")]
+        return
+    path = find(file.schema_arrow, column)
+    if path is None:
+        yield [no_column(column, file.schema_arrow.names)]
+        return
+    row = 0
+    for group in range(file.num_row_groups):
+        n_rows = file.metadata.row_group(group).num_rows
+        if part.is_whole or part.start <= group < part.end:
+            rows = _batch_rows(file, group, path)
+            batches = file.iter_batches(rows, [group], [".".join(path)], use_threads=False)
+            yield from _items_of(batches, path, row, f"row group {group}")
+        row += n_rows
+
+
+def _batch_rows(file: Any, group: int, path: list[str]) -> int:
+    """Rows that hold about CHUNK_BYTES of the column."""
+    meta = file.metadata.row_group(group)
+    columns = (meta.column(i) for i in range(meta.num_columns))
+    size: int = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.startswith(".".join(path)))
+    n_rows: int = CHUNK_BYTES * meta.num_rows // max(1, size)
+    return max(1, min(MAX_ROWS, n_rows))
+
+
+def read_arrow(stream: Opened, part: Part, column: str) -> Iterator[list[Item]]:
+    try:
+        schema = open_arrow(stream).schema
+        path = find(schema, column)
+        if path is None:
+            yield [no_column(column, schema.names)]
+            return
+        stream.seek(0)
+        reader = open_arrow(stream, [schema.get_all_field_indices(path[0])[0]])
+        if not is_file(reader):
+            batches, row = iter(reader), 0
+        else:
+            end = reader.num_record_batches if part.is_whole else part.end
+            row = sum(reader.get_batch(i).num_rows for i in range(part.start))
+            batches = (reader.get_batch(i) for i in range(part.start, end))
+    except DAMAGED as error:
+        yield [Bad(None, f"not a readable Arrow file: {error}")]
+        return
+    yield from _items_of(batches, path, row, "the rest of the file", validate=True)
+
+
+def _items_of(
+    batches: Iterator[Any], path: list[str], row: int, what: str, *, validate: bool = False
+) -> Iterator[list[Item]]:
+    """Items of each batch until one cannot be read, which is one Bad. `validate`: offsets may lie."""
+    try:
+        for batch in batches:
+            array = batch.column(batch.schema.get_all_field_indices(path[0])[0])
+            for name in path[1:]:
+                array = pc.struct_field(array, [name])
+            if not _is_text(array.type):
+                yield [Bad(None, f"{'.'.join(path)} is {_kind(array.type)}, not a string")]
+                return
+            for piece in _pieces(_plain(array)):
+                if validate:
+                    _as_bytes(piece).validate(full=True)
+                yield _items(piece, row, path)
+                row += len(piece)
+    except MemoryError:
+        raise
+    except DAMAGED as error:
+        yield [Bad(None, f"{what} is damaged: {error}")]
+
+
+def _is_text(kind: Any) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _kind(kind: Any) -> str:
+    if pa.types.is_dictionary(kind):
+        return _kind(kind.value_type)
+    binary = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind)
+    return "binary" if binary or pa.types.is_fixed_size_binary(kind) else str(kind)
+
+
+def _plain(array: Any) -> Any:
+    """The same text without dictionary or views."""
+    if isinstance(array, pa.DictionaryArray):
+        array = array.dictionary_decode()
+    return array.cast(pa.large_string()) if pa.types.is_string_view(array.type) else array
+
+
+def _pieces(array: Any) -> Iterator[Any]:
+    rows = max(1, len(array) * CHUNK_BYTES // max(1, array.nbytes))
+    return (array.slice(start, rows) for start in range(0, len(array), rows))
+
+
+def _as_bytes(array: Any) -> Any:
+    return array.view(pa.large_binary() if pa.types.is_large_string(array.type) else pa.binary())
+
+
+def _items(array: Any, first: int, path: list[str]) -> list[Item]:
+    rows = range(first, first + len(array))
+    try:
+        values = array.to_numpy(zero_copy_only=False).tolist()
+    except pa.ArrowException:
+        return [_decoded(raw, row, path) for raw, row in zip(_as_bytes(array).to_pylist(), rows, strict=True)]
+    if array.null_count == 0:
+        return list(map(Record._make, zip(values, rows, strict=True)))
+    return [_decoded(value, row, path) for value, row in zip(values, rows, strict=True)]
+
+
+def _decoded(value: str | bytes | None, row: int, path: list[str]) -> Item:
+    if value is None:
+        return Bad(row, f"{'.'.join(path)} is null")
+    try:
+        return Record(value if isinstance(value, str) else value.decode(), row)
+    except UnicodeDecodeError as error:
+        return Bad(row, f"invalid UTF-8 at byte {error.start}")

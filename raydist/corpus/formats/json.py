@@ -1,0 +1,182 @@
+"""JSON Lines, and arrays of objects that are read without holding the file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from operator import itemgetter
+from typing import Any
+
+import orjson
+
+from raydist.corpus.formats.records import CHUNK_BYTES, Bad, Item, NoColumn, Record, Torn, listed, utf8_fault
+from raydist.corpus.formats.streams import line_offsets
+
+KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "an array",
+         dict: "an object", str: "a string"}  # fmt: skip
+TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
+OBJECT_HEAD = re.compile(rb'\s*(\{\s*"[^"\\]*")')
+
+
+def getter(column: str) -> Callable[[Any], Any]:
+    """Gives the value of `column` of an object; dots enter objects unless a key has the dotted name."""
+    if "." not in column:
+        return itemgetter(column)
+    path = column.split(".")
+
+    def get(value: Any) -> Any:
+        if column in value:
+            return value[column]
+        for key in path:
+            value = value[key]
+        return value
+
+    return get
+
+
+def text_item(value: Any, row: int, column: str) -> Item:
+    if not isinstance(value, dict):
+        return Bad(row, f"the record is {KINDS[type(value)]}, not an object")
+    try:
+        text = getter(column)(value)
+    except (KeyError, TypeError):
+        return NoColumn(row, f"no field '{column}' (fields: {listed(list(value))})")
+    if isinstance(text, str):
+        return Record(text, row)
+    return Bad(row, f"{column} is null" if text is None else f"{column} is {KINDS[type(text)]}, not a string")
+
+
+def parsed_item(raw: bytes, row: int, column: str) -> Item:
+    try:
+        return text_item(orjson.loads(raw), row, column)
+    except orjson.JSONDecodeError as error:
+        return Bad(row, utf8_fault(raw) or f"invalid JSON: {error}")
+
+
+def _all_strings(values: list[Any]) -> bool:
+    return set(map(type, values)) <= {str}
+
+
+def read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
+    """chunks: (offset, whole lines). A chunk in which anything is unusual is read again line by line."""
+    get, loads = getter(column), orjson.loads
+    for offset, chunk in chunks:
+        lines = chunk.removesuffix(b"\n").split(b"\n")
+        rows = line_offsets(lines, offset, 1)
+        try:
+            texts = [get(loads(line)) for line in lines]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            texts = [None]
+        if _all_strings(texts):
+            yield list(map(Record._make, zip(texts, rows, strict=True)))
+        else:
+            numbered = zip(lines, rows, strict=True)
+            yield [parsed_item(line, row, column) for line, row in numbered if line.strip()]
+
+
+def read_array(content: Iterable[bytes], column: str) -> Iterator[list[Item]]:
+    """content: blocks of an array of objects, from its '['. `row` counts the elements."""
+    array = _Array(column)
+    torn = None
+    try:
+        for block in content:
+            if items := array.feed(block):
+                yield items
+    except Torn as error:
+        torn = error
+    yield array.finish(torn)
+
+
+class _Array:
+    """Takes elements off the front of what is read so far."""
+
+    def __init__(self, column: str) -> None:
+        self.column, self.get = column, getter(column)
+        self.pending = b""
+        self.wanted = CHUNK_BYTES  # bytes before it is worth trying again
+        self.row = 0
+        self.opened = self.closed = False
+
+    def feed(self, block: bytes) -> list[Item]:
+        self.pending += block
+        if not self.opened:
+            start = self.pending.lstrip()
+            self.opened, self.pending = bool(start), start[1:]
+        if len(self.pending) < self.wanted:
+            return []
+        items = self._take()
+        # An element longer than a chunk: reading as much again keeps the work linear.
+        self.wanted = CHUNK_BYTES if items else 2 * len(self.pending)
+        return items
+
+    def finish(self, torn: Torn | None) -> list[Item]:
+        """What is left, and one Bad if the file does not end as an array does."""
+        try:
+            items = self._items(orjson.loads(b"[" + self.pending)) if not (torn or self.closed) else None
+        except orjson.JSONDecodeError:
+            items = None
+        if items is not None:
+            return items
+        items = self._scan()
+        if torn:
+            return [*items, Bad(None, str(torn))]
+        if not self.closed:
+            return [*items, Bad(None, f"invalid JSON: the array does not end after {self.row} records")]
+        rest = self.pending.strip()
+        return [*items, Bad(None, f"invalid JSON: {rest[:20]!r} after the array's end")] if rest else items
+
+    def _take(self) -> list[Item]:
+        """Every element but the last, parsed at once.
+
+        The last is where an object begins again as the first one does. Brackets balance before it
+        only if it is an element of the array, so a parse proves the guess.
+        """
+        if self.closed:
+            self.pending = self.pending.strip()[:20]
+            return []
+        head = OBJECT_HEAD.match(self.pending)
+        last = self.pending.rfind(head[1], head.end()) if head else -1
+        body = self.pending[: max(0, last)].rstrip()
+        if not body.endswith(b","):
+            return self._scan()
+        try:
+            items = self._items(orjson.loads(b"[" + body[:-1] + b"]"))
+        except orjson.JSONDecodeError:
+            return self._scan()
+        self.pending = self.pending[last:]
+        return items
+
+    def _items(self, values: list[Any]) -> list[Item]:
+        first, self.row = self.row, self.row + len(values)
+        rows = range(first, self.row)
+        try:
+            texts = list(map(self.get, values))
+        except (KeyError, TypeError):
+            texts = [None]
+        if _all_strings(texts):
+            return list(map(Record._make, zip(texts, rows, strict=True)))
+        return [text_item(value, row, self.column) for value, row in zip(values, rows, strict=True)]
+
+    def _scan(self) -> list[Item]:
+        """The whole elements of `pending` by its brackets, each parsed alone: for nested and bad ones."""
+        items: list[Item] = []
+        depth = start = 0
+        for token in TOKEN.finditer(self.pending) if not self.closed else ():
+            kind = token[0][:1]
+            if kind == b'"' and len(token[0]) == 1:
+                break  # a string that goes on
+            if kind in b"{[":
+                depth += 1
+            elif depth == 0 and kind in b",]":
+                self.closed = kind == b"]"
+                raw = self.pending[start : token.start()].strip()
+                if raw or kind == b",":  # a comma before the ] is let pass
+                    items.append(parsed_item(raw, self.row, self.column))
+                    self.row += 1
+                start = token.end()
+                if self.closed:
+                    break
+            elif kind in b"}]":
+                depth = max(0, depth - 1)
+        self.pending = self.pending[start:]
+        return items

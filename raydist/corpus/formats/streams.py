@@ -1,0 +1,160 @@
+"""Bytes of a file: opened, decompressed, and cut into chunks of whole lines."""
+
+from __future__ import annotations
+
+import bz2
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+import numpy as np
+import zstandard
+
+from raydist.corpus.extensions import Compression
+from raydist.corpus.files import File, open_file
+from raydist.corpus.formats.records import CHUNK_BYTES, Part, Torn
+from raydist.errors import CorpusError
+
+BOM = b"\xef\xbb\xbf"
+FED_BYTES = 64 * 1024  # of compressed content at a time, so that what comes out is bounded
+BROKEN = (zlib.error, zstandard.ZstdError, OSError, EOFError)
+
+
+class Opened:
+    """A file's stream. Storage that fails is an error of ours, never mistaken for damaged content."""
+
+    def __init__(self, file: File) -> None:
+        self.file = file
+        try:
+            self.stream: IO[bytes] = open_file(file.location)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> CorpusError:
+        return CorpusError(
+            f"cannot read {self.file.name}", where=self.file.location, why=str(error),
+            fix="check the file's permissions and its storage, then run again",
+        )  # fmt: skip
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            return self.stream.read(size)
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def seek(self, position: int, whence: int = 0) -> int:
+        return self.stream.seek(position, whence)
+
+    def tell(self) -> int:
+        return self.stream.tell()
+
+    @property
+    def closed(self) -> bool:
+        return self.stream.closed
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def blocks(stream: Opened, part: Part, compression: Compression | None) -> Iterator[bytes]:
+    """The content of `part` in blocks of about CHUNK_BYTES. Torn: what was readable came before it."""
+    stream.seek(part.start)
+    if compression:
+        yield from _gathered(_decompressed(stream, compression))
+        return
+    left = (stream.file.size if part.is_whole else part.end) - part.start
+    while left and (block := stream.read(min(CHUNK_BYTES, left))):
+        left -= len(block)
+        yield block
+    if left:
+        raise CorpusError(
+            f"{stream.file.name} became {left} bytes shorter",
+            where=stream.file.location,
+            why="it changed after it was planned",
+            fix="run again once nothing writes to it",
+        )
+
+
+def _decompressor(compression: Compression) -> Any:
+    if compression == "gz":
+        return zlib.decompressobj(wbits=31)
+    return bz2.BZ2Decompressor() if compression == "bz2" else zstandard.ZstdDecompressor().decompressobj()
+
+
+def _decompressed(stream: Opened, compression: Compression) -> Iterator[bytes]:
+    """Every member of the file, one after the other; zeros between gzip members are padding."""
+    decoder, fresh = _decompressor(compression), True
+    while raw := stream.read(CHUNK_BYTES):
+        for start in range(0, len(raw), FED_BYTES):
+            pending = raw[start : start + FED_BYTES]
+            while pending:
+                if fresh and compression == "gz":
+                    pending = pending.lstrip(b"\0")
+                    if not pending:
+                        break
+                fresh = False
+                try:
+                    yield decoder.decompress(pending)
+                except BROKEN as error:
+                    raise Torn(f"damaged .{compression}: {error}") from error
+                pending = b""
+                if decoder.eof:
+                    pending = decoder.unused_data
+                    decoder, fresh = _decompressor(compression), True
+    if not fresh:
+        raise Torn(f"truncated .{compression}: it ends within its content")
+
+
+def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """Small pieces joined to blocks; when the pieces tear, what came before is still given."""
+    held: list[bytes] = []
+    size = 0
+    try:
+        for piece in pieces:
+            held.append(piece)
+            size += len(piece)
+            if size >= CHUNK_BYTES:
+                yield b"".join(held)
+                held, size = [], 0
+    except Torn:
+        yield b"".join(held)
+        raise
+    yield b"".join(held)
+
+
+def without_bom(content: Iterable[bytes], part: Part) -> Iterator[tuple[int, bytes]]:
+    """(offset in the file, block), without the byte order mark that the file may start with."""
+    offset = part.start
+    for block in content:
+        if offset == 0 and block.startswith(BOM):
+            offset, block = len(BOM), block[len(BOM) :]
+        yield offset, block
+        offset += len(block)
+
+
+def whole_lines(content: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+    """(offset, chunk) of chunks that end with \\n, except the last of a file that does not."""
+    held: list[bytes] = []
+    start = 0
+    for offset, block in content:
+        start = start if held else offset
+        cut = block.rfind(b"\n") + 1
+        if not cut:
+            held.append(block)
+            continue
+        yield start, b"".join((*held, block[:cut]))
+        held, start = ([block[cut:]] if cut < len(block) else []), offset + cut
+    if held:
+        yield start, b"".join(held)
+
+
+def line_offsets(lines: list[bytes], offset: int, newline: int) -> list[int]:
+    """Where each line starts; `newline` bytes were cut from the end of each."""
+    ends = np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)) + newline)
+    return [offset, *(ends[:-1] + offset).tolist()] if lines else []

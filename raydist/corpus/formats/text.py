@@ -1,0 +1,79 @@
+"""Plain text: a document is a line, a paragraph or the whole file."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import compress
+
+from raydist.corpus.formats.records import Bad, Item, Record
+from raydist.corpus.formats.streams import line_offsets
+
+# A line is blank when it holds ASCII white space only; so a cut can be found in bytes, without decoding.
+BLANK_LINES = re.compile(rb"\n(?:[ \t\r\v\f]*\n)+")  # from the end of the line before them
+FIRST_BLANK_LINES = re.compile(rb"(?:[ \t\r\v\f]*\n)*")
+
+
+def read_lines(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
+    """chunks: (offset, whole lines). Lines end at \\n alone; one \\r before it goes too."""
+    for offset, chunk in chunks:
+        lines = chunk.removesuffix(b"\n").split(b"\n")
+        rows = line_offsets(lines, offset, 1)
+        try:
+            texts = chunk.decode().removesuffix("\n").split("\n")
+        except UnicodeDecodeError:
+            yield [_decoded(line, row) for line, row in zip(lines, rows, strict=True) if line.strip()]
+            continue
+        if b"\r" in chunk:
+            texts = [text.removesuffix("\r") for text in texts]
+        yield list(map(Record._make, compress(zip(texts, rows, strict=True), map(bytes.strip, lines))))
+
+
+def read_paragraphs(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
+    """chunks: (offset, whole lines). Paragraphs stand between blank lines and keep their inner line ends."""
+    held, start = b"", 0
+    for offset, chunk in chunks:
+        start = start if held else offset
+        searched = max(0, len(held) - 1)  # what is held has no blank line, but may end before one
+        held += chunk
+        if BLANK_LINES.search(held, searched):
+            items, used = _paragraphs(held, start)
+            yield items
+            held, start = held[used:], start + used
+    first = _first_line(held)
+    if held[first:].strip():
+        yield [_decoded(_without_blank_end(held[first:]), start + first)]
+
+
+def _first_line(content: bytes) -> int:
+    """Where the first line that is not blank starts."""
+    match = FIRST_BLANK_LINES.match(content)
+    return match.end() if match else 0
+
+
+def _paragraphs(content: bytes, offset: int) -> tuple[list[Item], int]:
+    """The paragraphs that a blank line ends, and how many bytes they take."""
+    begins, ends = [_first_line(content)], []
+    for blank in BLANK_LINES.finditer(content, begins[0]):
+        ends.append(blank.start())
+        begins.append(blank.end())
+    used = begins.pop()
+    return [_decoded(content[a:b], offset + a) for a, b in zip(begins, ends, strict=True)], used
+
+
+def _without_blank_end(raw: bytes) -> bytes:
+    body, newline, last = raw.rpartition(b"\n")
+    return body if newline and not last.strip() else raw
+
+
+def read_file(content: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
+    """The whole content as one document, also when it is empty."""
+    yield [_decoded(b"".join(block for _, block in content), 0, is_line=False)]
+
+
+def _decoded(raw: bytes, row: int, *, is_line: bool = True) -> Item:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        return Bad(row, f"invalid UTF-8 at byte {error.start}")
+    return Record(text.removesuffix("\r") if is_line else text, row)

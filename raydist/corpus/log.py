@@ -1,0 +1,328 @@
+"""The token log: the documents of one source as token ids, in Arrow files of a fixed order.
+
+A slice of the source files becomes shards, then its commit record; `manifest.json`, written last, makes
+the log complete. This module writes slices and reads finished logs, without Ray.
+
+Shapes: N documents of a shard, M tokens of all its documents.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pyarrow as pa
+import xxhash
+
+from raydist.errors import LogError
+from raydist.files import read_json, replacing, write_bytes, write_json
+
+FORMAT = 1
+SHARD_BYTES = 128 * 2**20
+"""A slice begins a new shard after this many bytes of tokens and row data: a task's memory is bounded."""
+ROW_BYTES = 48
+HASH_BYTES = 16
+
+Ints = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
+
+
+def is_held_out(digest: bytes, share: float) -> bool:
+    """Whether a document is kept out of training: its hash lies in the lowest `share` of all hashes."""
+    return int.from_bytes(digest[:8], "big") < math.floor(share * 2.0**64)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """N tokenized documents: `tokens` [M], `offsets` int64 [N+1] into them, `hashes` uint8 [N, 16] and
+    `n_bytes` int64 [N] of the UTF-8 text, `files` int32 [N] into the slice's file names, `rows` int64 [N]."""
+
+    tokens: Tokens
+    offsets: Ints
+    hashes: npt.NDArray[np.uint8]
+    n_bytes: Ints
+    files: npt.NDArray[np.int32]
+    rows: Ints
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, start: int, stop: int) -> Documents:
+        """Documents [start, stop), as views."""
+        first, last, rows = self.offsets[start], self.offsets[stop], slice(start, stop)
+        tokens, offsets = self.tokens[first:last], self.offsets[start : stop + 1] - first
+        columns = self.hashes[rows], self.n_bytes[rows], self.files[rows], self.rows[rows]
+        return Documents(tokens, offsets, *columns)
+
+    @staticmethod
+    def join(parts: Sequence[Documents]) -> Documents:
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        return Documents(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            np.concatenate([part.hashes for part in parts]),
+            np.concatenate([part.n_bytes for part in parts]),
+            np.concatenate([part.files for part in parts]),
+            np.concatenate([part.rows for part in parts]),
+        )
+
+
+class SliceWriter:
+    """Writes one slice: shards as documents come in, at the end its quarantine and its commit record.
+
+    The bytes are a function of the documents alone, however they are split over calls. Every file
+    appears whole, by rename, so repeated and concurrent attempts at one slice do no harm.
+    """
+
+    def __init__(self, log: Path, number: int, files: Sequence[str], shard_bytes: int = SHARD_BYTES) -> None:
+        self._log, self.number, self._files = log, number, files
+        self._shard_bytes = shard_bytes
+        self._held: list[Documents] = []
+        self._held_bytes = 0
+        self._shards: list[dict[str, Any]] = []
+        self.bad: list[dict[str, Any]] = []
+        self._n_empty = 0
+
+    def add(self, documents: Documents, n_empty: int = 0) -> None:
+        """`n_empty`: documents without text, which are dropped and counted."""
+        self._n_empty += n_empty
+        while len(documents):
+            rows = np.arange(1, len(documents) + 1)
+            sizes = documents.offsets[1:] * documents.tokens.itemsize + rows * ROW_BYTES
+            room = self._shard_bytes - self._held_bytes
+            n = min(int(np.searchsorted(sizes, room)) + 1, len(documents))
+            self._held.append(documents.part(0, n))
+            self._held_bytes += int(sizes[n - 1])
+            documents = documents.part(n, len(documents))
+            if self._held_bytes >= self._shard_bytes:
+                self._flush()
+
+    def add_bad(self, records: Sequence[dict[str, Any]]) -> None:
+        """Records {file, row, reason} that could not be read."""
+        self.bad += records
+
+    def commit(self) -> dict[str, Any]:
+        """Returns the slice's record, written last of its files."""
+        if self._held:
+            self._flush()
+        if self.bad:
+            lines = b"".join(orjson.dumps(record) + b"\n" for record in self.bad)
+            write_bytes(self._log / quarantine_name(self.number), lines)
+        record = {"shards": self._shards, "n_quarantined": len(self.bad), "n_empty": self._n_empty}
+        write_json(self._log / commit_name(self.number), record)
+        return record
+
+    def _flush(self) -> None:
+        documents, self._held, self._held_bytes = Documents.join(self._held), [], 0
+        name = f"{self.number:05d}-{len(self._shards):03d}.arrow"
+        size, checksum = _write_shard(self._log / "shards" / name, documents, self._files)
+        self._shards.append(
+            {
+                "name": name,
+                "n_documents": len(documents),
+                "n_tokens": len(documents.tokens),
+                "n_bytes": int(documents.n_bytes.sum()),
+                "size": size,
+                "xxh3_128": checksum,
+            }
+        )
+
+
+def commit_name(number: int) -> str:
+    return f"slices/{number:05d}.json"
+
+
+def quarantine_name(number: int) -> str:
+    return f"quarantine/{number:05d}.jsonl"
+
+
+class _Checksummed:
+    """A file to write to that hashes and counts what goes through."""
+
+    closed = False
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.hash, self.size = stream, xxhash.xxh3_128(), 0
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.size += len(data)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def _write_shard(path: Path, documents: Documents, files: Sequence[str]) -> tuple[int, str]:
+    """One record batch, so that its tokens are one array in the file. Returns size in bytes and checksum."""
+    hashes = pa.py_buffer(np.ascontiguousarray(documents.hashes))
+    columns = {
+        "input_ids": pa.LargeListArray.from_arrays(pa.array(documents.offsets), pa.array(documents.tokens)),
+        "hash": pa.FixedSizeBinaryArray.from_buffers(pa.binary(HASH_BYTES), len(documents), [None, hashes]),
+        "n_bytes": pa.array(documents.n_bytes),
+        "file": pa.DictionaryArray.from_arrays(pa.array(documents.files), pa.array(files, pa.string())),
+        "row": pa.array(documents.rows),
+    }
+    batch = pa.RecordBatch.from_pydict(columns)
+    with replacing(path) as temporary, temporary.open("wb") as stream:
+        target = _Checksummed(stream)
+        with pa.ipc.new_file(pa.PythonFile(target, "w"), batch.schema) as writer:
+            writer.write_batch(batch)
+    return target.size, target.hash.hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """An Arrow file of the log. Arrays that methods return are views of the mapped file where possible."""
+
+    name: str
+    path: Path
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+    size: int
+    xxh3_128: str
+
+    def batch(self) -> pa.RecordBatch:
+        """All documents with the columns input_ids, hash, n_bytes, file, row."""
+        try:
+            with pa.memory_map(str(self.path)) as stream:
+                return pa.ipc.open_file(stream).get_batch(0)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise LogError(
+                f"a shard cannot be read: {error}", where=str(self.path), fix="run `raydist prepare` again"
+            ) from error
+
+    def tokens(self) -> Tokens:
+        """[M], uint16 or uint32."""
+        values: Tokens = self.batch().column("input_ids").values.to_numpy(zero_copy_only=True)
+        return values
+
+    def offsets(self) -> Ints:
+        """int64 [N+1]: document i is tokens()[offsets[i]:offsets[i+1]]."""
+        return _int64(self.batch().column("input_ids").offsets)
+
+    def lengths(self) -> Ints:
+        """int64 [N], tokens of each document, without EOS."""
+        return np.diff(self.offsets())
+
+    def byte_counts(self) -> Ints:
+        """int64 [N], bytes of each document's cleaned UTF-8 text."""
+        return _int64(self.batch().column("n_bytes"))
+
+    def hashes(self) -> npt.NDArray[np.uint64]:
+        """uint64 [N], the first 8 bytes of each document's hash, big endian."""
+        buffer = self.batch().column("hash").buffers()[1]
+        data = np.frombuffer(buffer, np.uint8, self.n_documents * HASH_BYTES)
+        first = np.ascontiguousarray(data.reshape(-1, HASH_BYTES)[:, :8])
+        return first.view(">u8").reshape(-1).astype(np.uint64)
+
+
+def _int64(array: pa.Array) -> Ints:
+    values: Ints = array.to_numpy(zero_copy_only=True)
+    return values
+
+
+@dataclass(frozen=True)
+class TokenLog:
+    """A complete log. `shards` stand in their planned order, which is the order of the documents."""
+
+    path: Path
+    fingerprint: str
+    dtype: np.dtype[Any]
+    vocab_size: int
+    eos_token_id: int | None
+    tokenizer: str
+    shards: tuple[Shard, ...]
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+    n_quarantined: int
+    n_empty: int
+    _starts: tuple[int, ...] = field(repr=False)
+
+    def documents(self, start: int = 0) -> Iterator[dict[str, Any]]:
+        """Documents from number `start` on: {input_ids, hash, n_bytes, file, row}."""
+        first = max(bisect.bisect_right(self._starts, start) - 1, 0)
+        for shard, shard_start in zip(self.shards[first:], self._starts[first:], strict=False):
+            batch = shard.batch().slice(max(start - shard_start, 0))
+            columns = [batch.column(name) for name in ("hash", "n_bytes", "file", "row")]
+            for tokens, *rest in zip(batch.column("input_ids"), *columns, strict=True):
+                values = dict(zip(("hash", "n_bytes", "file", "row"), (x.as_py() for x in rest), strict=True))
+                yield {"input_ids": tokens.values.to_numpy(), **values}
+
+    def verify(self) -> None:
+        """Read every shard and compare it with its checksum; LogError names the first that differs."""
+        for shard in self.shards:
+            if _checksum(shard.path) != shard.xxh3_128:
+                raise LogError(
+                    "a shard's content is not what was written",
+                    where=str(shard.path),
+                    why="its checksum differs from the manifest's",
+                    fix="delete this file and run `raydist prepare` again: only its slice is made anew",
+                )
+
+
+def _checksum(path: Path) -> str:
+    state = xxhash.xxh3_128()
+    with path.open("rb") as stream:
+        while chunk := stream.read(8 * 2**20):
+            state.update(chunk)
+    return state.hexdigest()
+
+
+def open_log(path: Path) -> TokenLog:
+    """The complete log in folder `path`; LogError if it is incomplete or its files have not their sizes."""
+    manifest = _read_manifest(path)
+    shards = tuple(Shard(path=path / "shards" / shard["name"], **shard) for shard in manifest["shards"])
+    for shard in shards:
+        if not has_size(shard.path, shard.size):
+            raise LogError(
+                f"a shard of the token log is missing or torn: {shard.name}",
+                where=str(shard.path),
+                why=f"the manifest promises {shard.size} bytes",
+                fix="run `raydist prepare` again: only what is missing is made anew",
+            )
+    starts = itertools.accumulate((shard.n_documents for shard in shards[:-1]), initial=0)
+    same = {key: value for key, value in manifest.items() if key not in ("format", "dtype", "shards")}
+    return TokenLog(
+        path=path, dtype=np.dtype(manifest["dtype"]), shards=shards, _starts=tuple(starts), **same
+    )
+
+
+def has_size(path: Path, size: int) -> bool:
+    return path.is_file() and path.stat().st_size == size
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    fix = "run `raydist prepare` on the job that makes it: it does only what is missing"
+    try:
+        manifest: dict[str, Any] = read_json(path / "manifest.json")
+    except FileNotFoundError:
+        n_done = len(list(path.glob("slices/*.json")))
+        why = (
+            f"no manifest.json yet; {n_done} slices are done" if path.is_dir() else "there is no such folder"
+        )
+        raise LogError("the token log is not complete", where=str(path), why=why, fix=fix) from None
+    except ValueError as error:
+        where = str(path / "manifest.json")
+        raise LogError("the token log's manifest is damaged", where=where, why=str(error), fix=fix) from error
+    if manifest.get("format") != FORMAT:
+        raise LogError(
+            f"the token log has format {manifest.get('format')!r}, this version reads {FORMAT}",
+            where=str(path),
+            fix="delete the folder and run `raydist prepare` again",
+        )
+    return manifest

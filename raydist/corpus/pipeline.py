@@ -1,0 +1,301 @@
+"""The Ray Data pipeline of a token log: read a slice -> clean and tokenize -> write its shards.
+
+Ray fuses the three into one task per slice, so that text and tokens never travel through the object
+store. A task may run twice, also at the same time: both attempts write the same bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import pandas as pd
+import pyarrow as pa
+import ray.data
+import xxhash
+from ray.data import Datasource, ReadTask
+from ray.data.block import BlockMetadata
+from ray.data.datasource import Datasink
+from ray.exceptions import RayTaskError
+
+from raydist.corpus.clean import Cleaner, make_cleaner
+from raydist.corpus.files import File
+from raydist.corpus.formats import ReadOptions, Record
+from raydist.corpus.log import HASH_BYTES, Documents, SliceWriter
+from raydist.corpus.slices import Slice, read_slice
+from raydist.corpus.source import SourceFiles, cleaned
+from raydist.corpus.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
+from raydist.errors import BadRecords, CorpusError, LogError, RaydistError
+
+if TYPE_CHECKING:
+    from ray.data._internal.execution.interfaces import TaskContext
+
+BLOCK_BYTES = 4 * 2**20
+"""Text that is tokenized at once: fits the caches, and is enough to make the cost per call vanish."""
+BAD_SHOWN = 5
+
+TEXT_SCHEMA = pa.schema(
+    [
+        ("slice", pa.int32()),
+        ("file", pa.dictionary(pa.int32(), pa.string())),
+        ("row", pa.int64()),
+        ("text", pa.large_string()),
+        ("reason", pa.string()),
+    ]
+)
+"""A document has `text`, a bad record its `reason`. The last row of a slice has neither: its reader is done.
+The dictionary of `file` holds all files of the slice."""
+
+
+class SliceDatasource(Datasource):
+    """One read task per slice. `slices`: those that the log misses, by number."""
+
+    def __init__(self, source: SourceFiles, slices: Mapping[int, Slice]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._source, self._slices = source, slices
+
+    def estimate_inmemory_data_size(self) -> int | None:
+        return None
+
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
+        metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+        return [ReadTask(self._reader(number), metadata) for number in self._slices]
+
+    def _reader(self, number: int) -> functools.partial[Iterator[pa.Table]]:
+        files, slice_ = narrowed(self._source.files, self._slices[number])
+        return functools.partial(read_blocks, number, files, slice_, self._source.options)
+
+
+def narrowed(files: Sequence[File], slice_: Slice) -> tuple[tuple[File, ...], Slice]:
+    """The files that `slice_` reads, and the slice with its parts pointing into these."""
+    used = sorted({part.file for part in slice_.parts})
+    place = {file: i for i, file in enumerate(used)}
+    parts = tuple(replace(part, file=place[part.file]) for part in slice_.parts)
+    return tuple(files[i] for i in used), replace(slice_, parts=parts)
+
+
+def read_blocks(
+    number: int, files: Sequence[File], slice_: Slice, options: ReadOptions
+) -> Iterator[pa.Table]:
+    """Tables of TEXT_SCHEMA of a few MiB each, then the row that ends the slice."""
+    names = pa.array([file.name for file in files], pa.string())
+    for chunk in read_slice(files, slice_, options):
+        texts = [record.text if isinstance(record, Record) else None for _, record in chunk]
+        reasons = [None if isinstance(record, Record) else record.reason for _, record in chunk]
+        places = pa.array([file for file, _ in chunk], pa.int32())
+        columns = [
+            pa.array(np.full(len(chunk), number, np.int32)),
+            pa.DictionaryArray.from_arrays(places, names),
+            pa.array([record.row for _, record in chunk], pa.int64()),
+            pa.array(texts, pa.large_string()),
+            pa.array(reasons, pa.string()),
+        ]
+        yield pa.Table.from_arrays(columns, schema=TEXT_SCHEMA)
+    end = {"slice": [number], "file": pa.DictionaryArray.from_arrays(pa.array([None], pa.int32()), names)}
+    yield pa.table({**end, "row": [None], "text": [None], "reason": [None]}, schema=TEXT_SCHEMA)
+
+
+class Piece:
+    """Part of a slice on its way from the tokenizer to the sink, alone in a row of a block.
+
+    An object, so that the sink can empty it: Ray keeps the blocks that a write task was given until it
+    ends, and a file that cannot be split may hold more tokens than fit in memory.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        files: Sequence[str],
+        documents: Documents,
+        bad: Sequence[Any],
+        n_empty: int,
+        last: bool,
+    ) -> None:
+        self.number, self.files, self.bad, self.n_empty, self.last = number, files, bad, n_empty, last
+        self._documents: Documents | None = documents
+
+    def take(self) -> Documents:
+        documents, self._documents = self._documents, None
+        assert documents is not None, "a piece is written once"
+        return documents
+
+    def __sizeof__(self) -> int:
+        """Bytes, by which Ray decides when a block is full."""
+        return 256 + (self._documents.tokens.nbytes if self._documents is not None else 0)
+
+
+def tokenize(table: pa.Table, spec: TokenizerSpec, backend: str, clean: tuple[Any, ...]) -> pd.DataFrame:
+    """Clean, hash and encode a table of TEXT_SCHEMA; one row with a Piece per slice in it."""
+    table = table.combine_chunks()
+    tools = _tokenizer(spec, backend), _cleaner(orjson.dumps(clean)) if clean else None
+    numbers = table.column("slice").to_numpy()
+    cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+    pieces = [_piece(table.slice(start, end - start), *tools) for start, end in itertools.pairwise(cuts)]
+    return pd.DataFrame({"piece": pd.Series(pieces, dtype=object)})
+
+
+def _piece(table: pa.Table, tokenizer: Tokenizer, clean: Cleaner | None) -> Piece:
+    file, row, text, reason = (table.column(name).chunk(0) for name in ("file", "row", "text", "reason"))
+    names = file.dictionary.to_pylist()
+    places, rows = file.indices.fill_null(-1).to_numpy(), row.fill_null(-1).to_numpy()
+    found = np.flatnonzero(text.is_valid().to_numpy(zero_copy_only=False))
+    texts = text.drop_null().to_pylist()
+    if clean is not None:
+        located = zip(texts, found, strict=True)
+        texts = [cleaned(clean, Record(each, int(rows[i])), names[places[i]]) for each, i in located]
+    kept = found[np.fromiter(map(bool, texts), bool, len(texts))]
+    documents = _documents(tokenizer, [each for each in texts if each], places[kept], rows[kept])
+    bad = [
+        {"file": names[places[i]], "row": row[i].as_py(), "reason": reason[i].as_py()}
+        for i in np.flatnonzero(reason.is_valid().to_numpy(zero_copy_only=False))
+    ]
+    n_empty, last = len(found) - len(kept), bool(places[-1] < 0)
+    return Piece(table.column("slice")[0].as_py(), names, documents, bad, n_empty, last)
+
+
+def _documents(
+    tokenizer: Tokenizer, texts: list[str], files: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]
+) -> Documents:
+    encoded = [text.encode() for text in texts]
+    hashes = b"".join(map(xxhash.xxh3_128_digest, encoded))
+    tokens, offsets = tokenizer.encode_batch(texts)
+    return Documents(
+        tokens,
+        offsets,
+        np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
+        np.fromiter(map(len, encoded), np.int64, len(encoded)),
+        files,
+        rows,
+    )
+
+
+@functools.lru_cache(maxsize=2)
+def _tokenizer(spec: TokenizerSpec, backend: str) -> Tokenizer:
+    """Kept for the life of the worker process. A task has one CPU, so the libraries get one thread."""
+    os.environ.update(RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
+    return load_tokenizer(spec, backend)
+
+
+@functools.lru_cache(maxsize=2)
+def _cleaner(steps: bytes) -> Cleaner:
+    return make_cleaner(orjson.loads(steps))
+
+
+class LogDatasink(Datasink[None]):
+    """Writes each slice's shards and, last, its commit record.
+
+    fail_on_bad: raise BadRecords once a slice that has some is committed.
+    """
+
+    def __init__(self, log: Path, fail_on_bad: bool) -> None:
+        self.log, self._fail_on_bad = log, fail_on_bad
+
+    def write(self, blocks: Iterable[pd.DataFrame], ctx: TaskContext) -> None:
+        writer: SliceWriter | None = None
+        for block in blocks:
+            for piece in block["piece"]:
+                writer = writer or SliceWriter(self.log, piece.number, piece.files)
+                writer.add(piece.take(), piece.n_empty)
+                writer.add_bad(piece.bad)
+                if piece.last:
+                    self._commit(writer)
+                    writer = None
+        if writer is not None:
+            raise LogError(
+                f"slice {writer.number} ended before its reader did",
+                where=str(self.log),
+                why="its read, tokenize and write steps did not run as one task",
+                fix="this is a fault of raydist or of this version of Ray; nothing was committed",
+            )
+
+    def _commit(self, writer: SliceWriter) -> None:
+        writer.commit()
+        if writer.bad and self._fail_on_bad:
+            raise bad_records(writer.bad[:BAD_SHOWN], len(writer.bad), self.log)
+
+
+def bad_records(first: Sequence[dict[str, Any]], n_bad: int, log: Path) -> BadRecords:
+    shown = "; ".join(f"{bad['file']}, row {bad['row']}: {bad['reason']}" for bad in first)
+    return BadRecords(
+        f"{n_bad} record{'s' * (n_bad != 1)} or files cannot be read",
+        where=shown + ("; ..." if n_bad > len(first) else ""),
+        why="corpus.on_error is fail, so nothing is trained on a part of the text; all of them so far are "
+        f"listed in {log / 'quarantine'}",
+        fix="fix them, or set corpus.on_error: quarantine to leave them out",
+    )
+
+
+def write_slices(
+    source: SourceFiles,
+    slices: Mapping[int, Slice],
+    spec: TokenizerSpec,
+    backend: str,
+    sink: LogDatasink,
+) -> None:
+    """Make `slices` (by number) on Ray. An error of a task arrives as the RaydistError it was there."""
+    with settings():
+        try:
+            dataset(source, slices, spec, backend).write_datasink(sink)
+        except Exception as error:
+            raise _unwrapped(error, sink.log) from error
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Ray Data's context for this pipeline, silent about errors, which are raised anyway."""
+    context = ray.data.DataContext.get_current().copy()
+    context.target_max_block_size = BLOCK_BYTES
+    context.batch_to_block_arrow_format = False  # a Piece is handed on as it is, not pickled into Arrow
+    context.enable_tensor_extension_casting = False
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a slice of a file that cannot be split may take hours
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with ray.data.DataContext.current(context):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def dataset(
+    source: SourceFiles, slices: Mapping[int, Slice], spec: TokenizerSpec, backend: str
+) -> ray.data.Dataset:
+    """All but the sink. As many blocks as slices, or Ray would split what is read, and not fuse."""
+    read = ray.data.read_datasource(SliceDatasource(source, slices), override_num_blocks=len(slices))
+    tools = {"spec": spec, "backend": backend, "clean": source.clean}
+    tokenized: ray.data.Dataset = read.map_batches(
+        tokenize, fn_kwargs=tools, batch_size=None, batch_format="pyarrow"
+    )
+    return tokenized
+
+
+def _unwrapped(error: BaseException, log: Path) -> RaydistError:
+    """The RaydistError that began `error`; for any other cause, one that shows it with its traceback."""
+    chain = [error]
+    while (cause := getattr(chain[-1], "cause", None) or chain[-1].__cause__) and cause not in chain:
+        chain.append(cause)
+    for link in chain:
+        if isinstance(link, RaydistError) and not isinstance(link, RayTaskError):
+            return link
+    return CorpusError(
+        f"a preparation task failed: {type(chain[-1]).__name__}: {chain[-1]}",
+        where=str(log),
+        why=re.sub(r"\x1b\[\d+m", "", str(error)),
+        fix="run it again once the cause is gone: finished slices are kept",
+    )

@@ -1,0 +1,73 @@
+"""A source as it lies on storage: its files, how they are read and cleaned, its slices in planned order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from raydist.corpus.clean import Cleaner, make_cleaner
+from raydist.corpus.files import File, list_files
+from raydist.corpus.formats import ReadOptions, Record, check_column
+from raydist.corpus.slices import Slice, plan_slices, read_slice
+from raydist.errors import CorpusError
+from raydist.job.schema import Corpus, Source
+
+
+@dataclass(frozen=True)
+class SourceFiles:
+    """All that decides the documents of a source and their order. `clean`: the steps of the job."""
+
+    files: tuple[File, ...]
+    options: ReadOptions
+    clean: tuple[Any, ...]
+    slice_bytes: int
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the files as they lie on storage."""
+        return sum(file.size for file in self.files)
+
+    def identity(self) -> dict[str, Any]:
+        """Equal exactly when documents and order are equal; without where the files lie."""
+        return {
+            "files": [[file.name, file.size, file.identity] for file in self.files],
+            "options": asdict(self.options),
+            "clean": make_cleaner(self.clean).fingerprint,
+            "slice_bytes": self.slice_bytes,
+        }
+
+    def plan(self) -> list[Slice]:
+        return plan_slices(self.files, self.options, self.slice_bytes)
+
+    def texts(self, slices: Sequence[Slice]) -> Iterator[str]:
+        """The cleaned documents of `slices`, read here; unreadable and empty ones are left out."""
+        clean = make_cleaner(self.clean)
+        for slice_ in slices:
+            for chunk in read_slice(self.files, slice_, self.options):
+                for file, record in chunk:
+                    if isinstance(record, Record) and (text := cleaned(clean, record, self.files[file].name)):
+                        yield text
+
+
+def cleaned(clean: Cleaner, record: Record, file: str) -> str:
+    """The record's text after cleaning, "" if that drops it. CorpusError if a step fails on it."""
+    try:
+        text = clean(record.text) or ""
+        text.encode()
+    except Exception as error:  # a step may be the user's own function
+        raise CorpusError(
+            f"a cleaning step failed: {type(error).__name__}: {error}",
+            where=f"{file}, row {record.row}",
+            why="every document passes through corpus.clean",
+            fix="correct the step: it takes a str and gives a str, or None to drop the document",
+        ) from error
+    return text
+
+
+def open_source(source: Source, corpus: Corpus) -> SourceFiles:
+    """Lists the files. Raises CorpusError if there are none, or if they have no such text column."""
+    files = tuple(list_files(source))
+    options = ReadOptions(source.format, source.text_column, source.document)
+    check_column(files[0], options)
+    return SourceFiles(files, options, tuple(corpus.clean), corpus.slice_bytes)

@@ -1,0 +1,358 @@
+"""Text to token ids: the reference library's ids, through fastokens wherever it gives the very same ones.
+
+Special tokens inside a text are text, never control tokens; nothing is added at its start or end.
+"""
+
+from __future__ import annotations
+
+import functools
+import json as jsonlib
+import shutil
+import unicodedata
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import tokenizers
+import xxhash
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from raydist.corpus.identity import fingerprint
+from raydist.corpus.log import Ints, Tokens, is_held_out, token_dtype
+from raydist.corpus.source import SourceFiles, open_source
+from raydist.errors import EmptyCorpus, ModelError
+from raydist.files import flush_to_disk
+from raydist.job.schema import Job, NewTokenizer
+
+if TYPE_CHECKING:
+    import fastokens
+
+EOS = "<|endoftext|>"
+SAMPLE_BYTES = 32 * 2**20
+"""Text that a new tokenizer is trained on, shared evenly by the sources."""
+
+
+@dataclass(frozen=True)
+class TokenizerSpec:
+    """A tokenizer by value: `json` is the content of its tokenizer.json, without truncation and padding.
+
+    `folder` is where transformers loads it from (a path or hub id). vocab_size: the highest id + 1,
+    added tokens included. A spec from `from_json` has no `json`: it names a tokenizer, but cannot encode.
+    """
+
+    json: str
+    folder: Path | str
+    eos_token_id: int | None
+    vocab_size: int
+    fingerprint: str
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+    @classmethod
+    def from_content(cls, content: str, folder: Path | str, eos_token_id: int | None) -> TokenizerSpec:
+        settings = {**jsonlib.loads(content), "truncation": None, "padding": None}
+        text = jsonlib.dumps(settings, ensure_ascii=False)
+        try:
+            vocabulary = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
+        except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
+            raise ModelError(f"the tokenizer cannot be read: {error}", where=str(folder)) from error
+        return cls(text, folder, eos_token_id, max(vocabulary.values()) + 1, fingerprint(settings))
+
+    def to_json(self) -> dict[str, Any]:
+        named = {key: value for key, value in asdict(self).items() if key != "json"}
+        return {**named, "folder": str(self.folder)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> TokenizerSpec:
+        return cls(json="", **value)
+
+
+class Tokenizer(Protocol):
+    """encode_batch: N texts -> (ids [M] uint16 or uint32, offsets int64 [N+1] into them)."""
+
+    spec: TokenizerSpec
+    backend: str
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[Tokens, Ints]: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eos_token_id(self) -> int | None: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+
+class _Base:
+    def __init__(self, spec: TokenizerSpec) -> None:
+        self.spec = spec
+        self._dtype = token_dtype(spec.vocab_size)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.spec.vocab_size
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.spec.eos_token_id
+
+    @property
+    def fingerprint(self) -> str:
+        return self.spec.fingerprint
+
+
+class Reference(_Base):
+    """The tokenizers library, which decides what is right."""
+
+    backend = "tokenizers"
+
+    @functools.cached_property
+    def _tokenizer(self) -> tokenizers.Tokenizer:
+        tokenizer = tokenizers.Tokenizer.from_str(self.spec.json)
+        tokenizer.encode_special_tokens = True
+        return tokenizer
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[Tokens, Ints]:
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        offsets = np.cumsum([0, *(len(encoding.ids) for encoding in encodings)], dtype=np.int64)
+        flat = chain.from_iterable(encoding.ids for encoding in encodings)
+        return np.fromiter(flat, self._dtype, int(offsets[-1])), offsets
+
+
+class Fast(_Base):
+    """fastokens. It refuses a byte that the vocabulary lacks, where the reference drops it: such texts take
+    the reference. Raises ValueError for a kind of tokenizer that it does not know."""
+
+    backend = "fastokens"
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        super().__init__(spec)
+        self.reference = Reference(spec)
+        self._tokenizer = _fastokens(spec.json)
+
+    def encode_batch(self, texts: Sequence[str]) -> tuple[Tokens, Ints]:
+        try:
+            ids, offsets = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
+        except ValueError:
+            return self._halved(texts)
+        return np.frombuffer(ids, "<u4").astype(self._dtype), np.frombuffer(offsets, "<u8").astype(np.int64)
+
+    def _halved(self, texts: Sequence[str]) -> tuple[Tokens, Ints]:
+        if len(texts) == 1:
+            return self.reference.encode_batch(texts)
+        middle = len(texts) // 2
+        (left, starts), (right, ends) = self.encode_batch(texts[:middle]), self.encode_batch(texts[middle:])
+        return np.concatenate([left, right]), np.concatenate([starts, ends[1:] + starts[-1]])
+
+
+def _fastokens(content: str) -> fastokens.Tokenizer:
+    import fastokens
+
+    return fastokens.Tokenizer.from_json_str(content)
+
+
+def open_tokenizer(source: TokenizerSpec | Path | str, sample_texts: Sequence[str] = ()) -> Tokenizer:
+    """fastokens where its ids equal the reference's on a sweep of Unicode and the sample, else tokenizers.
+
+    source: a spec, the content of a tokenizer.json, or a Hugging Face folder.
+    """
+    spec = source if isinstance(source, TokenizerSpec) else _read(source)
+    fast = _proven(spec)
+    return fast if fast and _agree(fast, fast.reference, sample_texts) else Reference(spec)
+
+
+def load_tokenizer(spec: TokenizerSpec, backend: str) -> Tokenizer:
+    """The backend that `open_tokenizer` found, without comparing again."""
+    return Fast(spec) if backend == Fast.backend else Reference(spec)
+
+
+def _read(source: Path | str) -> TokenizerSpec:
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        return TokenizerSpec.from_content(source, "", None)
+    folder = Path(source)
+    spec = TokenizerSpec.from_content((folder / "tokenizer.json").read_text("utf-8"), folder, None)
+    settings = folder / "tokenizer_config.json"
+    eos = jsonlib.loads(settings.read_text("utf-8")).get("eos_token") if settings.exists() else None
+    content = eos["content"] if isinstance(eos, dict) else eos
+    token = tokenizers.Tokenizer.from_str(spec.json).token_to_id(content) if content else None
+    return TokenizerSpec(spec.json, folder, token, spec.vocab_size, spec.fingerprint)
+
+
+@functools.lru_cache(maxsize=2)
+def _proven(spec: TokenizerSpec) -> Fast | None:
+    """fastokens if it passes the sweep. That takes about a second: a process asks once about a tokenizer."""
+    try:
+        fast = Fast(spec)
+    except ValueError:
+        return None
+    return fast if _agree(fast, fast.reference, unicode_sweep()) else None
+
+
+def _agree(fast: Tokenizer, reference: Tokenizer, texts: Sequence[str]) -> bool:
+    try:
+        pairs = zip(fast.encode_batch(texts), reference.encode_batch(texts), strict=True)
+        return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # a panic in Rust, which is no Exception
+            raise
+        return False
+
+
+@functools.cache
+def unicode_sweep() -> tuple[str, ...]:
+    """Every assigned code point among its neighbours, between spaces and after a letter; and what is odd:
+    control characters, line ends, long runs, emoji, combining marks, mixed scripts, special tokens."""
+    points = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cs", "Cn", "Co")]
+    chunks = [points[i : i + 64] for i in range(0, len(points), 64)]
+    swept = [joiner.join(chunk) for chunk in chunks for joiner in ("", " ", "a")]
+    return (*swept, *points[:256], *_ODD)
+
+
+_RUNS = (" ", "\t", "\n", "\r\n", "\0", "1", "a", "é", "!", "あ", "= ", "\u3000")
+_ODD = (
+    "",
+    *(mark * n for mark in _RUNS for n in (2, 3, 99, 999)),
+    "👨‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇩🇪🇫🇷 ❤️ ☠︎",
+    "e\u0301\u0323 o\u0308\u0304 \u1e69 s\u0323\u0307 \u0344 क्षि ക്ഷ กำ ﷺ ﬁ Å Å ½ ① Ⅷ",
+    "don't DON'T we\u2019ll I'm they're o'clock 'tis it's' ''",
+    "1234567890.123,456 0x1F 1e-9 ١٢٣ १२३ 一二三 2026-01-31T10:20:30Z",
+    "line\r\n\r\n next\n\n\tdef f(x):\n        return x  # done  \n  ",
+    "English \u0440\u0443\u0441 ελληνικά עברית العربية 中文 日本語 한국어 ไทย हिन्दी mixed\u0421\u043c",
+    "\ufeffbom \u200bzero\u200dwidth\u2060 \u202eright\u202c \u2028line\u2029 \x85 \xa0nbsp \xad soft",
+    "\ufffd \U000f0000 \ue000 \x7f \x1b[0m",
+    "<s>a</s> <|endoftext|>b<|im_start|>user [CLS] [SEP] <pad> <unk> <bos> <eos> <0x0A> ▁a Ġb",
+)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
+    """Train a byte-level BPE and save it as a Hugging Face folder; equal texts give equal bytes.
+
+    It has `vocab_size` entries, or fewer if the texts do not hold that many pairs.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": EOS,
+        "eos_token": EOS,
+        "pad_token": EOS,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 10**30,
+    }
+    (folder / "tokenizer_config.json").write_text(jsonlib.dumps(settings, indent=2) + "\n", "utf-8")
+    return folder
+
+
+def pretrained_tokenizer(name: str) -> TokenizerSpec:
+    """The tokenizer of a hub id or folder, as transformers loads it."""
+    from transformers import AutoTokenizer
+
+    path = Path(name).expanduser()
+    where = str(path) if path.is_dir() else name
+    try:
+        loaded = AutoTokenizer.from_pretrained(where)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(
+            f"no tokenizer can be loaded from {where}",
+            where="model.tokenizer or model.base",
+            why=str(error).strip().split("\n")[0],
+            fix="give a hub id that can be reached from here, or a folder with tokenizer.json",
+        ) from error
+    if not loaded.is_fast:
+        raise ModelError(
+            f"the tokenizer of {where} has no tokenizer.json, only Python code",
+            where="model.tokenizer",
+            why="raydist encodes with the tokenizers library",
+            fix="convert it with transformers.convert_slow_tokenizer and name the folder in model.tokenizer",
+        )
+    content = loaded.backend_tokenizer.to_str()
+    return TokenizerSpec.from_content(content, path if path.is_dir() else name, loaded.eos_token_id)
+
+
+def resolve_tokenizer(job: Job, storage: Path) -> TokenizerSpec:
+    """The tokenizer of `job`: the one it names, its base's, or one trained here on a sample of its corpus.
+
+    A trained one is kept in <storage>/tokenizers/<fingerprint of its inputs>/ and used again.
+    """
+    asked = job.model.tokenizer or job.model.base
+    if isinstance(asked, str):
+        return pretrained_tokenizer(asked)
+    assert asked is not None  # the schema gives a model from a config a tokenizer
+    sources = [open_source(source, job.corpus) for source in job.corpus.sources.values()]
+    folder = _trained_folder(job, sources, storage)
+    if not folder.exists():
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+        train_tokenizer(_sample(sources, job.corpus.holdout), asked.train.vocab_size, temporary)
+        _move(temporary, folder)
+    return _read(folder)
+
+
+def planned_tokenizer(job: Job, storage: Path) -> TokenizerSpec | None:
+    """Like `resolve_tokenizer`, but makes nothing: None if the tokenizer is still to be trained."""
+    asked = job.model.tokenizer or job.model.base
+    if isinstance(asked, str):
+        return pretrained_tokenizer(asked)
+    sources = [open_source(source, job.corpus) for source in job.corpus.sources.values()]
+    folder = _trained_folder(job, sources, storage)
+    return _read(folder) if folder.exists() else None
+
+
+def _trained_folder(job: Job, sources: Sequence[SourceFiles], storage: Path) -> Path:
+    assert isinstance(job.model.tokenizer, NewTokenizer)
+    inputs = {
+        "vocab_size": job.model.tokenizer.train.vocab_size,
+        "sample_bytes": SAMPLE_BYTES,
+        "holdout": job.corpus.holdout,
+        "sources": [source.identity() for source in sources],
+    }
+    return storage / "tokenizers" / fingerprint(inputs)
+
+
+def _sample(sources: Sequence[SourceFiles], holdout: float) -> Iterator[str]:
+    """The first documents of each source in planned order, those held out for evaluation left out."""
+    n_bytes = 0
+    for i, source in enumerate(sources, start=1):
+        for text in source.texts(source.plan()):
+            encoded = text.encode()
+            if not is_held_out(xxhash.xxh3_128_digest(encoded), holdout):
+                yield text
+                n_bytes += len(encoded)
+            if n_bytes >= SAMPLE_BYTES * i / len(sources):
+                break
+    if n_bytes == 0:
+        raise EmptyCorpus(
+            "there is no text to train a tokenizer on",
+            where="corpus.sources",
+            why="no readable document is left after cleaning and holdout",
+            fix="check path, text_column and clean of the sources",
+        )
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    """Rename a finished folder into place; another process may have been faster, with the same content."""
+    for file in temporary.iterdir():
+        flush_to_disk(file)
+    flush_to_disk(temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.exists():
+            raise
+        shutil.rmtree(temporary)
+    flush_to_disk(folder.parent)

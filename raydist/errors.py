@@ -1,0 +1,104 @@
+"""Every error that raydist raises on purpose.
+
+    RaydistError               exit code 1
+    ├── JobError               2   the job file is wrong (all its problems at once)
+    ├── CorpusError            3   the source files cannot be used as asked
+    │   ├── BadRecords         3   unreadable records or files, and `on_error: fail`
+    │   └── EmptyCorpus        3   nothing left to train on
+    ├── LogError               4   a token log is incomplete, damaged or not the one expected
+    ├── ModelError             5   the model or tokenizer cannot be used as asked
+    ├── RunError               6   the run folder refuses what was asked of it
+    │   ├── RunChanged         6   a job that differs under the name of an existing run
+    │   ├── RunBusy            6   another process is writing this run
+    │   └── CheckpointError    6   a checkpoint that does not fit or does not verify
+    ├── TrainingError          7   training failed; carries the worker's traceback
+    │   └── WorkerLost         7   a worker died; the next attempt goes on from the last checkpoint
+    ├── ClusterError           8   the cluster does not answer or is too small
+    └── Stopped                130 stopped on request, after a checkpoint
+
+An error says what is wrong, where, why it matters and what to do. All can be pickled, since they
+cross process borders.
+"""
+
+from __future__ import annotations
+
+
+class RaydistError(Exception):
+    """Base of all; `str()` gives the four parts on lines of their own.
+
+    what: the fact, with the actual value.  where: file, row or YAML path.
+    why: the reason it is refused.  fix: what to do now.
+    """
+
+    exit_code = 1
+
+    def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
+        super().__init__(what)
+        self.what, self.where, self.why, self.fix = what, where, why, fix
+
+    def __str__(self) -> str:
+        parts = [("where", self.where), ("why", self.why), ("do", self.fix)]
+        return "\n".join([self.what, *(f"  {label}: {text}" for label, text in parts if text)])
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _rebuild, (type(self), self.what, self.where, self.why, self.fix)
+
+
+def _rebuild(kind: type[RaydistError], what: str, where: str, why: str, fix: str) -> RaydistError:
+    return kind(what, where=where, why=why, fix=fix)
+
+
+class JobError(RaydistError):
+    exit_code = 2
+
+
+class CorpusError(RaydistError):
+    exit_code = 3
+
+
+class BadRecords(CorpusError):
+    pass
+
+
+class EmptyCorpus(CorpusError):
+    pass
+
+
+class LogError(RaydistError):
+    exit_code = 4
+
+
+class ModelError(RaydistError):
+    exit_code = 5
+
+
+class RunError(RaydistError):
+    exit_code = 6
+
+
+class RunChanged(RunError):
+    pass
+
+
+class RunBusy(RunError):
+    pass
+
+
+class CheckpointError(RunError):
+    pass
+
+
+class TrainingError(RaydistError):
+    exit_code = 7
+
+
+class WorkerLost(TrainingError):
+    pass
+
+
+class ClusterError(RaydistError):
+    exit_code = 8
+
+
+class Stopped(RaydistError):
+    exit_code = 130

@@ -1,0 +1,140 @@
+"""What a job would cost, from a sample of its files and its model's configuration. Starts nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydist.corpus.build import LogPlan, estimate, plan_log
+from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
+from raydist.job.plan import Plan, make_plan
+from raydist.job.schema import Job
+from raydist.train.model import check_fits, load_config
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+FP32, BF16 = 4, 2
+BYTES_PER_TOKEN_OF_NEW_BPE = 3.0
+"""Assumed for a tokenizer that the job has yet to train; measured on a log once there is one."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Parameters in all and trained; layers; hidden units; entries of the vocabulary."""
+
+    total: int
+    trainable: int
+    layers: int
+    hidden: int
+    vocabulary: int
+
+
+def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
+    """Of the model that the job trains, built without memory for its weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from raydist.train.adapter import add_lora
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        total = sum(p.numel() for p in model.parameters())
+        if job.adapter is not None:
+            model = add_lora(model, job.adapter)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = config.get_text_config()
+    return Sizes(total, trainable, text.num_hidden_layers, text.hidden_size, text.vocab_size)
+
+
+def plan_job(job: Job) -> dict[str, Any]:
+    """Data, steps, parameters, memory per worker by part and disk, all in bytes or counts."""
+    storage = Path(job.storage).expanduser().resolve()
+    tokenizer = planned_tokenizer(job, storage)
+    sources = {name: _source(job, name, tokenizer, storage) for name in job.corpus.sources}
+    tokens = sum(source["tokens"] for source in sources.values()) * (1 - job.corpus.holdout)
+    documents = sum(source["documents"] for source in sources.values())
+    eos = documents if job.packing.add_eos_token else 0
+    blocks = max(1, round((tokens + eos) / job.packing.block_size))
+    weighted = any(source.weight is not None for source in job.corpus.sources.values())
+    plan = make_plan(job, job.scaling.num_workers, None if weighted else blocks)
+    config = load_config(job)
+    check_fits(config, job)
+    if job.model.base is None:
+        config.vocab_size = tokenizer.vocab_size if tokenizer else _new_vocabulary(job)
+    sizes = model_sizes(config, job)
+    return {
+        "name": job.name,
+        "data": {
+            "sources": sources,
+            "blocks": blocks,
+            "tokenizer": "to be trained" if tokenizer is None else "ready",
+        },
+        "steps": _steps(plan),
+        "parameters": {"total": sizes.total, "trainable": sizes.trainable},
+        "memory_per_worker_bytes": worker_memory(job, plan, sizes),
+        "disk_bytes": _disk(job, sizes, int(tokens), sizes.vocabulary),
+    }
+
+
+def _new_vocabulary(job: Job) -> int:
+    assert job.model.tokenizer is not None and not isinstance(job.model.tokenizer, str)
+    return job.model.tokenizer.train.vocab_size
+
+
+def _source(job: Job, name: str, tokenizer: TokenizerSpec | None, storage: Path) -> dict[str, Any]:
+    """Documents and tokens of one source; a log that is complete is counted, not estimated."""
+    plan: LogPlan = plan_log(job.corpus.sources[name], job.corpus, tokenizer, storage / "tokens")
+    guess = estimate(plan)
+    n_tokens = guess.n_tokens if tokenizer else round(guess.n_bytes / BYTES_PER_TOKEN_OF_NEW_BPE)
+    return {
+        "files": plan.n_files,
+        "file_bytes": plan.n_bytes,
+        "slices": plan.n_slices,
+        "documents": guess.n_documents,
+        "tokens": n_tokens,
+        "text_bytes": guess.n_bytes,
+        "log": "complete" if tokenizer and plan.complete else "to be made",
+    }
+
+
+def _steps(plan: Plan) -> dict[str, int]:
+    return {
+        "optimizer_steps": plan.steps,
+        "samples": plan.samples,
+        "tokens_per_step": plan.tokens_per_step,
+        "workers": plan.world_size,
+        "micro_batch_size": plan.micro_batch_size,
+        "accumulation_steps": plan.accumulation_steps,
+    }
+
+
+def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
+    """Bytes by part. Activations: 34 values per token, layer and hidden unit without checkpointing.
+
+    The activation rule is that of Korthikanti et al. 2022, "Reducing Activation Recomputation in
+    Large Transformer Models", section 4, without its attention-score term: the scores are never kept.
+    """
+    compute = BF16 if job.train.mixed_precision == "bf16" else FP32
+    tokens = plan.micro_batch_size * plan.block_size
+    kept = 2 if job.train.gradient_checkpointing else 34 // 2
+    parts = {
+        "weights": sizes.total * FP32,
+        "gradients": sizes.trainable * FP32,
+        "optimizer": 2 * sizes.trainable * FP32,
+        "reduce_buffer": sizes.trainable * FP32 if plan.world_size > 1 else 0,
+        "activations": tokens * sizes.layers * sizes.hidden * kept * compute,
+        "logits": 3 * tokens * sizes.vocabulary * FP32,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _disk(job: Job, sizes: Sizes, tokens: int, vocabulary: int) -> dict[str, int]:
+    kept = job.checkpoint.save_total_limit + 2  # the best one, and the one being written
+    parts = {
+        "token_log": tokens * (2 if vocabulary <= 2**16 else 4),
+        "checkpoints": kept * 3 * sizes.trainable * FP32,
+        "model": sizes.total * FP32,
+    }
+    return {**parts, "total": sum(parts.values())}

@@ -1,0 +1,106 @@
+"""Steps for one rank: its share of each global batch, as micro batches of tensors, read ahead by a thread.
+
+Global batch s is samples [s*G, (s+1)*G) at any world size; rank r of w takes every w-th of them, from r on.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from raydist.feed.blocks import Batch
+
+if TYPE_CHECKING:
+    from raydist.feed.feed import Feed
+
+Ints = NDArray[np.int64]
+Tensors = dict[str, torch.Tensor]
+
+STEPS_AHEAD = 2
+
+
+@dataclass(frozen=True)
+class Step:
+    """Samples [start, stop) of the run. All else is this rank's part of them.
+
+    micro_batches: dicts of int64 tensors, [B, T] and `sample` [B]; on every rank equally many, of the same
+    shapes, filled up with samples -1. Counts are of real samples: their sums over the ranks do not depend
+    on the world size. wait_seconds: how long the consumer waited for this step.
+    """
+
+    start: int
+    stop: int
+    micro_batches: list[Tensors]
+    n_tokens: int
+    n_eos: int
+    n_padding: int
+    n_labels: int
+    wait_seconds: float = 0.0
+
+
+def load(
+    feed: Feed,
+    rank: int,
+    world_size: int,
+    start: int,
+    stop: int | None,
+    *,
+    global_batch_size: int,
+    micro_batch_size: int,
+) -> Iterator[Step]:
+    """See `Feed.loader`. Closing the iterator, or dropping it, ends its thread."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank {rank} is not in [0, {world_size})")
+    bounds = global_batches(start, stop, global_batch_size)
+    return _ahead(_read_step(feed, lo, hi, rank, world_size, micro_batch_size) for lo, hi in bounds)
+
+
+def global_batches(start: int, stop: int | None, size: int) -> Iterator[tuple[int, int]]:
+    """Bounds of the global batches of samples [start, stop): multiples of `size`, but for the two ends."""
+    for batch in itertools.count(start // size):
+        lo, hi = max(start, batch * size), (batch + 1) * size
+        if stop is not None and lo >= stop:
+            return
+        yield lo, hi if stop is None else min(hi, stop)
+
+
+def rank_samples(start: int, stop: int, rank: int, world_size: int) -> Ints:
+    """A rank's samples of [start, stop), made as many as rank 0's with -1."""
+    own = np.arange(start + rank, stop, world_size)
+    return np.concatenate([own, np.full(-(-(stop - start) // world_size) - len(own), -1)])
+
+
+def _read_step(feed: Feed, start: int, stop: int, rank: int, world_size: int, micro_batch_size: int) -> Step:
+    batch, counts = feed.read(rank_samples(start, stop, rank, world_size))
+    return Step(start, stop, list(micro_batches(batch, micro_batch_size)), *counts.sum(axis=0).tolist())
+
+
+def micro_batches(batch: Batch, size: int) -> Iterator[Tensors]:
+    """Rows of a batch, `size` at a time."""
+    for row in range(0, len(batch["sample"]), size):
+        yield {name: torch.from_numpy(array[row : row + size]) for name, array in batch.items()}
+
+
+def _ahead(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps, read by a thread STEPS_AHEAD of the consumer; what is raised there is raised here."""
+    pool = ThreadPoolExecutor(1, thread_name_prefix="raydist-feed")
+    try:
+        pending = deque(pool.submit(next, steps, None) for _ in range(STEPS_AHEAD))
+        while True:
+            began = perf_counter()
+            step = pending.popleft().result()
+            if step is None:
+                return
+            pending.append(pool.submit(next, steps, None))
+            yield replace(step, wait_seconds=perf_counter() - began)
+    finally:
+        pool.shutdown(cancel_futures=True)

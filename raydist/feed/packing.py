@@ -1,0 +1,156 @@
+"""Documents into blocks of block_size inputs: an index over document lengths, a shard at a time.
+
+concat     documents one after another, cut every block_size inputs.
+best_fit   whole blocks of a long document first; what is left of each document goes, longest first,
+           to the fullest block that still holds it, so a document is cut only where it must be.
+
+Either way every input of every kept document is in exactly one block; only padding is added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+REVISION = 1
+"""Raised when the same lengths would be packed otherwise, so that older indexes are not taken for these."""
+
+
+@dataclass(frozen=True)
+class PackIndex:
+    """Blocks of one shard. Block b holds pieces [first[b], first[b+1]), from left to right.
+
+    first: int64[B+1].  counts: int64[B, 4], document tokens, EOS, padding and labels of each block.
+    Of each piece, int64[P]: document: row in the shard; offset: flat position in the shard of its
+    first token; length: inputs, the EOS among them; rest: inputs of the document that follow it.
+    """
+
+    first: Ints
+    counts: Ints
+    document: Ints
+    offset: Ints
+    length: Ints
+    rest: Ints
+
+    @property
+    def n_blocks(self) -> int:
+        return len(self.first) - 1
+
+    def flat(self) -> Ints:
+        """All arrays as one, for storage."""
+        pieces = (self.document, self.offset, self.length, self.rest)
+        return np.concatenate([[self.n_blocks, len(self.document)], self.first, self.counts.ravel(), *pieces])
+
+    @classmethod
+    def from_flat(cls, flat: Ints) -> PackIndex:
+        blocks, pieces = int(flat[0]), int(flat[1])
+        ends = np.cumsum([blocks + 1, 4 * blocks, pieces, pieces, pieces])
+        first, counts, *columns = np.split(flat[2:], ends)
+        return cls(first, counts.reshape(blocks, 4), *columns)
+
+
+def pack(lengths: Ints, keep: NDArray[np.bool_], *, block_size: int, strategy: str, eos: bool) -> PackIndex:
+    """Pack the kept documents of a shard. lengths: tokens of each, without the EOS that `eos` adds."""
+    kept = np.flatnonzero(keep & (lengths + eos > 0))
+    inputs = lengths[kept] + int(eos)
+    cut = _best_fit if strategy == "best_fit" else _concat
+    row, start, length, block = cut(inputs, block_size)
+    document = kept[row]
+    offset = (np.cumsum(lengths) - lengths)[document] + start
+    rest = inputs[row] - start - length
+    first = np.searchsorted(block, np.arange(int(block[-1]) + 2 if len(block) else 1))
+    return PackIndex(first, _counts(first, length, rest, block_size, eos), document, offset, length, rest)
+
+
+def _counts(first: Ints, length: Ints, rest: Ints, block_size: int, eos: bool) -> Ints:
+    if len(first) == 1:
+        return np.zeros((0, 4), np.int64)
+    filled = np.add.reduceat(length, first[:-1])
+    ends = np.add.reduceat((rest == 0).astype(np.int64), first[:-1])
+    added = ends * int(eos)
+    return np.stack([filled - added, added, block_size - filled, filled - ends], axis=1)
+
+
+Pieces = tuple[Ints, Ints, Ints, Ints]
+"""Row among the kept documents, start in the document, length and block of each piece, in order of blocks."""
+
+
+def _concat(inputs: Ints, block_size: int) -> Pieces:
+    begins = np.cumsum(inputs) - inputs
+    total = int(inputs.sum())
+    starts = np.sort(np.concatenate([begins, np.arange(0, total, block_size)]), kind="stable")
+    starts = starts[np.diff(starts, prepend=-1) > 0]
+    row = np.searchsorted(begins, starts, side="right") - 1
+    return row, starts - begins[row], np.diff(starts, append=total), starts // block_size
+
+
+def _best_fit(inputs: Ints, block_size: int) -> Pieces:
+    whole, left = np.divmod(inputs, block_size)
+    n_whole = int(whole.sum())
+    row = np.repeat(np.arange(len(inputs)), whole)
+    start = (np.arange(n_whole) - np.repeat(np.cumsum(whole) - whole, whole)) * block_size
+    longest_first = np.argsort(block_size - left, kind="stable")
+    longest_first = longest_first[: np.count_nonzero(left)]
+    bins = best_fit_decreasing(left[longest_first], block_size)
+    by_bin = np.argsort(bins, kind="stable")
+    tail = longest_first[by_bin]
+    return (
+        np.concatenate([row, tail]),
+        np.concatenate([start, whole[tail] * block_size]),
+        np.concatenate([np.full(n_whole, block_size), left[tail]]),
+        np.concatenate([np.arange(n_whole), n_whole + bins[by_bin]]),
+    )
+
+
+def best_fit_decreasing(sizes: Ints, capacity: int) -> Ints:
+    """Bin of each item; `sizes` descend and lie in [1, capacity].
+
+    Items of one size are placed together: a bin with the least room that fits takes as many of them as
+    it can, since after each it is still the one with the least room. So the work is one step for each
+    size and each class of bins with equal room, O(capacity), whatever the number of items.
+    """
+    bins = np.empty(len(sizes), np.int64)
+    rooms = _Rooms(capacity)
+    edges = [0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)] if len(sizes) else [0]
+    for begin, end in pairwise(edges):
+        size, at = int(sizes[begin]), begin
+        while at < end:
+            room = rooms.least(size)
+            each = min(room // size, end - at)
+            taken = rooms.take(room, (end - at) // each)
+            bins[at : at + each * len(taken)] = np.repeat(taken, each)
+            at += each * len(taken)
+            rooms.put(room - each * size, taken)
+    return bins
+
+
+class _Rooms:
+    """Bins by the room that they have left, with a bit set of the rooms that occur."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity, self.n_bins, self.occurring = capacity, 0, 0
+        self.bins: list[list[Ints]] = [[] for _ in range(capacity + 1)]
+
+    def least(self, size: int) -> int:
+        """The least room that holds `size`; that of a new bin if no open one does."""
+        fitting = self.occurring >> size
+        return size + (fitting & -fitting).bit_length() - 1 if fitting else self.capacity
+
+    def take(self, room: int, at_most: int) -> Ints:
+        if not self.bins[room]:
+            self.n_bins += at_most
+            return np.arange(self.n_bins - at_most, self.n_bins)
+        these = np.concatenate(self.bins[room])
+        self.bins[room] = [these[at_most:]] if len(these) > at_most else []
+        self.occurring ^= 0 if self.bins[room] else 1 << room
+        return these[:at_most]
+
+    def put(self, room: int, bins: Ints) -> None:
+        if room:
+            self.bins[room].append(bins)
+            self.occurring |= 1 << room

@@ -1,0 +1,157 @@
+"""A token log under one packing: the index of each shard, made once and kept beside the logs.
+
+    <storage>/.packs/<log>-<packing>/totals          a row per shard; with it, a feed opens without any index
+                                     <shard>.pack    the shard's PackIndex
+
+The log itself is never touched: it is the same whoever trains on it. Everything here can be deleted;
+it is made again when it is missing or damaged.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import orjson
+import xxhash
+from numpy.typing import NDArray
+
+from raydist.corpus.log import Shard, TokenLog
+from raydist.feed.packing import REVISION, PackIndex, pack
+from raydist.files import replacing
+from raydist.job.schema import Packing
+
+Ints = NDArray[np.int64]
+
+
+def held_out(hashes: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
+    """Documents kept out of training: those whose hash lies in the lowest `share` of all hashes."""
+    return np.ones(len(hashes), bool) if share >= 1 else hashes < np.uint64(math.floor(share * 2.0**64))
+
+
+class Totals(NamedTuple):
+    """Sums of each shard, int64[S]. tokens: document tokens, without EOS."""
+
+    blocks: Ints
+    tokens: Ints
+    eos: Ints
+    padding: Ints
+    labels: Ints
+    held_out_documents: Ints
+    held_out_tokens: Ints
+
+
+@dataclass(frozen=True)
+class FeedSource:
+    """weight: share of the samples; all sources of a feed have one, or none has."""
+
+    name: str
+    log: TokenLog
+    weight: float | None = None
+
+
+class PackedSource:
+    """Opening reads one small file, or, the first time, the length and hash columns of every shard."""
+
+    def __init__(
+        self, source: FeedSource, packing: Packing, holdout: float, folder: Path | None = None
+    ) -> None:
+        self.name, self.log, self.weight = source.name, source.log, source.weight
+        self.packing, self.holdout = packing, holdout
+        self.folder = (
+            folder or packs_folder(self.log)
+        ) / f"{self.log.fingerprint}-{self._packing_fingerprint}"
+        rows = remember(self.folder / "totals", self._make_totals)
+        self.totals = Totals(*rows.reshape(len(self.log.shards), len(Totals._fields)).T)
+
+    @property
+    def n_blocks(self) -> int:
+        return int(self.totals.blocks.sum())
+
+    @property
+    def n_tokens(self) -> int:
+        """Document tokens in blocks, without EOS."""
+        return int(self.totals.tokens.sum())
+
+    @property
+    def n_eos(self) -> int:
+        return int(self.totals.eos.sum())
+
+    @property
+    def held_out_documents(self) -> int:
+        return int(self.totals.held_out_documents.sum())
+
+    @property
+    def held_out_tokens(self) -> int:
+        return int(self.totals.held_out_tokens.sum())
+
+    @property
+    def _packing_fingerprint(self) -> str:
+        """Of all that decides which inputs are in which block."""
+        parts = self.packing.model_dump(include={"block_size", "strategy", "add_eos_token"})
+        identity = orjson.dumps([REVISION, parts, self.holdout], option=orjson.OPT_SORT_KEYS)
+        return xxhash.xxh3_64_hexdigest(identity)
+
+    def index(self, shard: int) -> PackIndex:
+        """Memory-mapped; made again if it is missing or damaged."""
+        of = self.log.shards[shard]
+        return PackIndex.from_flat(remember(self._index_path(of), lambda: self._pack(of).flat()))
+
+    def _index_path(self, shard: Shard) -> Path:
+        return self.folder / f"{Path(shard.name).stem}.pack"
+
+    def _pack(self, shard: Shard) -> PackIndex:
+        keep = ~held_out(shard.hashes(), self.holdout)
+        size, strategy, eos = self.packing.block_size, self.packing.strategy, self.packing.add_eos_token
+        return pack(shard.lengths(), keep, block_size=size, strategy=strategy, eos=eos)
+
+    def _make_totals(self) -> Ints:
+        return np.array([self._totals_of(shard) for shard in range(len(self.log.shards))], np.int64).ravel()
+
+    def _totals_of(self, shard: int) -> list[int]:
+        of, index = self.log.shards[shard], self.index(shard)
+        out = held_out(of.hashes(), self.holdout)
+        held_out_totals = [np.count_nonzero(out), of.lengths()[out].sum()]
+        return [index.n_blocks, *index.counts.sum(axis=0).tolist(), *map(int, held_out_totals)]
+
+
+def packs_folder(log: TokenLog) -> Path:
+    """Beside `tokens/`, which holds logs and nothing else; a run's name cannot begin with a dot."""
+    parent = log.path.parent
+    return (parent.parent if parent.name == "tokens" else parent) / ".packs"
+
+
+def remember(path: Path, make: Callable[[], Ints]) -> Ints:
+    """The flat array that `make` gives; kept in `path` behind its checksum, and memory-mapped from there.
+
+    Storage that refuses writing, such as a log shared read-only, costs only the time to make it again.
+    """
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    made = np.ascontiguousarray(make(), "<i8")
+    try:
+        with replacing(path) as temporary:
+            np.concatenate([_checksum(made), made]).tofile(temporary)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    return made
+
+
+def _read(path: Path) -> Ints | None:
+    """None if there is no such file or its content is not what was written."""
+    try:
+        flat = np.asarray(np.memmap(path, "<i8", mode="r"))
+    except (FileNotFoundError, ValueError):  # ValueError: a file cut short, not whole numbers
+        return None
+    return flat[1:] if np.array_equal(flat[:1], _checksum(flat[1:])) else None
+
+
+def _checksum(flat: Ints) -> Ints:
+    return np.array([xxhash.xxh3_64_intdigest(flat.data)], np.uint64).view(np.int64)

@@ -1,0 +1,126 @@
+"""The run's folder: the names in it, its status, and the lock that keeps it to one writer.
+
+Whatever reads a run reads this folder and nothing else. What counts as done is a file written last.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from raydist import files
+from raydist.errors import RunBusy, RunError
+
+STATES = ("planning", "preparing", "training", "finished", "failed", "stopped")
+
+
+class RunFolder:
+    """Paths and records of one run; making the object touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.job_file = path / "job.yaml"
+        self.status_file = path / "status.json"
+        self.data_file = path / "data.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.ledger_file = path / "ledger.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.ray = path / "ray"
+        self.model = path / "model"
+        self.report = path / "report.html"
+        self.stop_flag = path / "stop"
+
+    def status(self) -> dict[str, Any]:
+        """{} for a run that was never started."""
+        if not self.status_file.exists():
+            return {}
+        status: dict[str, Any] = files.read_json(self.status_file)
+        return status
+
+    def set_status(self, state: str, **more: Any) -> None:
+        assert state in STATES, state
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        files.write_json(self.status_file, {"state": state, "since": since, **more})
+
+    def data(self) -> dict[str, Any]:
+        """What is known of the run's tokens, and the fingerprints of the logs it is pinned to."""
+        if not self.data_file.exists():
+            return {}
+        data: dict[str, Any] = files.read_json(self.data_file)
+        return data
+
+    def committed(self) -> bool:
+        return any(self.checkpoints.glob("step-*/COMMIT.json"))
+
+    def next_attempt(self) -> int:
+        """Attempts count from 1 over the whole life of the run."""
+        taken = [int(p.name.removeprefix("attempt-")) for p in self.ray.glob("attempt-*")]
+        return max(taken, default=0) + 1
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Hold the run for this driver. Raises RunBusy, naming the holder, while another one lives."""
+        with exclusive(self.path / ".lease", wait_seconds=0):
+            yield
+
+    @contextmanager
+    def writer(self, wait_seconds: float = 60) -> Iterator[None]:
+        """Hold the run's records for this attempt's rank 0.
+
+        A driver can die before its workers do: the next attempt waits here until the last writer is
+        gone, so that two attempts never write checkpoints or records side by side.
+        """
+        with exclusive(self.path / ".writer", wait_seconds):
+            yield
+
+
+@contextmanager
+def exclusive(path: Path, wait_seconds: float) -> Iterator[None]:
+    """Lock `path` for this process. The kernel frees it the moment the process is dead."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as lock:
+        _wait_for(lock.fileno(), path, time.monotonic() + wait_seconds)
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        lock.flush()
+        yield
+
+
+def _wait_for(handle: int, path: Path, deadline: float) -> None:
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise _busy(path) from None
+            time.sleep(0.2)
+
+
+def _busy(path: Path) -> RunBusy:
+    return RunBusy(
+        f"another process is writing the run {path.parent.name}",
+        where=f"{path.parent}, held by {path.read_text() or 'a process that just started'}",
+        why="two writers would mix their checkpoints",
+        fix=f"wait for it, or stop it: raydist stop {path.parent}",
+    )
+
+
+def find_run(run: str | Path, storage: str = "runs") -> RunFolder:
+    """The folder of RUN, given as a folder or as a name within `storage`."""
+    for path in (Path(run), Path(storage) / run):
+        if (path / "job.yaml").exists():
+            return RunFolder(path)
+    known = sorted(p.parent.name for p in Path(storage).glob("*/job.yaml"))
+    raise RunError(
+        f"no run {run}",
+        where=f"neither {run} nor {Path(storage) / run} holds a job.yaml",
+        fix=f"runs in {storage}: {', '.join(known) or 'none'}; or name another folder with --storage",
+    )

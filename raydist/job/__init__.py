@@ -1,0 +1,1 @@
+"""The job file: schema, loading with overrides, identity, and the plan it becomes on a cluster."""

@@ -1,0 +1,37 @@
+"""Which parts of a job make it the same run, and what differs between two jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from raydist.job.schema import Job
+
+NOT_IDENTITY = {
+    "corpus.on_error",
+    "train.logging_steps",
+    "train.micro_batch_size",
+}
+IDENTITY = ("seed", "model", "corpus", "packing", "train", "adapter")
+
+
+def identity(job: Job) -> dict[str, Any]:
+    """Flat {dotted key: value} of all that decides the trained weights, up to rounding."""
+    values = job.model_dump(mode="json", include=set(IDENTITY))
+    return {key: value for key, value in flatten(values) if key not in NOT_IDENTITY}
+
+
+def differences(old: Job, new: Job) -> list[str]:
+    """`key: old -> new` for each part of the identity that differs."""
+    before, after = identity(old), identity(new)
+    keys = sorted(before.keys() | after.keys())
+    return [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested mappings as (dotted key, value), in order; an empty mapping is a value."""
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,229 @@
+"""The job: one schema for the YAML file, the command line and Python.
+
+Values that depend on the cluster (world size, accumulation) are not here but in `plan.Plan`.
+Units stand in the first words of each description. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """Immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TrainTokenizer(Section):
+    vocab_size: Annotated[int, Field(ge=300)] = Field(description="entries of the byte-level BPE vocabulary")
+
+
+class NewTokenizer(Section):
+    train: TrainTokenizer
+
+
+class Model(Section):
+    base: str | None = Field(None, description="hub id or folder of the pretrained model to start from")
+    config: dict[str, Any] | None = Field(
+        None, description="transformers configuration of a model made from random weights; has model_type"
+    )
+    tokenizer: str | NewTokenizer | None = Field(
+        None, description="hub id, folder, or {train: {vocab_size: N}}; default: the base's"
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Model:
+        if (self.base is None) == (self.config is None):
+            raise ValueError("give exactly one of base (a pretrained model) and config (random weights)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, such as llama")
+        if self.config is not None and self.tokenizer is None:
+            raise ValueError(
+                "a model from config needs a tokenizer: a hub id, a folder or {train: {vocab_size: N}}"
+            )
+        return self
+
+
+Format = Literal["auto", "parquet", "jsonl", "json", "csv", "text", "arrow"]
+
+
+class Source(Section):
+    path: str | list[str] = Field(description="file, folder, glob or URI, or a list of them")
+    format: Format = Field("auto", description="auto: by each file's name")
+    text_column: str = Field("text", description="column of the text; dots enter nested columns")
+    document: Literal["line", "paragraph", "file"] = Field(
+        "line", description="what a document is in plain text files"
+    )
+    exclude: list[str] = Field(
+        default_factory=list, description="globs of file paths, relative to path, left out"
+    )
+
+
+class TrainSource(Source):
+    weight: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="share of the samples; all sources have one, or none has"
+    )
+
+
+class Corpus(Section):
+    sources: dict[str, TrainSource] = Field(
+        min_length=1, description="what to train on, by names of your own"
+    )
+    holdout: Share = Field(0.005, description="share of documents kept out of training, chosen by hash")
+    clean: list[str | dict[str, Any]] = Field(
+        default_factory=list,
+        description="cleaning steps in order: a name, {name: options} or module:function",
+    )
+    on_error: Literal["fail", "quarantine"] = Field("fail", description="what unreadable records do")
+    slice_bytes: Annotated[int, Field(ge=1024)] = Field(
+        64 * 2**20, description="bytes of source files that one task turns into a shard"
+    )
+
+    @model_validator(mode="after")
+    def _weights(self) -> Corpus:
+        weights = [source.weight for source in self.sources.values()]
+        given = [weight for weight in weights if weight is not None]
+        if given and len(given) != len(weights):
+            raise ValueError("give every source a weight, or none")
+        if given and abs(sum(given) - 1) > 1e-6:
+            raise ValueError(f"the weights add up to {sum(given):g}, not 1")
+        return self
+
+
+class Packing(Section):
+    block_size: Annotated[int, Field(ge=8)] = Field(1024, description="tokens per sequence")
+    strategy: Literal["best_fit", "concat"] = Field(
+        "best_fit", description="best_fit cuts few documents; concat joins all and cuts; both lose no token"
+    )
+    document_mask: bool = Field(True, description="attention does not cross documents")
+    add_eos_token: bool = Field(True, description="end every document with the end-of-sequence token")
+    window_shards: PositiveInt = Field(16, description="shards whose blocks are shuffled together")
+
+
+class Train(Section):
+    max_steps: PositiveInt | None = Field(None, description="optimizer steps")
+    max_tokens: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="tokens, rounded up to whole steps"
+    )
+    epochs: PositiveInt | None = Field(
+        None, description="passes over all documents; for sources without weights"
+    )
+    global_batch_size: PositiveInt | None = Field(
+        None,
+        description="sequences per optimizer step at any world size; 32 if no global_batch_tokens are given",
+    )
+    global_batch_tokens: PositiveInt | None = Field(
+        None, description="instead of global_batch_size: tokens per step, a multiple of the block size"
+    )
+    micro_batch_size: PositiveInt | Literal["auto"] = Field("auto", description="sequences per forward pass")
+    lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="highest learning rate")
+    scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
+        "cosine", description="after the warm-up; wsd is warm-up, stable, decay"
+    )
+    warmup_ratio: Share = Field(0.05, description="share of the steps")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="last lr over lr")
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="share of the steps; wsd only")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's, on matrices only")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="gradients are clipped to this norm"
+    )
+    mixed_precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="what is computed in; weights step in fp32"
+    )
+    gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer")
+    logging_steps: PositiveInt = Field(10, description="steps between records in metrics.jsonl")
+
+    @model_validator(mode="after")
+    def _one_batch(self) -> Train:
+        if self.global_batch_size is not None and self.global_batch_tokens is not None:
+            raise ValueError("give one of global_batch_size and global_batch_tokens, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Train:
+        if sum(value is not None for value in (self.max_steps, self.max_tokens, self.epochs)) != 1:
+            raise ValueError("give exactly one of max_steps, max_tokens and epochs")
+        return self
+
+
+class Lora(Section):
+    method: Literal["lora"] = Field("lora", description="the only one so far")
+    r: PositiveInt = Field(16, description="rank of the update")
+    alpha: Annotated[float, Field(gt=0)] = Field(32, description="the update is scaled by alpha / r")
+    dropout: Share = Field(0.05, description="share of the adapter's inputs dropped")
+    target_modules: str | list[str] = Field("all-linear", description="names of modules to adapt")
+
+
+class Scaling(Section):
+    num_workers: PositiveInt = Field(1, description="training processes; on GPUs one per GPU")
+    cpus_per_worker: PositiveInt = Field(1, description="CPUs reserved per worker, and its threads")
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: where the cluster has enough GPUs")
+    max_failures: Annotated[int, Field(ge=0)] = Field(
+        3, description="lost workers survived by one submission"
+    )
+
+
+class Checkpoint(Section):
+    save_steps: PositiveInt = Field(100, description="steps between checkpoints")
+    save_total_limit: PositiveInt = Field(3, description="newest checkpoints kept, beside the best")
+    load_best_model_at_end: bool = Field(False, description="model/ is the evaluation's best, not the last")
+
+
+class Eval(Section):
+    eval_steps: PositiveInt = Field(
+        100, description="steps between evaluations; one more at the start and the end"
+    )
+    max_tokens: Annotated[float, Field(gt=0)] = Field(100_000, description="tokens per source")
+    sources: dict[str, Source] = Field(default_factory=dict, description="further text, for evaluation only")
+
+
+class Tracking(Section):
+    mlflow: bool | str = Field(True, description="true: SQLite in the storage folder; or a tracking URI")
+
+
+class Cluster(Section):
+    address: str | None = Field(None, description="Ray's dashboard address, http://host:8265")
+
+
+class Job(Section):
+    """A whole job. `Job(...)` in Python and a YAML file are the same thing."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
+        description="the run; its folder is <storage>/<name>"
+    )
+    storage: str = Field("runs", description="folder of runs and token logs; shared by all nodes")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        0, description="of random weights, data order and dropout"
+    )
+    model: Model
+    corpus: Corpus
+    packing: Packing = Packing()
+    train: Train
+    adapter: Lora | None = Field(None, description="null trains all weights; or a LoRA adapter")
+    scaling: Scaling = Scaling()
+    checkpoint: Checkpoint = Checkpoint()
+    eval: Eval = Eval()
+    tracking: Tracking = Tracking()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Job:
+        tokens = self.train.global_batch_tokens
+        if tokens is not None and tokens % self.packing.block_size:
+            raise ValueError(
+                f"train.global_batch_tokens {tokens} is not a multiple"
+                f" of packing.block_size {self.packing.block_size}"
+            )
+        weighted = any(source.weight is not None for source in self.corpus.sources.values())
+        if weighted and self.train.epochs is not None:
+            raise ValueError(
+                "sources with weights need train.max_steps or train.max_tokens, not train.epochs"
+            )
+        if self.name in ("tokens", "tokenizers"):
+            raise ValueError(f"{self.name} is the folder that runs share, not a name for a run")
+        return self

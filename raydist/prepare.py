@@ -1,0 +1,230 @@
+"""The data side of a run: its tokenizer and its token logs, made where they are missing.
+
+A run is pinned to the logs it began with: when the source files change later that is said, and the
+run keeps its tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydist.corpus.build import LogPlan, build_log, plan_log
+from raydist.corpus.log import TokenLog, open_log
+from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer, resolve_tokenizer
+from raydist.errors import CorpusError, EmptyCorpus, LogError
+from raydist.job.schema import Job, Source
+from raydist.track.progress import Progress
+
+if TYPE_CHECKING:
+    from raydist.feed.feed import Feed
+    from raydist.folder import RunFolder
+    from raydist.job.plan import Plan
+    from raydist.train.spec import TrainSpec
+
+SAMPLE_PROMPT_TOKENS = 24
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training needs of the data: `logs` to train on, `eval_logs` only to evaluate on."""
+
+    job: Job
+    tokenizer: TokenizerSpec
+    logs: dict[str, TokenLog]
+    eval_logs: dict[str, TokenLog]
+
+    def pins(self) -> dict[str, Any]:
+        """What a resumed run opens again instead of planning anew."""
+        return {
+            "tokenizer": self.tokenizer.to_json(),
+            "logs": {name: log.fingerprint for name, log in self.logs.items()},
+            "eval_logs": {name: log.fingerprint for name, log in self.eval_logs.items()},
+        }
+
+    def feed(self) -> Feed:
+        """The packed blocks. Raises EmptyCorpus when holdout and cleaning leave no document."""
+        from raydist.feed import open_sources
+
+        feed = open_sources(self.job, self.logs)
+        if any(source.n_blocks == 0 for source in feed.sources):
+            empty = ", ".join(source.name for source in feed.sources if source.n_blocks == 0)
+            raise EmptyCorpus(
+                f"no document is left to train on in {empty}",
+                why=f"a holdout of {self.job.corpus.holdout:g} and the cleaning left none",
+                fix="lower corpus.holdout, loosen corpus.clean, or add text",
+            )
+        return feed
+
+    def describe(self, feed: Feed) -> dict[str, Any]:
+        """The data's numbers, as the report and `prepare` show them."""
+        packing = self.job.packing
+        blocks = sum(source.n_blocks for source in feed.sources)
+        tokens = sum(source.n_tokens + source.n_eos for source in feed.sources)
+        return {
+            "sources": {
+                source.name: {
+                    **describe_log(self.logs[source.name]),
+                    "held_out_documents": source.held_out_documents,
+                    "held_out_tokens": source.held_out_tokens,
+                    "weight": source.weight,
+                }
+                for source in feed.sources
+            },
+            "packing": {
+                "block_size": packing.block_size,
+                "strategy": packing.strategy,
+                "n_blocks": blocks,
+                "padding_share": 1 - tokens / (blocks * packing.block_size),
+            },
+        }
+
+    def check_model(self) -> None:
+        """Refuse what the model cannot take before anything is spent: positions, vocabulary."""
+        from raydist.train.model import check_fits, load_config
+
+        check_fits(load_config(self.job), self.job)
+
+    def train_spec(self, folder: RunFolder, plan: Plan, attempt: int) -> TrainSpec:
+        from raydist.train.spec import TrainSpec
+
+        return TrainSpec(
+            job=self.job,
+            run=folder.path.resolve(),
+            logs={name: log.path for name, log in self.logs.items()},
+            eval_logs={name: log.path for name, log in self.eval_logs.items()},
+            tokenizer=Path(self.tokenizer.folder),
+            plan=plan,
+            attempt=attempt,
+        )
+
+    def sample(self, folder: RunFolder) -> dict[str, str] | None:
+        """The trained model's greedy continuation of the start of a held-out document."""
+        from raydist.feed.holdout import first_held_out
+        from raydist.train.model import continue_text
+
+        document = first_held_out(self.logs.values(), self.job.corpus.holdout)
+        if document is None:
+            return None
+        prompt, continuation = continue_text(
+            folder.model, document[:SAMPLE_PROMPT_TOKENS].tolist(), SAMPLE_TOKENS
+        )
+        return {"prompt": prompt, "continuation": continuation}
+
+
+def prepare_logs(
+    job: Job,
+    progress: Progress,
+    *,
+    pinned: dict[str, Any] | None = None,
+    stop: Callable[[], None] = lambda: None,
+) -> Prepared:
+    """The tokenizer and every log of `job`, made where missing. Needs a Ray to run on.
+
+    pinned: what `Prepared.pins` gave when the run began. stop: called between logs; raises to stop.
+    """
+    storage = Path(job.storage).expanduser().resolve()
+    if pinned:
+        return _pinned(job, storage, progress, pinned)
+    progress.phase("planning")
+    tokenizer = resolve_tokenizer(job, storage)
+    logs, eval_logs = {}, {}
+    for name, source in job.corpus.sources.items():
+        stop()
+        logs[name] = _prepare(name, source, job, tokenizer, storage, progress)
+    for name, extra in job.eval.sources.items():
+        stop()
+        eval_logs[name] = _prepare(name, extra, job, tokenizer, storage, progress)
+    return Prepared(job, tokenizer, logs, eval_logs)
+
+
+def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
+    """The logs of `job` as they lie in its storage; makes nothing and needs no Ray.
+
+    Raises LogError where one is not complete. pinned: a run's pins, which win over the source files.
+    """
+    storage = Path(job.storage).expanduser().resolve()
+    if pinned:
+        return Prepared(job, *_open_pinned(storage, pinned))
+    tokenizer = planned_tokenizer(job, storage)
+    if tokenizer is None:
+        raise LogError(
+            "the job's tokenizer is not trained yet", fix="raydist prepare makes it and the token logs"
+        )
+
+    def find(source: Source) -> TokenLog:
+        return open_log(plan_log(source, job.corpus, tokenizer, storage / "tokens").path)
+
+    logs = {name: find(source) for name, source in job.corpus.sources.items()}
+    return Prepared(job, tokenizer, logs, {name: find(source) for name, source in job.eval.sources.items()})
+
+
+def describe_log(log: TokenLog) -> dict[str, Any]:
+    return {
+        "log": log.fingerprint,
+        "path": str(log.path),
+        "n_documents": log.n_documents,
+        "n_tokens": log.n_tokens,
+        "n_bytes": log.n_bytes,
+        "n_shards": len(log.shards),
+        "n_quarantined": log.n_quarantined,
+        "n_empty": log.n_empty,
+    }
+
+
+def _prepare(
+    name: str, source: Source, job: Job, tokenizer: TokenizerSpec, storage: Path, progress: Progress
+) -> TokenLog:
+    plan = plan_log(source, job.corpus, tokenizer, storage / "tokens")
+    progress.phase(f"preparing {name}", f"{plan.n_files:,} files, {plan.n_slices:,} slices")
+    log = build_log(
+        plan,
+        on_error=job.corpus.on_error,
+        on_progress=lambda now: progress.prepare(now.n_done, now.n_slices, now.n_documents, now.n_tokens),
+    )
+    if log.n_quarantined:
+        progress.message(
+            f"{name}: {log.n_quarantined} unreadable records or files left out;"
+            f" see {log.path / 'quarantine.jsonl'}"
+        )
+    return log
+
+
+def _pinned(job: Job, storage: Path, progress: Progress, pins: dict[str, Any]) -> Prepared:
+    tokenizer, logs, eval_logs = _open_pinned(storage, pins)
+    for name, source in [*job.corpus.sources.items(), *job.eval.sources.items()]:
+        log = logs[name] if name in logs else eval_logs[name]
+        if (reason := _moved_on(source, job, tokenizer, storage, log)) is not None:
+            progress.message(f"{name}: {reason}; the run goes on with the tokens it began with")
+    return Prepared(job, tokenizer, logs, eval_logs)
+
+
+def _open_pinned(
+    storage: Path, pins: dict[str, Any]
+) -> tuple[TokenizerSpec, dict[str, TokenLog], dict[str, TokenLog]]:
+    tokenizer = TokenizerSpec.from_json(pins["tokenizer"])
+    logs = {name: _open(storage, pin) for name, pin in pins["logs"].items()}
+    return tokenizer, logs, {name: _open(storage, pin) for name, pin in pins["eval_logs"].items()}
+
+
+def _open(storage: Path, fingerprint: str) -> TokenLog:
+    try:
+        return open_log(storage / "tokens" / fingerprint)
+    except LogError as error:
+        raise LogError(
+            f"the token log {fingerprint} that this run is pinned to cannot be opened",
+            where=error.where,
+            why=error.what,
+            fix="restore it (raydist prepare makes the same bytes of the same files), or take a new name",
+        ) from error
+
+
+def _moved_on(source: Source, job: Job, tokenizer: TokenizerSpec, storage: Path, log: TokenLog) -> str | None:
+    try:
+        plan: LogPlan = plan_log(source, job.corpus, tokenizer, storage / "tokens")
+    except CorpusError as error:
+        return f"its source files cannot be read any more ({error.what})"
+    return None if plan.fingerprint == log.fingerprint else "its source files changed since the run began"

@@ -1,0 +1,291 @@
+"""A job from raw files to a trained model: plan, prepare, train, and tell what became of every token.
+
+The composition root. It holds the run's lease, pins the token logs, starts attempts until one ends
+by itself, and is the only writer of status.json, data.json, the report and MLflow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from raydist import files
+from raydist.cluster.connect import ray_session
+from raydist.errors import RunChanged, Stopped, TrainingError, WorkerLost
+from raydist.folder import RunFolder
+from raydist.job.identity import differences
+from raydist.job.load import job_yaml, load_job
+from raydist.job.plan import Plan, make_plan
+from raydist.job.schema import Job
+from raydist.prepare import Prepared, prepare_logs
+from raydist.track.progress import Progress
+from raydist.track.records import Tail, effective
+
+if TYPE_CHECKING:
+    from raydist.feed.feed import Feed
+    from raydist.train.spec import TrainSpec
+
+T = TypeVar("T")
+POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind. `metrics`: the last evaluation of each source by name."""
+
+    folder: Path
+    state: str
+    metrics: dict[str, dict[str, Any]]
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / "model"
+
+    def load_model(self) -> Any:
+        """The trained model, from transformers or, with an adapter, from peft."""
+        from raydist.train.model import load_trained
+
+        return load_trained(self.model_path)
+
+
+def run_job(job: Job, *, address: str | None = None, progress: Progress | None = None) -> RunResult:
+    """Run `job` to its end, or resume the run of that name.
+
+    Raises a RaydistError; the run's status.json then says failed, or stopped after a checkpoint.
+    """
+    folder = RunFolder(Path(job.storage).expanduser() / job.name)
+    progress = progress or Progress(name=job.name)
+    with progress, folder.lease():
+        if _already_finished(job, folder):
+            progress.message(f"run {job.name} is finished already; nothing to do")
+            return _result(folder)
+        with _status_of(folder), _stop_signals(folder, progress):
+            _claim(job, folder)
+            with (
+                ray_session(job.scaling.num_workers, job.scaling.cpus_per_worker, address),
+                _stop_signals(folder, progress),  # again: joining a cluster puts Ray's own handlers in place
+            ):
+                _prepare_and_train(job, folder, progress)
+        return _result(folder)
+
+
+def _prepare_and_train(job: Job, folder: RunFolder, progress: Progress) -> None:
+    prepared = _prepare(job, folder, progress)
+    feed = prepared.feed()
+    plan = make_plan(job, job.scaling.num_workers, feed.samples_per_epoch)
+    _write_data(job, folder, prepared, feed)
+    _stop_if_asked(folder)
+    with _reported(job, folder, progress):
+        stopped = _attempts(job, folder, prepared, plan, progress)
+        _conclude(folder, prepared, feed)
+        if stopped:
+            raise _stopped(folder)
+
+
+# --- the run folder ------------------------------------------------------------------------------
+
+
+def _already_finished(job: Job, folder: RunFolder) -> bool:
+    _refuse_changed(job, folder)
+    return folder.status().get("state") == "finished" and not differences(load_job(folder.job_file), job)
+
+
+def _refuse_changed(job: Job, folder: RunFolder) -> None:
+    if not folder.job_file.exists():
+        return
+    changed = differences(load_job(folder.job_file), job)
+    if changed and folder.committed():
+        raise RunChanged(
+            f"the job differs from the run {job.name} that it would resume:\n  " + "\n  ".join(changed),
+            where=str(folder.path),
+            why="its checkpoints were trained under the old job",
+            fix="give the job a new name, undo the change, or remove the run's folder",
+        )
+
+
+def _claim(job: Job, folder: RunFolder) -> None:
+    """Make the folder this job's. What a different job left without a checkpoint is removed."""
+    if folder.job_file.exists() and differences(load_job(folder.job_file), job):
+        for path in folder.path.iterdir():
+            if path.name != ".lease":
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    folder.stop_flag.unlink(missing_ok=True)
+    files.write_text(folder.job_file, job_yaml(job))
+    folder.set_status("planning")
+
+
+@contextlib.contextmanager
+def _status_of(folder: RunFolder) -> Iterator[None]:
+    """status.json says how the run ended, however it ends."""
+    try:
+        yield
+    except Stopped:
+        folder.set_status("stopped")
+        raise
+    except BaseException as error:
+        folder.set_status("failed", error=str(error) or type(error).__name__, kind=type(error).__name__)
+        raise
+    folder.set_status("finished")
+
+
+@contextlib.contextmanager
+def _stop_signals(folder: RunFolder, progress: Progress) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask for a checkpoint and a clean end; a second one ends at once."""
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        if folder.stop_flag.exists():
+            raise KeyboardInterrupt
+        folder.stop_flag.touch()
+        if folder.status()["state"] != "training":
+            raise _stopped(folder)
+        progress.message("stopping after a checkpoint; once more to stop at once")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread receives signals; `raydist stop` still works
+        return
+    with _handling(signal.SIGTERM, ask), _handling(signal.SIGINT, ask):
+        yield
+
+
+@contextlib.contextmanager
+def _handling(number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _stop_if_asked(folder: RunFolder) -> None:
+    if folder.stop_flag.exists():
+        raise _stopped(folder)
+
+
+def _stopped(folder: RunFolder) -> Stopped:
+    return Stopped(
+        f"run {folder.path.name} was stopped", where=str(folder.path), fix="submit the job again to go on"
+    )
+
+
+# --- data ----------------------------------------------------------------------------------------
+
+
+def _prepare(job: Job, folder: RunFolder, progress: Progress) -> Prepared:
+    folder.set_status("preparing")
+    pinned = folder.data().get("pins")
+    prepared = prepare_logs(job, progress, pinned=pinned, stop=lambda: _stop_if_asked(folder))
+    prepared.check_model()
+    return prepared
+
+
+def _write_data(job: Job, folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
+    files.write_json(folder.data_file, {**folder.data(), "pins": prepared.pins(), **prepared.describe(feed)})
+
+
+# --- attempts ------------------------------------------------------------------------------------
+
+
+def _attempts(job: Job, folder: RunFolder, prepared: Prepared, plan: Plan, progress: Progress) -> bool:
+    """Train until an attempt ends by itself; True when it was stopped on request.
+
+    A lost worker starts the next attempt from the newest checkpoint; an exception in the training
+    function would only repeat, so it ends the run.
+    """
+    folder.set_status("training")
+    progress.total_steps = plan.steps
+    progress.phase("training")
+    for lost in range(job.scaling.max_failures + 1):
+        spec = prepared.train_spec(folder, plan, folder.next_attempt())
+        try:
+            return _watch(spec, folder, progress)
+        except WorkerLost as error:
+            if lost == job.scaling.max_failures:
+                raise TrainingError(
+                    f"training lost a worker {lost + 1} times",
+                    where=str(folder.path),
+                    why=error.what,
+                    fix="see ray/ in the run's folder; submit again to go on from the last checkpoint",
+                ) from error
+            progress.message(f"a worker was lost; going on from the last checkpoint ({error.what})")
+    raise AssertionError("unreachable: the last loop returns or raises")
+
+
+def _watch(spec: TrainSpec, folder: RunFolder, progress: Progress) -> bool:
+    """Run one attempt in a thread, so that this one can show its records and receive signals."""
+    from raydist.train.ray_trainer import run_attempt
+
+    tail = Tail(folder.metrics_file, offset=_size(folder.metrics_file))
+    attempt = _in_thread(lambda: run_attempt(spec))
+    done = False
+    while not done:
+        done = attempt.done()  # before the poll, so that the last records are not missed
+        for record in tail.poll():
+            progress.record(record)
+        time.sleep(0 if done else POLL_SECONDS)
+    return attempt.result().stopped
+
+
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """A daemon thread: a second Ctrl-C must not wait for it."""
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it is raised where the result is asked for
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="attempt", daemon=True).start()
+    return outcome
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
+    """What became of every token up to the newest checkpoint, and a sample of the model's text."""
+    from raydist.feed.audit import audit
+    from raydist.train.checkpoint import newest_valid
+
+    commit = newest_valid(folder.path)
+    counted = audit(feed, commit.samples if commit else 0)
+    sample = prepared.sample(folder) if folder.model.exists() else None
+    files.write_json(folder.data_file, {**folder.data(), "audit": counted.to_json(), "sample": sample})
+
+
+@contextlib.contextmanager
+def _reported(job: Job, folder: RunFolder, progress: Progress) -> Iterator[None]:
+    """MLflow follows the run; both it and the report say how it ended, however it ends."""
+    from raydist.track.mlflow import MlflowTracker
+    from raydist.track.report import write_report
+
+    tracker = MlflowTracker(job, folder.path, on_warning=progress.message) if job.tracking.mlflow else None
+    state, told = "failed", ""
+    try:
+        yield
+        state = "finished"
+    except BaseException as error:
+        state, told = ("stopped", "") if isinstance(error, Stopped) else ("failed", str(error))
+        raise
+    finally:
+        write_report(folder.path, state=state, error=told)
+        if tracker is not None:
+            tracker.finish(state)
+
+
+def _result(folder: RunFolder) -> RunResult:
+    last = {r["source"]: r for r in effective(folder.path) if r["kind"] == "eval"}
+    return RunResult(folder.path, folder.status()["state"], last)

@@ -1,0 +1,83 @@
+"""Reading metrics.jsonl: while it grows (`Tail`), and as one history of several attempts (`effective`)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+Record = dict[str, Any]
+
+HISTORY = frozenset({"start", "resume", "incident"})
+"""Kinds that happened, whatever was trained again afterwards."""
+
+_SECRETS = (
+    (re.compile(r"(?<=://)[^/\s@'\"]+@"), "***@"),
+    (re.compile(r"((?:password|secret|token|api_?key|access_?key|signature)=)[^&\s'\"]+", re.I), r"\1***"),
+)
+
+
+class Tail:
+    """The records appended to a file since the last look; `offset` (bytes) is where the next look starts."""
+
+    def __init__(self, path: Path, offset: int = 0) -> None:
+        self.path, self.offset = path, offset
+
+    def poll(self) -> list[Record]:
+        """New whole records in order; [] while there is no file. A last line without its newline waits."""
+        if not self.path.exists():
+            return []
+        with self.path.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            self.offset = self.offset if self.offset <= size else 0  # the file was begun anew
+            stream.seek(self.offset)
+            whole, newline, _ = stream.read().rpartition(b"\n")
+        self.offset += len(whole) + len(newline)
+        return [record for line in whole.split(b"\n") if (record := _parse(line)) is not None]
+
+
+def read_metrics(run: Path) -> list[Record]:
+    """Every record of the run, of lost attempts too, in the order written."""
+    return Tail(run / "metrics.jsonl").poll()
+
+
+def effective(run: Path) -> list[Record]:
+    """The run's one history in the order of attempts; what later ones did again replaces the first try."""
+    return supersede(read_metrics(run))
+
+
+def supersede(records: Iterable[Record]) -> list[Record]:
+    """Keep for each (kind, step, source) the newest record.
+
+    An attempt that begins at step s takes back the steps after s of the attempts before it. Starts,
+    resumes and incidents are history: they all stay.
+    """
+    kept: dict[tuple[Any, ...], Record] = {}
+    for place, record in enumerate(sorted(records, key=lambda record: record.get("attempt", 0))):
+        kind, step = record["kind"], record.get("step", 0)
+        if kind in ("start", "resume"):
+            kept = {k: old for k, old in kept.items() if old["kind"] in HISTORY or old.get("step", 0) <= step}
+        key = (kind, place) if kind in HISTORY else (kind, step, record.get("source"))
+        kept.pop(key, None)  # so that the newer record takes the newer place
+        kept[key] = record
+    return list(kept.values())
+
+
+def redact(text: str) -> str:
+    """Blank out credentials in URIs and query strings: scheme://user:password@host, ?password=..."""
+    for pattern, replacement in _SECRETS:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+def _parse(line: bytes) -> Record | None:
+    """None for a line that a killed writer left torn and a later one closed: it was never a record."""
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return None
+    return record if isinstance(record, dict) and "kind" in record else None

@@ -1,0 +1,43 @@
+"""LoRA by peft: the base is frozen in its own dtype, the adapter is trained in fp32."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from raydist.errors import ModelError
+from raydist.job.schema import Lora
+
+
+def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
+    """Raises ModelError for target modules that the model does not have, naming those it has."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=_target_modules(model, lora),
+    )
+    return get_peft_model(model, config)
+
+
+def _target_modules(model: nn.Module, lora: Lora) -> str | list[str]:
+    if lora.target_modules == "all-linear":
+        return "all-linear"
+    asked = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
+    paths = [name for name, module in model.named_modules() if _is_linear(module)]
+    missing = [name for name in asked if not any(p == name or p.endswith(f".{name}") for p in paths)]
+    if missing:
+        known = sorted({path.rpartition(".")[2] for path in paths})
+        raise ModelError(
+            f"the model has no linear module named {', '.join(missing)}",
+            where="adapter.target_modules",
+            fix=f"choose from {', '.join(known)}; or all-linear",
+        )
+    return asked
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Conv1D is what GPT-2 calls its linear layers."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -1,0 +1,36 @@
+"""The training samples and evaluation sets of a spec."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from raydist.train.evaluate import EvalData
+from raydist.train.spec import TrainSpec
+
+if TYPE_CHECKING:
+    from raydist.feed import Feed
+
+
+@dataclass(frozen=True)
+class Data:
+    """What is trained on and what is evaluated on; an evaluation set may be empty."""
+
+    feed: Feed
+    eval_sets: Sequence[EvalData]
+
+
+def open_data(spec: TrainSpec) -> Data:
+    """Open the spec's token logs. Raises LogError for one that is not whole."""
+    from raydist.corpus.log import open_log
+    from raydist.feed import EvalSet, Feed, FeedSource
+
+    job, limit = spec.job, spec.job.eval.max_tokens
+    logs = {name: open_log(path) for name, path in spec.logs.items()}
+    eval_logs = {name: open_log(path) for name, path in spec.eval_logs.items()}
+    sources = [FeedSource(name, log, job.corpus.sources[name].weight) for name, log in logs.items()]
+    share = job.corpus.holdout
+    held_out = [EvalSet(n, log, job.packing, holdout=share, max_tokens=limit) for n, log in logs.items()]
+    extra = [EvalSet(n, log, job.packing, holdout=None, max_tokens=limit) for n, log in eval_logs.items()]
+    return Data(Feed(sources, job.packing, job.seed, share), [*held_out, *extra])

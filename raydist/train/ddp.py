@@ -1,0 +1,141 @@
+"""Every rank holds the whole model; gradients are summed once per step.
+
+On CPU all gradients live in one flat fp32 buffer that is reduced after the last micro batch: one
+message, and the same sums at every world size after a resume (torch's buckets were not, at 3 ranks).
+On a GPU torch's DistributedDataParallel overlaps its buckets with the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raydist.errors import CheckpointError
+from raydist.job.schema import Job
+from raydist.train.loss import autocast, logits_of, summed_cross_entropy
+from raydist.train.optimizer import clip_, gradient_norm, make_optimizer, refuse_non_finite, set_learning_rate
+from raydist.train.world import World
+
+WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Ddp:
+    """What both devices share. `module` is the bare model, whose names the checkpoint uses."""
+
+    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
+        self.module, self.job, self.world = model, job, world
+        self.model: nn.Module = model
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(model, job.train.weight_decay)
+
+    def _loss(self, batch: dict[str, Tensor], n_labels: int) -> Tensor:
+        with autocast(self.world.device, self.job.train.mixed_precision):
+            logits = logits_of(self.model, batch)
+        return summed_cross_entropy(logits, batch["labels"]) / n_labels
+
+    def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor]) -> float:
+        norm = refuse_non_finite(gradient_norm(gradients).item())
+        clip_(gradients, norm, max_grad_norm)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        return norm
+
+    def save(self, folder: Path) -> None:
+        """All ranks hold the same, so rank 0 writes. No pickle: names and tensors."""
+        if not self.world.is_main:
+            return
+        save_file({name: p.detach().cpu() for name, p in self.trainable.items()}, folder / WEIGHTS)
+        moments = {
+            f"{moment}.{name}": self.optimizer.state[p][moment].cpu()
+            for name, p in self.trainable.items()
+            for moment in (*MOMENTS, "step")
+        }
+        save_file(moments, folder / OPTIMIZER)
+
+    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+        stored = _load(folder / WEIGHTS, {name: p.shape for name, p in self.trainable.items()})
+        with torch.no_grad():
+            for name, parameter in self.trainable.items():
+                parameter.copy_(stored[name])
+        if not weights_only:
+            self._load_moments(folder / OPTIMIZER)
+
+    def _load_moments(self, path: Path) -> None:
+        shapes = {f"{moment}.{name}": p.shape for name, p in self.trainable.items() for moment in MOMENTS}
+        stored = _load(path, {**shapes, **{f"step.{name}": torch.Size() for name in self.trainable}})
+        for name, parameter in self.trainable.items():
+            state = {moment: stored[f"{moment}.{name}"].to(parameter.device) for moment in (*MOMENTS, "step")}
+            self.optimizer.state[parameter] = state
+
+    def export(self) -> nn.Module | None:
+        return self.module if self.world.is_main else None
+
+
+class DdpOnCpu(_Ddp):
+    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
+        super().__init__(model, job, world)
+        self._flat = torch.zeros(sum(p.numel() for p in self.trainable.values()))
+        for parameter, view in zip(self.trainable.values(), self._views(), strict=True):
+            parameter.grad = view
+
+    def _views(self) -> list[Tensor]:
+        parts = self._flat.split([p.numel() for p in self.trainable.values()])
+        return [part.view_as(p) for part, p in zip(parts, self.trainable.values(), strict=True)]
+
+    def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
+        loss = self._loss(batch, n_labels)
+        loss.backward()
+        if last:
+            self.world.sum_(self._flat)
+        return loss.detach()
+
+    def update(self, lr: float, max_grad_norm: float | None) -> float:
+        norm = self._step(lr, max_grad_norm, [self._flat])
+        self._flat.zero_()
+        return norm
+
+
+class DdpOnGpu(_Ddp):
+    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
+        super().__init__(model, job, world)
+        if world.world_size > 1:
+            self.model = DistributedDataParallel(
+                model, device_ids=[world.device], gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
+        """Buckets are averaged over the ranks, so the loss is multiplied by their number."""
+        ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
+        with ddp.no_sync() if ddp is not None and not last else contextlib.nullcontext():
+            loss = self._loss(batch, n_labels)
+            (loss * self.world.world_size).backward()
+        return loss.detach()
+
+    def update(self, lr: float, max_grad_norm: float | None) -> float:
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        norm = self._step(lr, max_grad_norm, gradients)
+        self.optimizer.zero_grad(set_to_none=False)
+        return norm
+
+
+def _load(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """The tensors of `path`; exactly those named, in those shapes."""
+    stored = load_file(path)
+    found = {name: tensor.shape for name, tensor in stored.items()}
+    if found != shapes:
+        differing = sorted(
+            name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)
+        )
+        raise CheckpointError(
+            f"{len(differing)} tensors of the checkpoint do not fit the model, the first is {differing[0]}",
+            where=str(path),
+            why=f"stored {found.get(differing[0])}, the model has {shapes.get(differing[0])}",
+            fix="the model or its libraries changed since; give the job a new name",
+        )
+    return stored

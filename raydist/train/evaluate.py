@@ -1,0 +1,78 @@
+"""Loss, perplexity and bits per byte of each source's held-out documents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from raydist.train.loss import IGNORED, autocast, logits_of, summed_cross_entropy
+from raydist.train.world import World
+
+
+class EvalData(Protocol):
+    """Held-out documents of one source, packed; `batches` gives equally many on every rank."""
+
+    name: str
+    n_documents: int
+    n_tokens: int
+    n_bytes: int
+
+    def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[dict[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """eval_loss: nats per label.  bits_per_byte: of the UTF-8 text, comparable across tokenizers."""
+
+    source: str
+    eval_loss: float
+    perplexity: float
+    bits_per_byte: float
+    n_tokens: int
+    n_bytes: int
+    n_documents: int
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, sets: Sequence[EvalData], world: World, micro_batch_size: int, mixed_precision: str
+) -> list[Evaluation]:
+    """Empty sets are left out. Sums are taken in fp64 over all ranks; the model is in training mode after."""
+    model.eval()
+    try:
+        return [
+            _evaluate_one(model, s, world, micro_batch_size, mixed_precision) for s in sets if s.n_documents
+        ]
+    finally:
+        model.train()
+
+
+def _evaluate_one(
+    model: nn.Module, data: EvalData, world: World, micro_batch_size: int, mixed_precision: str
+) -> Evaluation:
+    loss, labels = 0.0, 0
+    for batch in data.batches(world.rank, world.world_size, micro_batch_size):
+        batch = {k: v.to(world.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        with autocast(world.device, mixed_precision):
+            logits = logits_of(model, batch)
+        loss += summed_cross_entropy(logits, batch["labels"]).item()
+        labels += int((batch["labels"] != IGNORED).sum())
+    total, count = world.sum_floats([loss, labels])
+    mean = total / max(count, 1)
+    return Evaluation(
+        source=data.name,
+        eval_loss=mean,
+        perplexity=math.exp(min(mean, 700)),
+        bits_per_byte=total / math.log(2) / max(data.n_bytes, 1),
+        n_tokens=data.n_tokens,
+        n_bytes=data.n_bytes,
+        n_documents=data.n_documents,
+    )

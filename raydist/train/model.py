@@ -1,0 +1,366 @@
+"""From a job to a model in memory, and from a trained model to a Hugging Face folder.
+
+Heavy imports are inside the functions: the driver validates jobs with `load_config` and `check_fits`
+alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from raydist import files
+from raydist.errors import JobError, ModelError
+from raydist.job.schema import Job
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without progress bars, and the warnings of peft and of DeepSpeed, which saving a model imports."""
+    from transformers.utils import logging as hub
+
+    bars, level = hub.is_progress_bar_enabled(), logging.root.manager.disable
+    hub.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(level)
+        if bars:
+            hub.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """total, trainable: parameters.  vocabulary: rows of the embedding."""
+
+    total: int
+    trainable: int
+    vocabulary: int
+    layers: int
+    hidden: int
+
+
+def load_config(job: Job, vocab_size: int | None = None) -> PretrainedConfig:
+    """The model's transformers configuration; a new model's vocabulary is its tokenizer's, `vocab_size`.
+
+    Raises ModelError for a base that cannot be used, JobError for a configuration with unknown
+    names. Code that comes with a model is never run.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    if job.model.config is not None:
+        return _config_from(job.model.config, vocab_size)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(base_path(job), trust_remote_code=False)
+        return config
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise _unusable(job, error) from error
+
+
+def base_path(job: Job) -> str:
+    """The hub id as it is, a folder absolute: the trained adapter names it, wherever it is loaded from."""
+    assert job.model.base is not None
+    folder = Path(job.model.base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else job.model.base
+
+
+def _config_from(given: dict[str, Any], vocab_size: int | None) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    kind, options = given["model_type"], {k: v for k, v in given.items() if k != "model_type"}
+    try:
+        default = AutoConfig.for_model(kind)
+    except ValueError as error:
+        raise JobError(
+            f"no model type {kind!r}", where="model.config.model_type", fix=_closest(kind, _model_types())
+        ) from error
+    known = {*default.to_dict(), *default.attribute_map}
+    for name in options.keys() - known:
+        raise JobError(
+            f"{kind} has no setting {name!r}", where=f"model.config.{name}", fix=_closest(name, sorted(known))
+        )
+    if vocab_size is not None:
+        options["vocab_size"] = vocab_size
+    try:
+        return AutoConfig.for_model(kind, **options)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise _no_such_model(kind, error) from error
+
+
+def _model_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _closest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, 3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def _unusable(job: Job, error: Exception) -> ModelError:
+    return ModelError(
+        f"the base model {job.model.base} cannot be used",
+        where="model.base",
+        why=str(error).strip().splitlines()[0],
+        fix="give a hub id that this machine can reach, or a folder with config.json and *.safetensors",
+    )
+
+
+def check_fits(config: PretrainedConfig, job: Job) -> None:
+    """Raises JobError for what the model cannot do."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and job.packing.block_size > positions:
+        raise JobError(
+            f"block_size {job.packing.block_size} is above the model's {positions} positions",
+            where="packing.block_size",
+            why="the model has never seen, or cannot address, positions beyond that",
+            fix=f"packing.block_size: {positions} or less; or, for a new model, more max_position_embeddings",
+        )
+    if job.adapter is not None and job.model.base is None:
+        raise JobError(
+            "an adapter on random weights",
+            where="adapter",
+            why="the frozen random base is not stored anywhere, so the adapter could never be used",
+            fix="give model.base, or remove adapter",
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+@_quietly()
+def build_model(job: Job, tokenizer_folder: Path, device: torch.device) -> nn.Module:
+    """The model to train, probed, in training mode on `device`: the same on every rank.
+
+    Trainable weights are fp32. With an adapter the base is frozen and keeps its dtype.
+    """
+    from raydist.train.adapter import add_lora
+    from raydist.train.attention import set_attention
+
+    config = load_config(job, len(load_tokenizer(tokenizer_folder)))
+    check_fits(config, job)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        model = _random(config, tokenizer_folder) if job.model.base is None else _base(job)
+        _check_vocabulary(model, tokenizer_folder)
+        # on the bare model, which knows how attention is chosen
+        set_attention(model.to(device), document_mask=job.packing.document_mask)
+        model = model if job.adapter is None else add_lora(model, job.adapter)
+    model = model.to(device)
+    if job.train.gradient_checkpointing:
+        _save_activation_memory(model)
+    return model.train()
+
+
+def _no_such_model(kind: str, error: Exception) -> JobError:
+    return JobError(
+        f"no {kind} model can be made from this configuration",
+        where="model.config",
+        why=" ".join(str(error).split()),
+        fix="check the types and sizes: heads divide hidden_size, key-value heads divide heads",
+    )
+
+
+def _save_activation_memory(model: nn.Module) -> None:
+    """transformers renamed it in 5.23 and warns about the old name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:
+    """The special tokens are the tokenizer's, whatever the configuration says."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=torch.float32
+        )
+        return model
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise _no_such_model(config.model_type, error) from error
+
+
+def _base(job: Job) -> nn.Module:
+    """Only safetensors are read: nothing from outside is unpickled."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if job.adapter is None else "auto"
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            base_path(job),
+            dtype=dtype,
+            attn_implementation="eager",
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise _unusable(job, error) from error
+
+
+def _check_vocabulary(model: nn.Module, tokenizer_folder: Path) -> None:
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    tokens = len(load_tokenizer(tokenizer_folder))
+    if tokens > rows:
+        raise ModelError(
+            f"the tokenizer has {tokens} tokens and the model embeds {rows}",
+            where="model.tokenizer",
+            why="the tokens beyond have no embedding",
+            fix="use the base model's own tokenizer",
+        )
+
+
+@_quietly()
+def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
+    """Counted on a model without storage."""
+    from transformers import AutoModelForCausalLM
+
+    from raydist.train.adapter import add_lora
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        rows = model.get_input_embeddings().weight.shape[0]
+        model = model if job.adapter is None else add_lora(model, job.adapter)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Sizes(n_parameters(model), trainable, rows, config.num_hidden_layers, config.hidden_size)
+
+
+def n_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# --- the trained model ---------------------------------------------------------------------------
+
+
+@_quietly()
+def save_model(model: nn.Module, job: Job, tokenizer_folder: Path, folder: Path, card: str) -> None:
+    """Write a Hugging Face folder in the base's dtype, with the tokenizer and `card` as README.md.
+
+    Made beside `folder` and renamed: it is whole or not there. An adapter stays in fp32.
+    """
+    with _replacing(folder) as temporary:
+        if job.adapter is None:
+            _save_full(model, _saved_dtype(job), temporary)
+        else:
+            model.save_pretrained(temporary)  # type: ignore[operator]
+        load_tokenizer(tokenizer_folder).save_pretrained(temporary)
+        (temporary / "README.md").write_text(card)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `folder`; on success flush it to disk and put it in its place."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in [*temporary.rglob("*"), temporary]:
+        files.flush_to_disk(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    files.flush_to_disk(folder.parent)
+
+
+def _save_full(model: nn.Module, dtype: torch.dtype, folder: Path) -> None:
+    state = {name: _cast(tensor, dtype) for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    config = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _saved_dtype(job: Job) -> torch.dtype:
+    dtype = load_config(job).dtype if job.model.base is not None else None
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+@_quietly()
+def load_trained(folder: Path) -> Any:
+    """The model in a run's model/: from peft when it is an adapter, else from transformers; for inference."""
+    if (folder / "adapter_config.json").exists():
+        from peft import AutoPeftModelForCausalLM
+
+        return AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int) -> tuple[str, str]:
+    """The prompt and the likeliest continuation, at most `n_tokens` long, by the model in `folder`."""
+    model, tokenizer = load_trained(folder), load_tokenizer(folder)
+    ids = torch.tensor([list(prompt)])
+    with torch.inference_mode():
+        out = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False
+        )
+    before, after = out[0, : len(prompt)], out[0, len(prompt) :]
+    return str(tokenizer.decode(before)), str(tokenizer.decode(after, skip_special_tokens=True))
+
+
+@_quietly()
+def merge_adapter(run: Path) -> Path:
+    """Add the run's adapter to its base, in fp32, and write <run>/export/merged in the base's dtype."""
+    source, target = run / "model", run / "export" / "merged"
+    if not (source / "adapter_config.json").exists():
+        raise ModelError(
+            f"{source} is not an adapter",
+            why="there is nothing to merge",
+            fix="use model/ as it is" if source.exists() else "let the run finish first",
+        )
+    from peft import AutoPeftModelForCausalLM
+
+    dtype = AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto").base_model.dtype
+    model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=torch.float32).merge_and_unload()
+    with _replacing(target) as temporary:
+        _save_full(model, dtype, temporary)
+        load_tokenizer(source).save_pretrained(temporary)
+    return target
+
+
+def weight_hash(folder: Path) -> str:
+    """xxh3_128 over names and bytes of all tensors in the folder's safetensors files, in order of names."""
+    import xxhash
+    from safetensors import safe_open
+
+    where: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as stored:
+            where.update(dict.fromkeys(stored.keys(), path))
+    digest = xxhash.xxh3_128()
+    for name in sorted(where):
+        with safe_open(where[name], "pt") as stored:
+            tensor = stored.get_tensor(name)
+        digest.update(os.fsencode(name))
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,36 @@
+"""The learning rate as a pure function of the step: a resume needs no state."""
+
+from __future__ import annotations
+
+import math
+
+from raydist.job.schema import Train
+
+
+def learning_rate(step: int, steps: int, train: Train) -> float:
+    """The rate of optimizer step `step`, which counts from 0, in a run of `steps`.
+
+    A linear warm-up that wastes no step at rate zero, then the decay to lr * min_lr_ratio, which it
+    reaches at `steps`.
+    """
+    warmup = math.ceil(train.warmup_ratio * steps)
+    if step < warmup:
+        return train.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / max(1, steps - warmup)
+    return train.lr * (
+        train.min_lr_ratio + (1 - train.min_lr_ratio) * _remaining(progress, step, steps, train)
+    )
+
+
+def _remaining(progress: float, step: int, steps: int, train: Train) -> float:
+    """Share of the way from the least rate to the full one; `progress` runs from 0 to 1 after warm-up."""
+    match train.scheduler:
+        case "constant":
+            return 1.0
+        case "linear":
+            return 1 - progress
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * progress))
+        case "wsd":
+            decay = math.ceil(train.decay_ratio * steps)
+            return min(1.0, (steps - step) / decay)

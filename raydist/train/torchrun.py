@@ -1,0 +1,47 @@
+"""An attempt without Ray: `torchrun --nproc-per-node 2 -m raydist.train.torchrun SPEC.json`, or plain python.
+
+SPEC.json is what `TrainSpec.to_json` gives. SIGTERM asks for a checkpoint and a clean end.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from raydist.train.loop import train
+from raydist.train.spec import TrainSpec
+
+
+def main(path: str) -> int:
+    spec = TrainSpec.from_json(Path(path).read_text())
+    rank, world_size, local_rank = (int(os.environ.get(name, at)) for name, at in _RANK_VARIABLES)
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=300))
+    try:
+        train(
+            spec,
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            device=device,
+            should_stop=lambda: bool(asked),
+        )
+    finally:
+        if world_size > 1:
+            dist.destroy_process_group()
+    return 0
+
+
+_RANK_VARIABLES = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,188 @@
+"""The promise, shown: a run that is killed twice ends with the very weights of one that is left alone.
+
+The quickstart job, made shorter, runs twice from the same token logs: once undisturbed; once with a worker
+killed half-way, from which it recovers by itself, and later everything killed, and is then submitted
+again. All kills are SIGKILL, timed by the run's own metrics.jsonl, in the middle of a step. Exit status 0:
+the final weights are equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import psutil
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "quickstart.yaml"
+TAG = "RAYDIST_RUN_TAG"
+"""In the environment of the driver and so of all that it starts: raylet, gcs and workers can outlive it."""
+WORKER_KILL_AT, EVERYTHING_KILL_AT = 0.4, 0.7  # shares of the run's steps
+PATIENCE_SECONDS = 900.0
+
+
+def main() -> int:
+    options = parse()
+    for name in ("kill-undisturbed", "kill-killed"):
+        shutil.rmtree(options.storage / name, ignore_errors=True)
+    undisturbed = Run("kill-undisturbed", options)
+    say("1. undisturbed")
+    undisturbed.start()
+    undisturbed.finish()
+    killed = Run("kill-killed", options)
+    say("2. with a worker killed, then everything")
+    killed.start()
+    killed.wait_for_share(WORKER_KILL_AT, attempt=1)
+    say(f"   SIGKILL of a training worker after step {killed.position()[1]}")
+    killed.kill_worker()
+    killed.wait_for_share(EVERYTHING_KILL_AT, attempt=2)
+    say(f"   it went on by itself; SIGKILL of everything after step {killed.position()[1]}")
+    killed.kill_everything()
+    say("3. submitted again")
+    killed.start()
+    killed.finish()
+    return verdict(undisturbed, killed)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--storage", type=Path, default=Path("runs"), help="storage folder (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=int, default=40, help="length of the runs (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], help="override a key of the job, as in raydist")
+    return parser.parse_args()
+
+
+class Run:
+    """One name in the storage folder, and the processes that work for it."""
+
+    def __init__(self, name: str, options: argparse.Namespace) -> None:
+        self.name, self.folder, self.steps = name, options.storage / name, options.steps
+        self.tag = f"{name}-{uuid.uuid4().hex}"
+        settings = {
+            "name": name,
+            "storage": options.storage,
+            "train.max_tokens": "null",
+            "train.max_steps": options.steps,
+            "train.logging_steps": 1,
+            "checkpoint.save_steps": max(1, options.steps // 8),
+            "eval.eval_steps": options.steps,
+            "eval.max_tokens": 4000,
+        }
+        self.settings = [*(f"{key}={value}" for key, value in settings.items()), *options.set]
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "raydist", "submit", str(JOB)]
+        sets = [word for setting in self.settings for word in ("--set", setting)]
+        log = (self.folder.parent / f"{self.name}.log").absolute()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
+            TAG: self.tag
+        }
+        with log.open("ab") as output:
+            self.driver = subprocess.Popen(
+                [*command, *sets], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+            )
+        self.log = log
+
+    def finish(self) -> None:
+        status = self.driver.wait(PATIENCE_SECONDS)
+        if status != 0:
+            raise SystemExit(f"{self.name} ended with exit status {status}; {self._last_lines()}")
+
+    def wait_for_share(self, share: float, *, attempt: int) -> None:
+        """Until `attempt` has done this share of the steps."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.position() < (attempt, share * self.steps):
+            if self.driver.poll() is not None or self.position()[0] > attempt or time.monotonic() > deadline:
+                raise SystemExit(f"{self.name} is not where it should be killed; {self._last_lines()}")
+            time.sleep(0.05)
+
+    def position(self) -> tuple[int, int]:
+        """(attempt, step) of the last training record."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        trained = [record for line in lines if (record := json.loads(line))["kind"] == "train"]
+        return (trained[-1]["attempt"], trained[-1]["step"]) if trained else (0, 0)
+
+    def kill_worker(self) -> None:
+        workers = [process for process in self.processes() if is_training_worker(process)]
+        if not workers:
+            raise SystemExit("found no training worker to kill")
+        send(workers[0], signal.SIGKILL)
+
+    def kill_everything(self) -> None:
+        """Driver, raylet, gcs, workers. Stopped first, so that none can start another unseen."""
+        for number in (signal.SIGSTOP, signal.SIGSTOP, signal.SIGKILL):
+            processes = self.processes()
+            for process in processes:
+                send(process, number)
+        self.driver.wait()
+        psutil.wait_procs(processes, timeout=30)
+
+    def processes(self) -> list[psutil.Process]:
+        """All with the tag and their descendants: a process that renames itself loses its environment."""
+        tagged = [process for process in psutil.process_iter() if tag_of(process) == self.tag]
+        return list({*tagged, *(child for process in tagged for child in descendants(process))})
+
+    def _last_lines(self) -> str:
+        lines = self.log.read_text("utf-8", "replace").splitlines()[-20:]
+        return "\n".join([f"the end of {self.log}:", *lines])
+
+
+def tag_of(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(TAG)
+    except psutil.Error:
+        return None
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return process.children(recursive=True)
+    except psutil.Error:
+        return []
+
+
+def is_training_worker(process: psutil.Process) -> bool:
+    """Ray names its worker processes by what they run."""
+    try:
+        return "RayTrainWorker" in " ".join(process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def send(process: psutil.Process, number: signal.Signals) -> None:
+    try:
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        return
+
+
+def verdict(undisturbed: Run, killed: Run) -> int:
+    from raydist.train.model import weight_hash
+
+    hashes = [weight_hash(run.folder / "model") for run in (undisturbed, killed)]
+    for run, value in zip((undisturbed, killed), hashes, strict=True):
+        say(f"   {run.name:18} {value}")
+    equal = hashes[0] == hashes[1]
+    say("equal: the killed run ended with the same weights, bit for bit" if equal else "NOT EQUAL")
+    return 0 if equal else 1
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""Settings that hold for all tests, and one Ray for those that need it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Before anything imports Ray, torch or matplotlib: workers started by a test inherit these.
+os.environ.update(
+    {
+        "DS_ACCELERATOR": "cpu",
+        "HF_HUB_OFFLINE": "1",
+        "MPLBACKEND": "agg",
+        "OMP_NUM_THREADS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_AUTH_MODE": "token",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+os.environ.pop("RAY_ADDRESS", None)
+
+UNIT = Path(__file__).parent / "unit"
+OBJECT_STORE_BYTES = 200 * 2**20
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Warnings are errors in unit tests; elsewhere Ray and what stands on it warn of their own affairs."""
+    for item in items:
+        if not item.path.is_relative_to(UNIT):
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the checkout."""
+    return Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def real() -> Path:
+    """The folder with the real model and text, or skip."""
+    folder = os.environ.get("RAYDIST_REAL")
+    if not folder:
+        pytest.skip("RAYDIST_REAL does not name a folder with the real model and text")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """An embedded Ray of three CPUs, shared by the integration tests and shut down at their end."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=3,
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()

@@ -1,0 +1,301 @@
+"""Whole runs by the command line: from raw files to a model, killed, resumed, stopped, refused."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import psutil
+import pytest
+import yaml
+
+from raydist import files
+from raydist.folder import RunFolder
+from raydist.track.records import effective
+
+STEPS = 60
+SENTENCE = "the quick brown fox jumps over a lazy dog while rivers carry small stones toward some distant sea"
+
+
+def write_corpus(path: Path, n_documents: int = 400) -> None:
+    """Text with enough order in it that a tiny model learns something."""
+    words = SENTENCE.split()
+    documents = (
+        " ".join(words[(i * 7 + j * (i % 5 + 1)) % len(words)] for j in range(20 + i % 90))
+        for i in range(n_documents)
+    )
+    path.write_bytes(
+        b"".join(orjson.dumps({"text": f"{i}: {text}."}) + b"\n" for i, text in enumerate(documents))
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    write_corpus(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def job(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Small enough to be quick, slow enough (about 0.1 s a step) to be killed in the middle of one."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 192,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    return {
+        "name": "whole",
+        "storage": str(tmp_path_factory.mktemp("storage")),
+        "model": {"config": config, "tokenizer": {"train": {"vocab_size": 512}}},
+        "corpus": {"sources": {"words": {"path": str(corpus)}}, "holdout": 0.05, "slice_bytes": 20000},
+        "packing": {"block_size": 128},
+        "train": {
+            "max_steps": STEPS,
+            "global_batch_size": 16,
+            "micro_batch_size": 2,
+            "lr": 3e-3,
+            "mixed_precision": "fp32",
+            "logging_steps": 1,
+        },
+        "scaling": {"num_workers": 2},
+        "checkpoint": {"save_steps": 10},
+        "eval": {"eval_steps": 30, "max_tokens": 2000},
+    }
+
+
+def start(job: dict[str, Any], *arguments: str, command: str = "submit") -> subprocess.Popen[str]:
+    path = Path(job["storage"]) / f"{job['name']}.yaml"
+    files.write_text(path, yaml.safe_dump(job))
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "raydist", command, str(path), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 150) -> tuple[int, str]:
+    with process:
+        try:
+            output, _ = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+                child.kill()
+            raise
+        return process.returncode, output
+
+
+def submit(job: dict[str, Any], *arguments: str) -> tuple[int, str]:
+    return finish(start(job, *arguments))
+
+
+def folder_of(job: dict[str, Any]) -> RunFolder:
+    return RunFolder(Path(job["storage"]) / job["name"])
+
+
+def losses(folder: RunFolder) -> dict[int, float]:
+    return {r["step"]: r["loss"] for r in effective(folder.path) if "loss" in r}
+
+
+def weights(folder: RunFolder) -> str:
+    from raydist.train.model import weight_hash
+
+    return weight_hash(folder.model)
+
+
+def wait_for_step(folder: RunFolder, step: int, process: subprocess.Popen[str], attempt: int = 1) -> None:
+    """Until the run's own metrics say that `step` of `attempt` is done: the next one is under way then."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        records = files.read_jsonl(folder.metrics_file)
+        if any("loss" in r and r["step"] >= step and r["attempt"] >= attempt for r in records):
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    found = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with pytest.MonkeyPatch.context(), _gone_is_fine():
+            if "TrainWorker" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
+
+
+@contextmanager
+def _gone_is_fine() -> Iterator[None]:
+    try:
+        yield
+    except psutil.NoSuchProcess:
+        return
+
+
+def kill_worker(process: subprocess.Popen[str]) -> None:
+    workers(process)[0].kill()
+
+
+def kill_driver(process: subprocess.Popen[str]) -> None:
+    process.kill()
+
+
+def kill_everything(process: subprocess.Popen[str]) -> None:
+    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    for member in family:
+        with _gone_is_fine():
+            member.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job: dict[str, Any]) -> tuple[RunFolder, str]:
+    code, output = submit(job)
+    assert code == 0, output
+    return folder_of(job), output
+
+
+def test_a_run_from_raw_files_to_a_model(undisturbed: tuple[RunFolder, str]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, output = undisturbed
+    assert "no cluster configured" in output and "held-out perplexity  words:" in output
+    assert folder.status()["state"] == "finished"
+    evaluations = [r for r in effective(folder.path) if r["kind"] == "eval"]
+    assert [r["step"] for r in evaluations] == [0, 30, STEPS]
+    assert evaluations[-1]["perplexity"] < 0.5 * evaluations[0]["perplexity"]
+    audit = folder.data()["audit"]
+    assert audit["n_in"] == audit["n_trained"] + audit["n_held_out"] + audit["n_left"]
+    assert audit["n_trained"] > 0 and audit["n_held_out"] > 0
+    ledger = files.read_jsonl(folder.ledger_file)
+    assert sum(line["tokens"] for line in ledger) == audit["n_trained"] + audit["n_repeated"]
+    assert "<svg" in folder.report.read_text() and "http://" not in folder.report.read_text().split("<svg")[0]
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder.model),
+        AutoTokenizer.from_pretrained(folder.model),
+    )
+    logits = model(torch.tensor([tokenizer.encode("the quick brown")])).logits
+    assert torch.isfinite(logits).all() and model.dtype == torch.float32
+
+
+def test_mlflow_has_the_run(undisturbed: tuple[RunFolder, str]) -> None:
+    import mlflow
+
+    folder, _ = undisturbed
+    client = mlflow.MlflowClient(f"sqlite:///{folder.path.parent.resolve()}/mlflow.db")
+    (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+    assert run.info.status == "FINISHED" and run.data.params["train.lr"] == "0.003"
+    assert len(client.get_metric_history(run.info.run_id, "loss")) == STEPS
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} >= {"job.yaml", "report.html"}
+
+
+def test_a_finished_run_says_so_and_a_changed_job_is_refused(
+    job: dict[str, Any], undisturbed: tuple[RunFolder, str]
+) -> None:
+    code, output = submit(job)
+    assert code == 0 and "is finished already" in output
+    code, output = submit(job, "--set", "train.lr=1e-3")
+    assert code == 6 and "train.lr: 0.003 -> 0.001" in output and "new name" in output
+    assert undisturbed[0].status()["state"] == "finished"
+
+
+@pytest.mark.parametrize("kill", [kill_worker, kill_driver, kill_everything])
+def test_killed_and_resumed_ends_bit_identical(
+    job: dict[str, Any], undisturbed: tuple[RunFolder, str], kill: Callable[[subprocess.Popen[str]], None]
+) -> None:
+    job = {**job, "name": kill.__name__}
+    process, folder = start(job), folder_of(job)
+    wait_for_step(folder, 25, process)
+    kill(process)
+    code, output = finish(process)
+    if kill is kill_worker:
+        assert code == 0 and "a worker was lost" in output, output
+    else:
+        assert code == -signal.SIGKILL
+        assert folder.status()["state"] == "training"
+        code, output = submit(job)
+        assert code == 0, output
+    resumed = [r for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume"]
+    assert [r["step"] for r in resumed] == [20]
+    assert losses(folder) == losses(undisturbed[0])
+    assert weights(folder) == weights(undisturbed[0])
+    assert folder.data()["audit"] == undisturbed[0].data()["audit"]
+
+
+def test_stopped_and_resumed_with_one_worker_sees_the_same_batches(
+    job: dict[str, Any], undisturbed: tuple[RunFolder, str]
+) -> None:
+    job = {**job, "name": "fewer"}
+    process, folder = start(job), folder_of(job)
+    wait_for_step(folder, 22, process)
+    process.send_signal(signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 130 and "submit the job again" in output, output
+    assert folder.status()["state"] == "stopped"
+    code, output = submit(job, "--set", "scaling.num_workers=1")
+    assert code == 0, output
+    (resume,) = [r for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume"]
+    assert resume["step"] >= 22 and resume["world_size"] == 1
+    assert losses(folder) == pytest.approx(losses(undisturbed[0]), rel=1e-4)
+    assert folder.data()["audit"] == undisturbed[0].data()["audit"]
+
+
+def test_a_workers_exception_arrives_with_its_traceback(job: dict[str, Any]) -> None:
+    """A learning rate beyond fp32's range makes the loss infinite: training must say so, not go on."""
+    job = {
+        **job,
+        "name": "diverges",
+        "train": {**job["train"], "lr": 1e30, "max_steps": 8, "warmup_ratio": 0.0},
+    }
+    code, output = submit(job)
+    assert code == 7 and "step 2: the gradient norm is nan" in output, output
+    status = folder_of(job).status()
+    assert status["state"] == "failed" and "step" in status["error"]
+
+
+def test_submit_through_the_jobs_api(
+    job: dict[str, Any], undisturbed: tuple[RunFolder, str], head: str
+) -> None:
+    job = {
+        **job,
+        "name": "by-jobs-api",
+        "train": {**job["train"], "max_steps": 5},
+        "checkpoint": {"save_steps": 5},
+    }
+    code, output = submit(job, "--address", head)
+    assert code == 0, output
+    assert "held-out perplexity" in output and folder_of(job).status()["state"] == "finished"
+    code, output = submit({**job, "name": "refused", "packing": {"block_size": 4096}}, "--address", head)
+    assert code == 2 and "max_position_embeddings" in output, output
+
+
+@pytest.fixture(scope="module")
+def head() -> Iterator[str]:
+    """A cluster of one node with a dashboard, behind a token, on ports of its own."""
+    import ray
+
+    context = ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=True,
+        dashboard_host="127.0.0.1",
+        object_store_memory=2**28,
+    )
+    yield f"http://{context.dashboard_url}"
+    ray.shutdown()

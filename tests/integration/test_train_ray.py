@@ -1,0 +1,87 @@
+"""An attempt on Ray Train: the same losses as without Ray, and what it says when it ends badly."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from raydist.errors import CheckpointError, TrainingError, WorkerLost
+from raydist.files import read_json
+from raydist.train.checkpoint import newest_valid
+from raydist.train.loop import train
+from raydist.train.model import weight_hash
+from raydist.train.ray_trainer import run_attempt
+from raydist.train.spec import TrainSpec
+from tests.unit.train.train_parts import losses, make_spec, run_ranks
+
+LONG = {"max_steps": 5000}
+
+
+pytestmark = pytest.mark.usefixtures("ray_local")
+
+
+def when(spec: TrainSpec, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Call `act` once that step is recorded."""
+
+    def watch() -> None:
+        while step not in losses(spec.run):
+            time.sleep(0.05)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def workers() -> list[psutil.Process]:
+    """The training workers of this process's Ray."""
+    return [
+        p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in "".join(p.cmdline()[:1])
+    ]
+
+
+def test_a_killed_worker_is_a_loss_and_the_next_attempt_ends_bit_identical(tmp_path: Path) -> None:
+    whole = make_spec(tmp_path, world_size=2, run="whole")
+    run_ranks(whole)  # without Ray
+    cut = replace(whole, run=tmp_path / "cut")
+    killer = when(cut, 7, lambda: os.kill(workers()[1].pid, signal.SIGKILL))
+    with pytest.raises(WorkerLost):
+        run_attempt(cut)
+    killer.join()
+    found = newest_valid(cut.run)
+    assert found is not None and found.step < 20
+    result = run_attempt(replace(cut, attempt=2))
+    assert (result.stopped, result.step) == (False, 20)
+    assert weight_hash(cut.run / "model") == weight_hash(whole.run / "model")
+    assert losses(cut.run) == losses(whole.run)
+    pointers = [read_json(path) for path in cut.run.glob("ray/attempt-2/checkpoint_*/pointer.json")]
+    assert max(pointer["step"] for pointer in pointers) == 20
+
+
+def test_a_stop_flag_ends_the_attempt_after_a_checkpoint(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, world_size=2, train=LONG)
+    when(spec, 3, (spec.run / "stop").touch)
+    result = run_attempt(spec)
+    found = newest_valid(spec.run)
+    assert result.stopped
+    assert found is not None and found.step == result.step
+
+
+def test_an_exception_arrives_with_its_type_or_its_traceback(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, train={"max_steps": 5})
+    train(spec)
+    other_data = make_spec(tmp_path, train={"max_steps": 5}, attempt=2, seed=8)
+    with pytest.raises(CheckpointError, match="other data"):
+        run_attempt(other_data)
+    (spec.run / "metrics.jsonl").unlink()
+    (spec.run / "metrics.jsonl").mkdir()
+    with pytest.raises(TrainingError, match=r"(?s)IsADirectoryError.*in _cut_torn_line"):
+        run_attempt(replace(spec, attempt=3))

@@ -1,0 +1,55 @@
+"""The command line is light, names its commands, and turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from raydist.cli import COMMANDS, HELP, group
+
+HEAVY = {"torch", "ray", "transformers", "pydantic", "pyarrow", "numpy", "mlflow", "yaml", "rich"}
+
+
+def raydist(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "raydist", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, check=False)
+
+
+def test_importing_the_cli_imports_nothing_heavy() -> None:
+    code = "import sys, raydist.cli; print(*{name.partition('.')[0] for name in sys.modules})"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert HEAVY.isdisjoint(loaded)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str) -> None:
+    result = CliRunner().invoke(group, [name, "--help"])
+    assert result.exit_code == 0, result.output
+    assert HELP[name].rstrip(".").split()[0] in result.output
+
+
+@pytest.mark.parametrize("kind", ["pretrain", "continue"])
+def test_init_writes_a_valid_job_and_replaces_nothing(tmp_path: Path, kind: str) -> None:
+    made = raydist("init", "job.yaml", "--kind", kind, cwd=tmp_path)
+    assert made.returncode == 0 and "raydist submit job.yaml" in made.stdout
+    assert raydist("validate", "job.yaml", cwd=tmp_path).stdout == "job.yaml: valid\n"
+    again = raydist("init", "job.yaml", cwd=tmp_path)
+    assert again.returncode == 2 and "job.yaml exists" in again.stderr
+
+
+def test_validate_tells_the_problems_of_every_file(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("name: a\n")
+    result = raydist("validate", "a.yaml", "b.yaml", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "a.yaml: 3 problems in the job" in result.stderr and "no job file b.yaml" in result.stderr
+
+
+def test_an_unknown_run_is_an_error_with_a_way_out(tmp_path: Path) -> None:
+    result = raydist("stop", "nothing", cwd=tmp_path)
+    assert result.returncode == 6 and "no run nothing" in result.stderr and "Traceback" not in result.stderr

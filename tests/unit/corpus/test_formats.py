@@ -1,0 +1,469 @@
+"""Every reader keeps every value as it is, and says what it cannot read."""
+
+import bz2
+import csv
+import gzip
+import json
+import struct
+
+import fsspec
+import orjson
+import pyarrow as pa
+import pyarrow.feather
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from raydist.corpus.files import list_files
+from raydist.corpus.formats import Bad, Part, ReadOptions, Record, check_column, read_part
+from raydist.errors import CorpusError
+from raydist.job.schema import Source
+
+TEXTS = [
+    "0012",
+    "123",
+    "2020-01-01",
+    "1e5",
+    "null",
+    'say "hi", then\nleave',
+    "a\u2028b\x0cc\x85d",
+    "naïve 日本 🎉",
+    " padded\t",
+    "",
+    "\\n \\u0041",
+    "x" * 70_000,
+    'tail }, { "text": 1',
+]
+
+
+def read(path, column="text", document="line", fmt="auto", part=None):
+    (file,) = list_files(Source(path=str(path), format=fmt))
+    chunks = list(read_part(file, part or Part(0, 0, -1), ReadOptions(fmt, column, document)))
+    assert all(chunks)
+    return [item for chunk in chunks for item in chunk]
+
+
+def texts(items):
+    assert not [item for item in items if isinstance(item, Bad)]
+    return [item.text for item in items]
+
+
+def bads(items):
+    return [item for item in items if isinstance(item, Bad)]
+
+
+def lines_of(records):
+    return b"".join(orjson.dumps(record) + b"\n" for record in records)
+
+
+def write(folder, name, records):
+    """`records` as the format that the name says."""
+    path = folder / name
+    table = pa.table(
+        {"id": [r["id"] for r in records], "text": pa.array([r["text"] for r in records], pa.string())}
+    )
+    if "jsonl" in name:
+        raw = lines_of(records)
+    elif "json" in name:
+        raw = json.dumps(records, indent=2 if "pretty" in name else None).encode()
+    elif ".csv" in name:
+        with path.open("w", newline="") as stream:
+            csv.writer(stream).writerows([["id", "text"], *[[r["id"], r["text"]] for r in records]])
+        raw = path.read_bytes()
+    elif name.endswith(".parquet"):
+        pq.write_table(table, path, row_group_size=4)
+        return path
+    elif name.endswith(".arrow"):
+        with pa.ipc.new_file(path, table.schema) as sink:
+            sink.write_table(table, max_chunksize=5)
+        return path
+    elif name.endswith(".ipc"):
+        with pa.ipc.new_stream(path, table.schema) as sink:
+            sink.write_table(table)
+        return path
+    else:
+        pyarrow.feather.write_feather(table, path, compression="zstd")
+        return path
+    pack = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zstandard.compress}.get(
+        name.rsplit(".", 1)[1], bytes
+    )
+    path.write_bytes(pack(raw))
+    return path
+
+
+NAMES = [
+    *["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.json", "a.pretty.json", "a.json.gz"],
+    *["a.csv", "a.csv.zst", "a.parquet", "a.arrow", "a.ipc", "a.feather"],
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_documents_give_the_same_texts_in_every_format(tmp_path, name):
+    records = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    items = read(write(tmp_path, name, records))
+    assert texts(items) == TEXTS
+    rows = [item.row for item in items]
+    assert rows == sorted(set(rows))
+    if not ("jsonl" in name or "csv" in name):
+        assert rows == list(range(len(TEXTS)))
+
+
+def test_rows_of_lines_are_byte_offsets_also_after_decompression(tmp_path):
+    records = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+    raw = lines_of(records)
+    for name in ["a.jsonl", "a.jsonl.gz"]:
+        for item in read(write(tmp_path, name, records)):
+            assert orjson.loads(raw[item.row :].split(b"\n")[0])["text"] == item.text
+
+
+def test_rows_of_csv_are_byte_offsets_of_the_records(tmp_path):
+    path = write(tmp_path, "a.csv", [{"id": i, "text": text} for i, text in enumerate(TEXTS)])
+    raw = path.read_bytes()
+    assert [raw[item.row :].split(b",")[0] for item in read(path)] == [
+        str(i).encode() for i in range(len(TEXTS))
+    ]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.arrow"])
+def test_large_files_come_in_bounded_lists(tmp_path, name):
+    records = [
+        {"id": i, "text": f"{i} " + "word, \n" * 1000, "tags": [{"a": 1}, {"b": i}]} for i in range(2500)
+    ]
+    (file,) = list_files(Source(path=str(write(tmp_path, name, records))))
+    chunks = list(read_part(file, Part(0, 0, -1), ReadOptions("auto", "text", "line")))
+    assert [item.text for chunk in chunks for item in chunk] == [record["text"] for record in records]
+    assert len(chunks) > 2
+    assert max(sum(len(item.text) for item in chunk) for chunk in chunks) < 9 * 2**20
+
+
+# --- text
+
+
+def test_lines_split_at_newlines_only_and_skip_blank_ones(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("\ufeffone\u2028still\x0cone\r\n\r\n \t\ntwo\r\r\n\nlast é".encode())
+    items = read(path)
+    assert texts(items) == ["one\u2028still\x0cone", "two\r", "last é"]
+    raw = path.read_bytes()
+    assert [raw[item.row :][:3] for item in items] == [b"one", b"two", b"las"]
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_paragraphs_keep_inner_lines(tmp_path, newline):
+    path = tmp_path / "a.txt"
+    lines = ["", "  ", "one", " still one", "", "\t", "two", "", "", "three", " "]
+    path.write_bytes(newline.join(lines).encode())
+    items = read(path, document="paragraph")
+    assert texts(items) == [f"one{newline} still one", "two", "three"]
+    assert [path.read_bytes()[item.row :][:2] for item in items] == [b"on", b"tw", b"th"]
+
+
+@pytest.mark.parametrize("document", ["line", "paragraph"])
+def test_a_text_file_of_blank_lines_has_no_document(tmp_path, document):
+    (tmp_path / "a.txt").write_text("\n \n\n")
+    (tmp_path / "b.txt").write_text("")
+    assert read(tmp_path / "a.txt", document=document) == []
+    assert read(tmp_path / "b.txt", document=document) == []
+
+
+def test_whole_files_are_documents_as_they_are(tmp_path):
+    (tmp_path / "a.py").write_bytes(b"\xef\xbb\xbfdef f():\r\n\n\tpass\n")
+    (tmp_path / "b.md").write_text("")
+    assert read(tmp_path / "a.py", document="file") == [Record("def f():\r\n\n\tpass\n", 0)]
+    assert read(tmp_path / "b.md", document="file") == [Record("", 0)]
+
+
+def test_invalid_utf8_spoils_its_own_document_only(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good\nab\xffcd\ng\xc3\xa9\n")
+    assert read(tmp_path / "a.txt") == [
+        Record("good", 0),
+        Bad(5, "invalid UTF-8 at byte 2"),
+        Record("gé", 11),
+    ]
+    (tmp_path / "p.txt").write_bytes(b"good\n\nab\xffcd\n\ngood\n\n")
+    assert [type(item) for item in read(tmp_path / "p.txt", document="paragraph")] == [Record, Bad, Record]
+    assert read(tmp_path / "a.txt", document="file") == [Bad(0, "invalid UTF-8 at byte 7")]
+
+
+# --- JSON
+
+
+BAD_LINES = [
+    (b'{"text": "a\xff"}', "invalid UTF-8 at byte 11"),
+    (b'{"text": "torn', "invalid JSON: unexpected end of data"),
+    (b'{"text": null}', "text is null"),
+    (b'{"text": 12}', "text is a number, not a string"),
+    (b'{"text": true}', "text is a boolean, not a string"),
+    (b'{"text": ["a"]}', "text is an array, not a string"),
+    (b'{"text": "\\ud800"}', "invalid JSON"),
+    (b'{"a": 1, "b": 2}', "no field 'text' (fields: a, b)"),
+    (b'"text"', "the record is a string, not an object"),
+    (b"7", "the record is a number, not an object"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), BAD_LINES)
+def test_a_bad_line_is_one_bad_record(tmp_path, line, reason):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "before"}\n' + line + b'\n\n{"text": "after"}\r\n')
+    before, bad, after = read(tmp_path / "a.jsonl")
+    assert (before, after.text) == (Record("before", 0), "after")
+    assert isinstance(bad, Bad)
+    assert bad.row == 19
+    assert bad.reason.startswith(reason)
+
+
+@pytest.mark.parametrize(("element", "reason"), [pair for pair in BAD_LINES if b"torn" not in pair[0]])
+def test_a_bad_element_of_an_array_is_one_bad_record(tmp_path, element, reason):
+    (tmp_path / "a.json").write_bytes(b' [ {"text": "before"},\n' + element + b' , {"text": "after"} ]\n')
+    before, bad, after = read(tmp_path / "a.json")
+    assert (before, after) == (Record("before", 0), Record("after", 2))
+    assert isinstance(bad, Bad)
+    assert bad.row == 1
+    assert bad.reason.startswith(reason)
+
+
+@pytest.mark.parametrize("tail", [b"", b', {"text": "b"', b', {"text": "b', b'] {"text": 1}', b"]]"])
+def test_an_array_that_does_not_end_well_is_said_after_its_records(tmp_path, tail):
+    (tmp_path / "a.json").write_bytes(b'[{"text": "a"}, {"text": "c"}, {"text": "d"}' + tail)
+    items = read(tmp_path / "a.json")
+    assert [item.text for item in items if isinstance(item, Record)][:2] == ["a", "c"]
+    (bad,) = bads(items)
+    assert bad.row is None
+    assert "array" in bad.reason
+
+
+@pytest.mark.parametrize("raw", [b"[]", b" [ \n ] \n", b""])
+def test_an_empty_json_file_has_no_records(tmp_path, raw):
+    (tmp_path / "a.json").write_bytes(raw)
+    assert read(tmp_path / "a.json") == []
+
+
+def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf\n{"text": "a"}\n{"text": "b"}\n')
+    assert texts(read(tmp_path / "a.json")) == ["a", "b"]
+
+
+def test_dots_enter_objects_and_a_name_with_the_dot_wins(tmp_path):
+    records = [{"a": {"b": {"c": "deep"}}}, {"a.b.c": "literal", "a": {"b": {"c": "deep"}}}, {"a": None}]
+    (tmp_path / "a.jsonl").write_bytes(lines_of(records))
+    *good, bad = read(tmp_path / "a.jsonl", "a.b.c")
+    assert texts(good) == ["deep", "literal"]
+    assert bad.reason == "no field 'a.b.c' (fields: a)"
+
+
+# --- CSV
+
+
+def test_csv_keeps_quoted_newlines_and_every_character(tmp_path):
+    (tmp_path / "a.csv").write_bytes(
+        b'\xef\xbb\xbf"text",n\r\n"a\r\nb ""q"" \xe2\x80\xa8",1\r\n\r\n 007 ,2\r\n,3'
+    )
+    assert texts(read(tmp_path / "a.csv")) == ['a\r\nb "q" \u2028', " 007 ", ""]
+    (tmp_path / "a.tsv").write_bytes(b"n\ttext\n1\ta, b\n")
+    assert texts(read(tmp_path / "a.tsv")) == ["a, b"]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b"1,a\xffb", "invalid UTF-8 at byte 3"),
+        (b"\xff,a", "invalid UTF-8 at byte 0"),
+        (b"1,a,b", "invalid CSV: 3 fields where the header has 2"),
+        (b"1", "invalid CSV: 1 fields where the header has 2"),
+        (b'1,"a"b', "invalid CSV: ',' expected after '\"'"),
+    ],
+)
+def test_a_bad_row_of_csv_is_one_bad_record(tmp_path, line, reason):
+    (tmp_path / "a.csv").write_bytes(b"n,text\n0,before\n" + line + b"\n2,after\n")
+    before, bad, after = read(tmp_path / "a.csv")
+    assert (before, after.text) == (Record("before", 7), "after")
+    assert bad == Bad(16, reason)
+
+
+def test_a_quote_that_never_closes_is_bad_not_text(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b'n,text\n0,good\n1,"open\n2,lost\n')
+    good, bad = read(tmp_path / "a.csv")
+    assert good.text == "good"
+    assert bad.row == 14
+    assert "unexpected end of data" in bad.reason
+
+
+# --- columns
+
+
+def table_file(folder, array, kind="parquet", name="text"):
+    path = folder / f"a.{kind}"
+    table = pa.table({"other": list(range(len(array))), name: array})
+    if kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as sink:
+            sink.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    "type_", [pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_every_string_type_is_text_and_null_is_bad(tmp_path, kind, type_):
+    path = table_file(tmp_path, pa.array(["é", None, "c"] * 3).cast(type_), kind)
+    assert read(path)[:3] == [Record("é", 0), Bad(1, "text is null"), Record("c", 2)]
+    assert len(read(path)) == 9
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize(
+    ("array", "what"),
+    [
+        (pa.array([b"a"]), "binary"),
+        (pa.array([1]), "int64"),
+        (pa.array([["a"]]), "list<"),
+        (pa.nulls(1), "null"),
+    ],
+)
+def test_other_types_are_bad(tmp_path, kind, array, what):
+    (bad,) = read(table_file(tmp_path, array, kind))
+    assert bad.row is None
+    assert f"text is {what}" in bad.reason
+    assert "not a string" in bad.reason
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_struct_fields_by_dotted_path(tmp_path, kind):
+    array = pa.array([{"b": {"c": "x"}}, None, {"b": None}], pa.struct({"b": pa.struct({"c": pa.string()})}))
+    path = table_file(tmp_path, array, kind, "a")
+    assert read(path, "a.b.c") == [Record("x", 0), Bad(1, "a.b.c is null"), Bad(2, "a.b.c is null")]
+    both = pa.table({"a": array, "a.b.c": ["p", "q", "r"]})
+    pq.write_table(both, tmp_path / "both.parquet")
+    assert texts(read(tmp_path / "both.parquet", "a.b.c")) == ["p", "q", "r"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_invalid_utf8_in_a_column_spoils_its_own_row_only(tmp_path, kind):
+    offsets = pa.py_buffer(struct.pack("<4i", 0, 2, 4, 6))
+    array = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"okx\xffok")])
+    path = table_file(tmp_path, array, kind)
+    assert read(path) == [Record("ok", 0), Bad(1, "invalid UTF-8 at byte 1"), Record("ok", 2)]
+
+
+def test_a_torn_parquet_file_is_one_bad_file(tmp_path):
+    path = write(tmp_path, "a.parquet", [{"id": i, "text": "x"} for i in range(9)])
+    path.write_bytes(path.read_bytes()[:-20])
+    (bad,) = read(path)
+    assert bad.row is None
+    assert "not a readable parquet file" in bad.reason
+
+
+def test_a_damaged_row_group_does_not_take_the_others_along(tmp_path):
+    path = tmp_path / "a.parquet"
+    long = ["".join(f"{(i + 7) ** j:x} " for j in range(60)) for i in range(12)]
+    pq.write_table(
+        pa.table({"text": long}), path, row_group_size=4, use_dictionary=False, write_page_checksum=True
+    )
+    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    end = column.data_page_offset + column.total_compressed_size
+    raw = bytearray(path.read_bytes())
+    raw[end - 60 : end - 30] = b"0" * 30
+    path.write_bytes(raw)
+    items = read(path)
+    assert [item.row for item in items] == [0, 1, 2, 3, None, 8, 9, 10, 11]
+    assert items[4].reason.startswith("row group 1 is damaged")
+
+
+def test_a_torn_arrow_stream_keeps_what_came_before(tmp_path):
+    table = pa.table({"text": ["a", "b", "c", "d"]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as sink:
+        sink.write_table(table, max_chunksize=2)
+    raw = (tmp_path / "a.arrow").read_bytes()
+    (tmp_path / "a.arrow").write_bytes(raw[:-30])
+    items = read(tmp_path / "a.arrow")
+    assert [item.text for item in items[:2]] == ["a", "b"]
+    assert bads(items)[0].row is None
+    (tmp_path / "b.arrow").write_bytes(b"ARROW1 nonsense")
+    assert "not a readable Arrow file" in read(tmp_path / "b.arrow")[0].reason
+
+
+def test_arrow_offsets_that_lie_are_bad(tmp_path):
+    path = table_file(tmp_path, pa.array(["first words", "second words"]), "arrow")
+    honest = struct.pack("<3i", 0, 11, 23)
+    raw = path.read_bytes()
+    assert raw.count(honest) == 1
+    path.write_bytes(raw.replace(honest, struct.pack("<3i", 0, 2**30, 23)))
+    (bad,) = read(path)
+    assert "damaged" in bad.reason
+
+
+# --- compression
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.csv.gz", "a.json.gz"])
+def test_a_truncated_file_keeps_the_records_before_the_tear(tmp_path, name):
+    records = [{"id": i, "text": "".join(f"{(i * j) ** 3:x} " for j in range(60))} for i in range(9000)]
+    path = write(tmp_path, name, records)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: len(raw) * 3 // 4])
+    items = read(path)
+    good = [item.text for item in items if isinstance(item, Record)]
+    assert len(good) > 500
+    assert good == [record["text"] for record in records[: len(good)]]
+    assert bads(items)[-1].row is None
+    assert "truncated" in bads(items)[-1].reason
+
+
+def test_a_damaged_gzip_is_bad(tmp_path):
+    (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip at all")
+    (bad,) = read(tmp_path / "a.jsonl.gz")
+    assert "damaged .gz" in bad.reason
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("zst", zstandard.compress)]
+)
+def test_members_of_one_file_are_joined(tmp_path, name, pack):
+    path = tmp_path / f"a.txt.{name}"
+    path.write_bytes(pack(b"one\ntw") + pack(b"o\nthree\n") + (b"\0" * 9 if name == "gz" else b""))
+    assert texts(read(path)) == ["one", "two", "three"]
+
+
+# --- columns that are not there, and storage
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_column_is_an_error_that_lists_those_there_are(tmp_path, name):
+    (file,) = list_files(
+        Source(path=str(write(tmp_path, name, [{"id": 1, "text": "a"}, {"id": 2, "text": "b"}])))
+    )
+    check_column(file, ReadOptions("auto", "text", "line"))
+    with pytest.raises(CorpusError, match="'body'") as caught:
+        check_column(file, ReadOptions("auto", "body", "line"))
+    assert "id, text" in str(caught.value)
+    assert file.name in str(caught.value)
+    assert all(isinstance(item, Bad) for item in read(file.location, "body"))
+
+
+def test_a_column_that_only_some_records_have_is_no_error(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n{"text": "x"}\n')
+    (file,) = list_files(Source(path=str(tmp_path / "a.jsonl")))
+    check_column(file, ReadOptions("auto", "text", "line"))
+
+
+def test_remote_files_are_read_like_local_ones(tmp_path):
+    remote = fsspec.filesystem("memory")
+    for name in NAMES:
+        path = write(tmp_path, name, [{"id": i, "text": text} for i, text in enumerate(TEXTS)])
+        remote.pipe(f"/formats/{name}", path.read_bytes())
+        assert texts(read(f"memory://formats/{name}")) == TEXTS
+
+
+def test_a_file_that_is_gone_or_shrank_is_an_error_not_a_bad_record(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 9)
+    (file,) = list_files(Source(path=str(path)))
+    path.write_bytes(b'{"text": "a"}\n')
+    for part in [Part(0, 14, 126), Part(0, 0, -1)]:
+        with pytest.raises(CorpusError, match="shorter"):
+            list(read_part(file, part, ReadOptions("auto", "text", "line")))
+    path.unlink()
+    with pytest.raises(CorpusError, match="cannot read"):
+        list(read_part(file, Part(0, 0, -1), ReadOptions("auto", "text", "line")))

@@ -1,0 +1,186 @@
+"""The house rules: the light stays light, the small stays small, shipped jobs are valid and explained."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from raydist.job.load import load_job
+
+ROOT = Path(__file__).resolve().parents[2]
+JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
+MODULES = sorted((ROOT / "raydist").rglob("*.py"))
+PROGRAMS = [*MODULES, *sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
+
+MAX_TOP_LEVEL = 15
+MAX_MODULE_LINES = 400
+MAX_FUNCTION_LINES = 60
+
+SMALL = {
+    "quickstart": ["model.config.hidden_size=64", "model.config.intermediate_size=128", "train.max_steps=2"],
+    "pretrain": ["model.config.hidden_size=64", "packing.block_size=128", "train.mixed_precision=fp32"],
+    "continue": ["corpus.sources={text: {path: a.txt}}", "packing.block_size=256", "train.lr=1e-4"],
+}
+"""For each job, overrides of the kind that make it small enough for a laptop."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def in_checkout() -> list[str]:
+    """Every file that git would carry, committed or not."""
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    return subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+# --- jobs
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+def test_every_shipped_job_is_valid_as_it_is_and_made_small(job: Path) -> None:
+    loaded = load_job(job)
+    overrides = SMALL[job.stem]
+    if any("max_steps" in override for override in overrides):
+        overrides = [*overrides, "train.max_tokens=null"]
+    assert load_job(job, overrides) != loaded
+    assert loaded.name == job.stem
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+def test_every_key_of_a_shipped_job_is_explained(job: Path) -> None:
+    """A comment stands on the key's line or on the line above."""
+    text = job.read_text()
+    lines = text.splitlines()
+    bare = {
+        n
+        for n in key_lines(yaml.compose(text))
+        if "#" not in lines[n] and not lines[n - 1].lstrip().startswith("#")
+    }
+    assert not bare, [lines[n] for n in sorted(bare)]
+
+
+def key_lines(node: yaml.Node) -> Iterator[int]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key.start_mark.line
+            yield from key_lines(value)
+
+
+@pytest.mark.parametrize("name", ["pretrain", "continue"])
+def test_the_full_jobs_show_every_key_of_the_schema(name: str) -> None:
+    """Set, or behind a comment sign: `raydist init` writes these files."""
+    documented = set(re.findall(r"^\| `([a-z_.A-Z]+)`", (ROOT / "docs" / "job.md").read_text(), re.MULTILINE))
+    keys = {
+        key.rpartition(".")[2]
+        for key in documented
+        if "eval.sources" not in key and not key.startswith("adapter.")
+    }
+    shown = set(re.findall(r"([a-z_]+): ", (ROOT / "jobs" / f"{name}.yaml").read_text()))
+    assert len(keys) > 40 and not keys - shown
+
+
+# --- the command line
+
+
+def test_importing_the_command_line_loads_nothing_heavy_and_help_is_quick() -> None:
+    code = "import raydist.cli, sys; print(*sorted(m for m in sys.modules if '.' not in m))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "ray", "transformers", "pydantic", "numpy", "pyarrow", "yaml"} & set(
+        loaded.stdout.split()
+    )
+    assert min(seconds("-m", "raydist", "--help") for _ in range(3)) < 0.3 + seconds("-c", "pass")
+
+
+def seconds(*arguments: str) -> float:
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
+    return time.perf_counter() - start
+
+
+# --- the code
+
+
+def test_functions_and_modules_are_small() -> None:
+    long = [
+        f"{name_of(path)}: {n} lines"
+        for path in MODULES
+        if (n := len(path.read_text().splitlines())) > MAX_MODULE_LINES
+    ]
+    for path in PROGRAMS:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if (
+                isinstance(node, ast.FunctionDef)
+                and (n := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
+            ):
+                long.append(f"{name_of(path)}:{node.lineno}: {node.name} has {n} lines")
+    assert not long
+
+
+def test_who_imports_whom() -> None:
+    """The contracts stand in pyproject.toml."""
+    checked = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command as run; run()",
+            "--no-cache",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_every_package_of_raydist_is_named_in_the_layers() -> None:
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    named = set(re.findall(r"raydist\.(\w+)", " ".join(contracts[0]["layers"])))
+    there = {path.stem for path in (ROOT / "raydist").glob("[a-z]*") if path.suffix == ".py" or path.is_dir()}
+    assert there == named
+
+
+# --- the checkout
+
+
+def test_the_top_level_is_small() -> None:
+    entries = {path.split("/")[0] for path in in_checkout()}
+    assert len({entry for entry in entries if not entry.startswith(".")}) <= MAX_TOP_LEVEL, sorted(entries)
+
+
+def test_no_file_names_a_folder_of_one_machine() -> None:
+    """Paths under somebody's home, or a fixed temporary folder, work on one machine only."""
+    machine = re.compile(r"/(?:home|Users|root|work)/[a-z0-9_.-]+")
+    told = []
+    for path in in_checkout():
+        text = (ROOT / path).read_bytes().decode("utf-8", "replace") if (ROOT / path).is_file() else ""
+        told += [f"{path}: {found.group()}" for found in machine.finditer(text)]
+    assert not told
+
+
+def test_the_lock_pins_everything_with_a_hash_but_torch() -> None:
+    text = (ROOT / "requirements.lock").read_text()
+    blocks = re.findall(r"^([a-z0-9-]+)==([^ \n]+)(.*?)(?=^[a-z#]|\Z)", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) > 100 and all("--hash=sha256:" in rest for *_, rest in blocks)
+    assert re.search(r"^# torch==\d+\.\d+\.\d+ ", text, re.MULTILINE)
+    assert not {"torch", "triton"} & {name for name, *_ in blocks} and "://" not in text
+
+
+def test_the_lock_holds_what_pyproject_asks_for() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] + project["optional-dependencies"]["dev"]
+    names = {re.match(r"[A-Za-z0-9_.-]+", line)[0].lower() for line in asked} - {"torch"}  # type: ignore[index]
+    pinned = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "requirements.lock").read_text(), re.MULTILINE))
+    assert not names - pinned

@@ -1,0 +1,113 @@
+import io
+import re
+from typing import Any
+
+from raydist.track.progress import Progress, duration, number, sparkline
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+def train(step: int, **more: Any) -> dict[str, Any]:
+    figures = {"tokens_per_second": 1234.5, "data_wait_seconds": 0.01, "step_seconds": 2.0, "mfu": None}
+    return (
+        {"kind": "train", "step": step, "loss": 4.5, "learning_rate": 3e-4, "memory_bytes": 2**30}
+        | figures
+        | more
+    )
+
+
+def evaluation(step: int, perplexity: float) -> dict[str, Any]:
+    return {"kind": "eval", "step": step, "source": "web", "perplexity": perplexity, "bits_per_byte": 1.0}
+
+
+def test_without_a_terminal_lines_are_plain_and_one_per_record() -> None:
+    stream = io.StringIO()
+    with Progress(stream) as progress:
+        progress.total_steps = 40
+        progress.phase("training", "2 workers")
+        for record in (evaluation(0, 4012.0), train(10), train(20, loss=None, mfu=0.41)):
+            progress.record(record)
+        progress.message("\x1b[31mred\x1b[0m \r\x07[markup]")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", stream.getvalue())
+    rest = "data wait 0.5%  memory 1.1 GB  lr 3.0e-04"
+    assert stream.getvalue().splitlines() == [
+        "training: 2 workers",
+        "eval  step 0  web  perplexity 4,012",
+        f"step 10/40  loss 4.500  1,234 tokens/s  MFU n/a  {rest}  ETA 1:00",
+        f"step 20/40  loss n/a  1,234 tokens/s  MFU 41%  {rest}  ETA 0:40",
+        "red [markup]",
+    ]
+
+
+def test_plain_lines_of_preparation_are_bounded_and_the_last_is_shown() -> None:
+    stream, now = io.StringIO(), 0.0
+    with Progress(stream, prepare_seconds=5, clock=lambda: now) as progress:
+        for done in range(1, 101):
+            now += 0.125
+            progress.prepare(done, 100, done * 3, done * 1000)
+    lines = stream.getvalue().splitlines()
+    assert lines == [
+        "slice 1/100  3 documents  1,000 tokens",
+        "slice 41/100  123 documents  41,000 tokens",
+        "slice 81/100  243 documents  81,000 tokens",
+        "slice 100/100  300 documents  100,000 tokens",
+    ]
+
+
+def test_the_end_is_expected_by_recent_steps_and_anew_after_a_resume() -> None:
+    stream = io.StringIO()
+    with Progress(stream, clock=lambda: 0.0) as progress:
+        progress.total_steps = 100
+        for step in range(1, 31):
+            progress.record(train(step, step_seconds=60.0 if step <= 15 else 1.0))
+        progress.record({"kind": "resume", "step": 20, "world_size": 1})
+        progress.record(train(21, step_seconds=10.0))
+    lines = stream.getvalue().splitlines()
+    assert lines[29].endswith("ETA 1:10")
+    assert lines[30] == "resumed at step 20 with 1 worker"
+    assert lines[31].endswith("ETA 13:10")
+
+
+def test_a_terminal_shows_the_figures_live(monkeypatch: Any) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    stream = Terminal()
+    with Progress(stream, name="demo") as progress:
+        progress.total_steps = 40
+        progress.phase("training")
+        for record in (evaluation(0, 4012.0), train(10), evaluation(10, 45.2)):
+            progress.record(record)
+        progress.message("[not markup]")
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    for part in (
+        "demo training",
+        "step 10/40",
+        "4.500",
+        "MFU n/a",
+        "4,012 → 45.20",
+        "-98.9 %",
+        "[not markup]",
+    ):
+        assert part in text
+
+
+def test_a_dumb_terminal_gets_plain_lines(monkeypatch: Any) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    stream = Terminal()
+    with Progress(stream) as progress:
+        progress.message("hello")
+    assert stream.getvalue() == "hello\n"
+
+
+def test_numbers_and_durations() -> None:
+    assert [number(v) for v in (None, float("nan"), 4012.3, 45.211, 3.14159)] == [
+        "n/a", "n/a", "4,012", "45.21", "3.142",
+    ]  # fmt: skip
+    assert [duration(s) for s in (5, 62, 3662, 183840)] == ["0:05", "1:02", "1:01:02", "2 d 03:04"]
+    assert sparkline([8.0, 4.0, 1.0]) == "█▄▁"
+    assert len(sparkline([float(i) for i in range(1000)])) == 24

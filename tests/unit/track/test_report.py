@@ -1,0 +1,141 @@
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydist.track.report import render, short, wall_seconds, write_report
+
+
+def run_folder(run: Path, steps: int = 60) -> Path:
+    """A run of two attempts: lost at step 40, resumed at 30."""
+    run.mkdir()
+    records: list[dict[str, Any]] = []
+    for attempt, first, last in ((1, 0, 40), (2, 30, steps)):
+        kind = "resume" if first else "start"
+        begin = 1e9 + 1000 * attempt
+        records.append({"kind": kind, "step": first, "world_size": 2, "attempt": attempt, "time": begin})
+        for step in range(first + 1, last + 1):
+            records.append(_train(step, attempt, begin + step - first))
+        for step in range(first, last + 1, 20):
+            records.append(_eval(step, attempt, begin + step - first))
+    records.append({"kind": "incident", "what": "a <worker> was lost", "attempt": 1, "time": 1e9 + 1500})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (run / "job.yaml").write_text("name: <demo>\ntracking:\n  mlflow: http://ann:hunter2@tracking.example/\n")
+    (run / "status.json").write_text('{"state": "training", "since": "2026-01-01T00:00:00+00:00"}')
+    (run / "data.json").write_text(json.dumps(DATA))
+    return run
+
+
+def _train(step: int, attempt: int, time: float) -> dict[str, Any]:
+    loss = 9.0 * math.exp(-step / 30)
+    rates = {"tokens_per_second": 9000.0, "data_wait_seconds": 0.01, "step_seconds": 1.0, "mfu": None}
+    more = {"learning_rate": 1e-3, "grad_norm": 1.0, "samples": 8 * step, "tokens_seen": 2048 * step}
+    place = {"kind": "train", "step": step, "attempt": attempt, "time": time}
+    return {"loss": loss if step != 7 else None, "memory_bytes": 1} | place | rates | more
+
+
+def _eval(step: int, attempt: int, time: float) -> dict[str, Any]:
+    perplexity = 4000.0 * math.exp(-step / 10)
+    counts = {"n_tokens": 100, "n_bytes": 300, "n_documents": 4}
+    place = {"kind": "eval", "step": step, "source": "web $x$", "attempt": attempt, "time": time}
+    return (
+        {"eval_loss": math.log(perplexity), "perplexity": perplexity, "bits_per_byte": 1.5} | place | counts
+    )
+
+
+DATA = {
+    "sources": {
+        "web $x$": {
+            "log": "f00d", "path": "/tokens/f00d", "n_documents": 41, "n_tokens": 200_000, "n_bytes": 812_345,
+            "n_shards": 2, "n_quarantined": 3, "n_empty": 1, "held_out_documents": 4, "held_out_tokens": 100,
+            "weight": None,
+        }
+    },
+    "packing": {"block_size": 256, "strategy": "best_fit", "n_blocks": 790, "padding_share": 0.0123},
+    "audit": {
+        "n_in": 200_000, "n_trained": 120_000, "n_held_out": 100, "n_left": 79_900, "n_repeated": 0,
+        "n_eos": 40, "n_padding": 96,
+    },
+    "sample": {"prompt": "if a <", "continuation": " b & c: </pre><script>"},
+    "parameters": {"total": 7_345_664, "trainable": 7_345_664},
+}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return run_folder(tmp_path / "demo")
+
+
+def text_of(page: str) -> str:
+    body = re.sub(r"<svg.*?</svg>", "", page[page.index("<body>") :], flags=re.S)
+    return " ".join(re.sub(r"<[^>]*>", " ", body).split())
+
+
+def test_the_page_tells_the_whole_run(run: Path) -> None:
+    page = write_report(run, state="finished").read_text()
+    told = text_of(page)
+    for part in (
+        "finished",
+        "122,880",
+        "4,000 26.95 \N{MINUS SIGN}99.3 %",
+        "120,000 trained, 60.0 %",
+        "79,900 left, 40.0 %",
+    ):
+        assert part in told
+    assert "Attempt 2 resumed at step 30 with 2 workers" in told
+    assert "790 blocks of 256 tokens, 1.23 % of them padding" in told
+    assert page.count("<svg") == 6
+
+
+def test_only_the_winning_attempt_is_drawn(run: Path) -> None:
+    page = render(run)
+    (curve,) = re.findall(r'id="learning-rate-series-learning_rate">\s*<path d="([^"]*)"', page)
+    xs = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", curve)]
+    assert xs == sorted(set(xs))
+
+
+def test_what_a_run_holds_cannot_become_markup_or_leak(run: Path) -> None:
+    page = render(run, error="GET http://bob:pw@host failed <img src=x>")
+    assert "<script" not in page and "<img" not in page and "hunter2" not in page and "bob:pw" not in page
+    assert "b &amp; c: &lt;/pre&gt;&lt;script&gt;" in page
+
+
+def test_nothing_points_outside_the_page(run: Path) -> None:
+    page = render(run)
+    assert not re.search(r"""(src|href)=["'](?!#)|url\((?!#)|@import""", page)
+    ids = re.findall(r'\bid="([^"]+)"', page)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
+    assert used <= set(ids)
+
+
+def test_the_same_folder_gives_the_same_page(run: Path) -> None:
+    assert re.sub(r"written .* UTC", "", render(run)) == re.sub(r"written .* UTC", "", render(run))
+
+
+def test_runs_that_hardly_began_have_a_page(tmp_path: Path) -> None:
+    assert "not started" in text_of(render(tmp_path))
+    (tmp_path / "status.json").write_text('{"state": "failed", "error": "no file matches data/*.parquet"}')
+    told = text_of(render(tmp_path))
+    assert (
+        "failed" in told and "no file matches data/*.parquet" in told and "No step has been recorded" in told
+    )
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(_eval(0, 1, 5.0)) + "\n")
+    assert render(tmp_path).count("<svg") == 1
+
+
+def test_time_between_attempts_is_not_wall_time() -> None:
+    times = [(1, 10.0), (1, 30.0), (2, 500.0), (2, 505.0)]
+    assert wall_seconds([{"kind": "train", "attempt": a, "time": t} for a, t in times]) == 25.0
+
+
+def test_counts_in_three_figures() -> None:
+    assert [short(n) for n in (840, 12_640, 999_900, 1_966_080, 2.5e9)] == [
+        "840",
+        "12.6k",
+        "1,000k",
+        "1.97M",
+        "2.5B",
+    ]
