@@ -25,9 +25,9 @@ from raydist.folder import RunFolder
 from raydist.job.load import load_job
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
-from raydist.prepare import Prepared
-from raydist.train.loop import train
-from raydist.train.model import build_model
+from raydist.prepared import Prepared
+from raydist.training.loop import train
+from raydist.training.model import build_model
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "quickstart.yaml"
 WARM_UP_STEPS = 3

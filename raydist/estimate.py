@@ -2,50 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from raydist.corpus.build import LogPlan, estimate, plan_log
 from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
-from raydist.train.model import check_fits, load_config
-
-if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+from raydist.training.model import Sizes, check_fits, load_config, model_sizes
 
 FP32, BF16 = 4, 2
 BYTES_PER_TOKEN_OF_NEW_BPE = 3.0
 """Assumed for a tokenizer that the job has yet to train; measured on a log once there is one."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters in all and trained; layers; hidden units; entries of the vocabulary."""
-
-    total: int
-    trainable: int
-    layers: int
-    hidden: int
-    vocabulary: int
-
-
-def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
-    """Of the model that the job trains, built without memory for its weights."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from raydist.train.adapter import add_lora
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-        total = sum(p.numel() for p in model.parameters())
-        if job.adapter is not None:
-            model = add_lora(model, job.adapter)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    text = config.get_text_config()
-    return Sizes(total, trainable, text.num_hidden_layers, text.hidden_size, text.vocab_size)
 
 
 def plan_job(job: Job) -> dict[str, Any]:
@@ -59,10 +27,8 @@ def plan_job(job: Job) -> dict[str, Any]:
     blocks = max(1, round((tokens + eos) / job.packing.block_size))
     weighted = any(source.weight is not None for source in job.corpus.sources.values())
     plan = make_plan(job, job.scaling.num_workers, None if weighted else blocks)
-    config = load_config(job)
+    config = load_config(job, tokenizer.vocab_size if tokenizer else _new_vocabulary(job))
     check_fits(config, job)
-    if job.model.base is None:
-        config.vocab_size = tokenizer.vocab_size if tokenizer else _new_vocabulary(job)
     sizes = model_sizes(config, job)
     return {
         "name": job.name,
@@ -123,9 +89,8 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
         "weights": sizes.total * FP32,
         "gradients": sizes.trainable * FP32,
         "optimizer": 2 * sizes.trainable * FP32,
-        "reduce_buffer": sizes.trainable * FP32 if plan.world_size > 1 else 0,
         "activations": tokens * sizes.layers * sizes.hidden * kept * compute,
-        "logits": 3 * tokens * sizes.vocabulary * FP32,
+        "logits": 2 * tokens * sizes.vocabulary * FP32,
     }
     return {**parts, "total": sum(parts.values())}
 

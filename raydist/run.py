@@ -26,13 +26,13 @@ from raydist.job.identity import differences
 from raydist.job.load import job_yaml, load_job
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
-from raydist.prepare import Prepared, prepare_logs
+from raydist.prepared import Prepared, prepare_logs
 from raydist.track.progress import Progress
 from raydist.track.records import Tail, effective
 
 if TYPE_CHECKING:
     from raydist.feed.feed import Feed
-    from raydist.train.spec import TrainSpec
+    from raydist.training.spec import TrainSpec
 
 T = TypeVar("T")
 POLL_SECONDS = 0.5
@@ -52,7 +52,7 @@ class RunResult:
 
     def load_model(self) -> Any:
         """The trained model, from transformers or, with an adapter, from peft."""
-        from raydist.train.model import load_trained
+        from raydist.training.model import load_trained
 
         return load_trained(self.model_path)
 
@@ -221,7 +221,7 @@ def _attempts(job: Job, folder: RunFolder, prepared: Prepared, plan: Plan, progr
 
 def _watch(spec: TrainSpec, folder: RunFolder, progress: Progress) -> bool:
     """Run one attempt in a thread, so that this one can show its records and receive signals."""
-    from raydist.train.ray_trainer import run_attempt
+    from raydist.training.ray_trainer import run_attempt
 
     tail = Tail(folder.metrics_file, offset=_size(folder.metrics_file))
     attempt = _in_thread(lambda: run_attempt(spec))
@@ -258,7 +258,7 @@ def _size(path: Path) -> int:
 def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
     """What became of every token up to the newest checkpoint, and a sample of the model's text."""
     from raydist.feed.audit import audit
-    from raydist.train.checkpoint import newest_valid
+    from raydist.training.checkpoint import newest_valid
 
     commit = newest_valid(folder.path)
     counted = audit(feed, commit.samples if commit else 0)

@@ -14,6 +14,6 @@ from raydist.cli.options import run_argument, storage
 def command(run: str, storage: str, merge: bool) -> None:
     """Write RUN's adapter merged into its base, as a model that needs no peft."""
     from raydist.folder import find_run
-    from raydist.train.model import merge_adapter
+    from raydist.training.model import merge_adapter
 
     click.echo(f"merged model in {merge_adapter(find_run(run, storage).path)}")

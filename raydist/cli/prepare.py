@@ -19,7 +19,7 @@ def command(job_file: str, overrides: tuple[str, ...], address: str | None, as_j
     from raydist.api import prepare
     from raydist.cluster.connect import ray_address
     from raydist.job.load import load_job
-    from raydist.prepare import describe_log
+    from raydist.prepared import describe_log
 
     job = load_job(job_file, overrides)
     prepared = prepare(job, address=ray_address(address, job.cluster.address))

@@ -170,7 +170,7 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def verdict(undisturbed: Run, killed: Run) -> int:
-    from raydist.train.model import weight_hash
+    from raydist.training.model import weight_hash
 
     hashes = [weight_hash(run.folder / "model") for run in (undisturbed, killed)]
     for run, value in zip((undisturbed, killed), hashes, strict=True):

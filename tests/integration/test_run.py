@@ -114,7 +114,7 @@ def losses(folder: RunFolder) -> dict[int, float]:
 
 
 def weights(folder: RunFolder) -> str:
-    from raydist.train.model import weight_hash
+    from raydist.training.model import weight_hash
 
     return weight_hash(folder.model)
 
@@ -285,17 +285,54 @@ def test_submit_through_the_jobs_api(
     assert code == 2 and "max_position_embeddings" in output, output
 
 
+HEAD = """
+import ray
+context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1",
+                   object_store_memory=2**28, log_to_driver=False, logging_level="ERROR")
+print("http://" + context.dashboard_url, flush=True)
+input()
+"""
+
+
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """A cluster of one node with a dashboard, behind a token, on ports of its own."""
-    import ray
+    """A cluster of one node with a dashboard, behind a token, in a process of its own."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # its own python
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": path}
+    command = [sys.executable, "-c", HEAD]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdout is not None
+        yield process.stdout.readline().strip()
+        process.communicate("\n")
 
-    context = ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=True,
-        dashboard_host="127.0.0.1",
-        object_store_memory=2**28,
-    )
-    yield f"http://{context.dashboard_url}"
-    ray.shutdown()
+
+def test_losses_equal_those_of_a_plain_loop(job: dict[str, Any], undisturbed: tuple[RunFolder, str]) -> None:
+    """Two workers under Ray against ten lines of PyTorch over the same blocks, transformers' attention."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import raydist
+    from raydist.training.schedule import learning_rate
+
+    folder, settings = undisturbed[0], raydist.load_job(undisturbed[0].job_file).train
+    tokenizer = AutoTokenizer.from_pretrained(folder.model)
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**job["model"]["config"], vocab_size=len(tokenizer), **special)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=settings.weight_decay)
+    expected = {}
+    feed = raydist.open_feed(folder.path)
+    for index, step in enumerate(feed.loader(0, 1, 0, 20 * 16, global_batch_size=16, micro_batch_size=16)):
+        (batch,) = step.micro_batches
+        logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+        optimizer.param_groups[0]["lr"] = learning_rate(index, STEPS, settings)
+        optimizer.step()
+        optimizer.zero_grad()
+        expected[index + 1] = loss.item()
+    recorded = losses(folder)
+    assert {step: recorded[step] for step in expected} == pytest.approx(expected, rel=1e-5)

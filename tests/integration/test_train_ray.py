@@ -12,15 +12,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from tests.unit.train.train_parts import losses, make_spec, run_ranks
 
 from raydist.errors import CheckpointError, TrainingError, WorkerLost
 from raydist.files import read_json
-from raydist.train.checkpoint import newest_valid
-from raydist.train.loop import train
-from raydist.train.model import weight_hash
-from raydist.train.ray_trainer import run_attempt
-from raydist.train.spec import TrainSpec
-from tests.unit.train.train_parts import losses, make_spec, run_ranks
+from raydist.training.checkpoint import newest_valid
+from raydist.training.loop import train
+from raydist.training.model import weight_hash
+from raydist.training.ray_trainer import run_attempt
+from raydist.training.spec import TrainSpec
 
 LONG = {"max_steps": 5000}
 

@@ -17,9 +17,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raydist.errors import CheckpointError
 from raydist.job.schema import Job
-from raydist.train.loss import autocast, logits_of, summed_cross_entropy
-from raydist.train.optimizer import clip_, gradient_norm, make_optimizer, refuse_non_finite, set_learning_rate
-from raydist.train.world import World
+from raydist.training.loss import autocast, logits_of, summed_cross_entropy
+from raydist.training.optimizer import (
+    clip_,
+    gradient_norm,
+    make_optimizer,
+    refuse_non_finite,
+    set_learning_rate,
+)
+from raydist.training.world import World
 
 WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 
 from raydist.errors import TrainingError
 from raydist.job.schema import Train
-from raydist.train import loss
-from raydist.train.loss import summed_cross_entropy
-from raydist.train.optimizer import clip_, gradient_norm, make_optimizer, refuse_non_finite
-from raydist.train.schedule import learning_rate
+from raydist.training import loss
+from raydist.training.loss import summed_cross_entropy
+from raydist.training.optimizer import clip_, gradient_norm, make_optimizer, refuse_non_finite
+from raydist.training.schedule import learning_rate
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 1000])

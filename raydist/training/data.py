@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from raydist.train.evaluate import EvalData
-from raydist.train.spec import TrainSpec
+from raydist.training.evaluate import EvalData
+from raydist.training.spec import TrainSpec
 
 if TYPE_CHECKING:
     from raydist.feed import Feed

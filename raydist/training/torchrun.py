@@ -1,4 +1,4 @@
-"""An attempt without Ray: `torchrun --nproc-per-node 2 -m raydist.train.torchrun SPEC.json`, or plain python.
+"""An attempt without Ray: `torchrun --nproc-per-node 2 -m raydist.training.torchrun SPEC.json`, or python.
 
 SPEC.json is what `TrainSpec.to_json` gives. SIGTERM asks for a checkpoint and a clean end.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from raydist.train.loop import train
-from raydist.train.spec import TrainSpec
+from raydist.training.loop import train
+from raydist.training.spec import TrainSpec
 
 
 def main(path: str) -> int:

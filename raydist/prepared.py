@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from raydist.feed.feed import Feed
     from raydist.folder import RunFolder
     from raydist.job.plan import Plan
-    from raydist.train.spec import TrainSpec
+    from raydist.training.spec import TrainSpec
 
 SAMPLE_PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 64
@@ -84,12 +84,12 @@ class Prepared:
 
     def check_model(self) -> None:
         """Refuse what the model cannot take before anything is spent: positions, vocabulary."""
-        from raydist.train.model import check_fits, load_config
+        from raydist.training.model import check_fits, load_config
 
-        check_fits(load_config(self.job), self.job)
+        check_fits(load_config(self.job, self.tokenizer.vocab_size), self.job)
 
     def train_spec(self, folder: RunFolder, plan: Plan, attempt: int) -> TrainSpec:
-        from raydist.train.spec import TrainSpec
+        from raydist.training.spec import TrainSpec
 
         return TrainSpec(
             job=self.job,
@@ -104,7 +104,7 @@ class Prepared:
     def sample(self, folder: RunFolder) -> dict[str, str] | None:
         """The trained model's greedy continuation of the start of a held-out document."""
         from raydist.feed.holdout import first_held_out
-        from raydist.train.model import continue_text
+        from raydist.training.model import continue_text
 
         document = first_held_out(self.logs.values(), self.job.corpus.holdout)
         if document is None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from raydist.train.checkpoint import Commit
-from raydist.train.spec import TrainSpec
+from raydist.training.checkpoint import Commit
+from raydist.training.spec import TrainSpec
 
 
 def model_card(spec: TrainSpec, weights: Commit) -> str:

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from raydist.train.loss import IGNORED, autocast, logits_of, summed_cross_entropy
-from raydist.train.world import World
+from raydist.training.loss import IGNORED, autocast, logits_of, summed_cross_entropy
+from raydist.training.world import World
 
 
 class EvalData(Protocol):

@@ -15,17 +15,17 @@ from torch import Tensor
 
 from raydist.errors import CheckpointError, TrainingError
 from raydist.folder import RunFolder
-from raydist.train import checkpoint
-from raydist.train.card import model_card
-from raydist.train.checkpoint import Commit, Counts
-from raydist.train.data import Data, open_data
-from raydist.train.evaluate import evaluate
-from raydist.train.metrics import Clock, MetricsWriter, memory_bytes, mfu
-from raydist.train.model import build_model, n_parameters, save_model
-from raydist.train.schedule import learning_rate
-from raydist.train.spec import TrainSpec
-from raydist.train.strategy import Strategy, make_strategy
-from raydist.train.world import World
+from raydist.training import checkpoint
+from raydist.training.card import model_card
+from raydist.training.checkpoint import Commit, Counts
+from raydist.training.data import Data, open_data
+from raydist.training.evaluate import evaluate
+from raydist.training.metrics import Clock, MetricsWriter, memory_bytes, mfu
+from raydist.training.model import build_model, n_parameters, save_model
+from raydist.training.schedule import learning_rate
+from raydist.training.spec import TrainSpec
+from raydist.training.strategy import Strategy, make_strategy
+from raydist.training.world import World
 
 if TYPE_CHECKING:
     from raydist.feed.loader import Step

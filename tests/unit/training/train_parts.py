@@ -16,8 +16,8 @@ from raydist.corpus.log import Documents, SliceWriter
 from raydist.files import read_jsonl, write_json
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
-from raydist.train.data import open_data
-from raydist.train.spec import TrainSpec
+from raydist.training.data import open_data
+from raydist.training.spec import TrainSpec
 
 VOCABULARY = 64
 LLAMA = {
@@ -137,7 +137,7 @@ def start_ranks(spec: TrainSpec) -> list[subprocess.Popen[bytes]]:
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "raydist.train.torchrun", str(path)],
+            [sys.executable, "-m", "raydist.training.torchrun", str(path)],
             env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=subprocess.PIPE,
         )
@@ -147,7 +147,10 @@ def start_ranks(spec: TrainSpec) -> list[subprocess.Popen[bytes]]:
 
 def run_ranks(spec: TrainSpec) -> None:
     """To the end. Raises with the processes' errors when one of them fails."""
-    processes = start_ranks(spec)
+    finish(start_ranks(spec))
+
+
+def finish(processes: list[subprocess.Popen[bytes]]) -> None:
     errors = [process.communicate(timeout=120)[1].decode() for process in processes]
     if any(process.returncode for process in processes):
         raise AssertionError("\n".join(errors))

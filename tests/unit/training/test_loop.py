@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.unit.train.train_parts import LLAMA, VOCABULARY, finish, losses, make_spec, run_ranks, start_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import CheckpointError, TrainingError
 from raydist.files import read_jsonl
-from raydist.train import checkpoint
-from raydist.train.checkpoint import Commit
-from raydist.train.data import Data, open_data
-from raydist.train.loop import train
-from raydist.train.model import weight_hash
-from raydist.train.schedule import learning_rate
-from raydist.train.spec import TrainSpec
-from tests.unit.train.train_parts import LLAMA, VOCABULARY, losses, make_spec, run_ranks, start_ranks
+from raydist.training import checkpoint
+from raydist.training.checkpoint import Commit
+from raydist.training.data import Data, open_data
+from raydist.training.loop import train
+from raydist.training.model import weight_hash
+from raydist.training.schedule import learning_rate
+from raydist.training.spec import TrainSpec
 
 
 @pytest.fixture(autouse=True)
@@ -190,7 +190,7 @@ def test_sigterm_stops_all_ranks_after_a_checkpoint(tmp_path: Path) -> None:
     while 3 not in losses(spec.run):
         time.sleep(0.05)
     ranks[0].terminate()
-    assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    finish(ranks)
     found = checkpoint.newest_valid(spec.run)
     assert found is not None
     assert found.step == max(losses(spec.run)) >= 3

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
 
 from raydist.errors import ModelError
-from raydist.train.loss import logits_of
+from raydist.training.loss import logits_of
 
 PER_DOCUMENT = "raydist_per_document"
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")

@@ -9,8 +9,8 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import ModelError
-from raydist.train.attention import PER_DOCUMENT, probe, set_attention
-from raydist.train.loss import logits_of
+from raydist.training.attention import PER_DOCUMENT, probe, set_attention
+from raydist.training.loss import logits_of
 
 SMALL = {
     "hidden_size": 32,

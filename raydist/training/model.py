@@ -158,8 +158,8 @@ def build_model(job: Job, tokenizer_folder: Path, device: torch.device) -> nn.Mo
 
     Trainable weights are fp32. With an adapter the base is frozen and keeps its dtype.
     """
-    from raydist.train.adapter import add_lora
-    from raydist.train.attention import set_attention
+    from raydist.training.adapter import add_lora
+    from raydist.training.attention import set_attention
 
     config = load_config(job, len(load_tokenizer(tokenizer_folder)))
     check_fits(config, job)
@@ -241,7 +241,7 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
     """Counted on a model without storage."""
     from transformers import AutoModelForCausalLM
 
-    from raydist.train.adapter import add_lora
+    from raydist.training.adapter import add_lora
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from raydist.errors import JobError
 from raydist.job.schema import Job
-from raydist.train.world import World
+from raydist.training.world import World
 
 
 class Strategy(Protocol):
@@ -44,7 +44,7 @@ class Strategy(Protocol):
 
 
 def make_strategy(model: nn.Module, job: Job, world: World) -> Strategy:
-    from raydist.train.ddp import DdpOnCpu, DdpOnGpu
+    from raydist.training.ddp import DdpOnCpu, DdpOnGpu
 
     if world.device.type == "cpu":
         return DdpOnCpu(model, job, world)

@@ -24,9 +24,9 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from raydist import files
 from raydist.errors import ClusterError, RaydistError, TrainingError, WorkerLost
-from raydist.train.checkpoint import Commit
-from raydist.train.loop import TrainResult, train
-from raydist.train.spec import TrainSpec
+from raydist.training.checkpoint import Commit
+from raydist.training.loop import TrainResult, train
+from raydist.training.spec import TrainSpec
 
 COLLECTIVE_TIMEOUT_SECONDS = 300
 

@@ -8,8 +8,8 @@ import pytest
 
 from raydist.errors import CheckpointError
 from raydist.files import read_jsonl
-from raydist.train import checkpoint
-from raydist.train.checkpoint import Commit, Counts
+from raydist.training import checkpoint
+from raydist.training.checkpoint import Commit, Counts
 
 
 def write(run: Path, step: int, loss: float | None = None, content: bytes = b"state") -> Commit:

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.unit.train.train_parts import LLAMA, VOCABULARY, losses, make_job, make_spec, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import JobError, ModelError
-from raydist.train.loop import train
-from raydist.train.model import (
+from raydist.training.loop import train
+from raydist.training.model import (
     build_model,
     check_fits,
     continue_text,
@@ -24,7 +25,6 @@ from raydist.train.model import (
     n_parameters,
     weight_hash,
 )
-from tests.unit.train.train_parts import LLAMA, VOCABULARY, losses, make_job, make_spec, write_tokenizer
 
 CPU = torch.device("cpu")
 
