@@ -102,7 +102,7 @@ class Prepared:
         )
 
     def sample(self, folder: RunFolder) -> dict[str, str] | None:
-        """The trained model's greedy continuation of the start of a held-out document."""
+        """The trained model's sampled continuation of the start of a held-out document."""
         from raydist.feed.holdout import first_held_out
         from raydist.training.model import continue_text
 

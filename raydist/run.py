@@ -28,7 +28,7 @@ from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
 from raydist.prepared import Prepared, prepare_logs
 from raydist.track.progress import Progress
-from raydist.track.records import Tail, effective
+from raydist.track.records import Tail, effective, read_metrics
 
 if TYPE_CHECKING:
     from raydist.feed.feed import Feed
@@ -263,7 +263,13 @@ def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
     commit = newest_valid(folder.path)
     counted = audit(feed, commit.samples if commit else 0)
     sample = prepared.sample(folder) if folder.model.exists() else None
-    files.write_json(folder.data_file, {**folder.data(), "audit": counted.to_json(), "sample": sample})
+    began = next(r for r in reversed(read_metrics(folder.path)) if r["kind"] in ("start", "resume"))
+    known = {
+        "audit": counted.to_json(),
+        "sample": sample,
+        "parameters": {"total": began["n_parameters"], "trainable": began["n_trainable"]},
+    }
+    files.write_json(folder.data_file, {**folder.data(), **known})
 
 
 @contextlib.contextmanager

@@ -26,7 +26,8 @@ def command(job_file: str, overrides: tuple[str, ...], address: str | None, as_j
     if cluster is None:
         click.echo(
             "no cluster configured (--address, RAY_ADDRESS or cluster.address):"
-            " running on an embedded local Ray"
+            " running on an embedded local Ray",
+            err=True,
         )
         run_here(job, None, as_json)
         return

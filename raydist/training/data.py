@@ -31,6 +31,10 @@ def open_data(spec: TrainSpec) -> Data:
     eval_logs = {name: open_log(path) for name, path in spec.eval_logs.items()}
     sources = [FeedSource(name, log, job.corpus.sources[name].weight) for name, log in logs.items()]
     share = job.corpus.holdout
-    held_out = [EvalSet(n, log, job.packing, holdout=share, max_tokens=limit) for n, log in logs.items()]
+    held_out = [
+        EvalSet(name, log, job.packing, holdout=share, max_tokens=limit)
+        for name, log in logs.items()
+        if share > 0  # else none was asked for
+    ]
     extra = [EvalSet(n, log, job.packing, holdout=None, max_tokens=limit) for n, log in eval_logs.items()]
     return Data(Feed(sources, job.packing, job.seed, share), [*held_out, *extra])

@@ -84,7 +84,7 @@ class Attempt:
         self.on_commit, self.should_stop = on_commit, should_stop
         self.metrics = MetricsWriter(spec.run, spec.attempt, enabled=world.is_main)
         model = build_model(spec.job, spec.tokenizer, world.device)
-        self.n_parameters = n_parameters(model)
+        self.n_parameters, self.n_trainable = n_parameters(model), n_parameters(model, trainable=True)
         self.strategy: Strategy = make_strategy(model, spec.job, world)
         self.last_commit = self._resume()
         self.step = self.last_commit.step if self.last_commit else 0
@@ -193,6 +193,7 @@ class Attempt:
             world_size=self.world.world_size,
             micro_batch_size=self.plan.micro_batch_size,
             n_parameters=self.n_parameters,
+            n_trainable=self.n_trainable,
             device=str(self.world.device.type),
         )
         for empty in (data.name for data in self.data.eval_sets if not data.n_documents):

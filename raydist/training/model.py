@@ -247,12 +247,13 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
         model = AutoModelForCausalLM.from_config(config)
         rows = model.get_input_embeddings().weight.shape[0]
         model = model if job.adapter is None else add_lora(model, job.adapter)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trainable = n_parameters(model, trainable=True)
     return Sizes(n_parameters(model), trainable, rows, config.num_hidden_layers, config.hidden_size)
 
 
-def n_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
+def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """All of them, or only those that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
 
 
 # --- the trained model ---------------------------------------------------------------------------
@@ -316,19 +317,27 @@ def load_trained(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int) -> tuple[str, str]:
-    """The prompt and the likeliest continuation, at most `n_tokens` long, by the model in `folder`."""
+def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int = 0) -> tuple[str, str]:
+    """The prompt and a sampled continuation, at most `n_tokens` long, by the model in `folder`.
+
+    Sampled at temperature 0.8: the likeliest continuation of a small model only repeats itself.
+    """
     model, tokenizer = load_trained(folder), load_tokenizer(folder)
     ids = torch.tensor([list(prompt)])
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
         out = model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n_tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
         )
     before, after = out[0, : len(prompt)], out[0, len(prompt) :]
     return str(tokenizer.decode(before)), str(tokenizer.decode(after, skip_special_tokens=True))
 
 
-@_quietly()
 def merge_adapter(run: Path) -> Path:
     """Add the run's adapter to its base, in fp32, and write <run>/export/merged in the base's dtype."""
     source, target = run / "model", run / "export" / "merged"

@@ -58,7 +58,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--storage", type=Path, default=Path("runs"), help="storage folder (default: %(default)s)"
     )
-    parser.add_argument("--steps", type=int, default=40, help="length of the runs (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="length of the runs (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], help="override a key of the job, as in raydist")
     return parser.parse_args()
 

@@ -17,8 +17,10 @@ import psutil
 import pytest
 import yaml
 
+import raydist
 from raydist import files
 from raydist.folder import RunFolder
+from raydist.job.load import build_job
 from raydist.track.records import effective
 
 STEPS = 60
@@ -210,6 +212,9 @@ def test_a_finished_run_says_so_and_a_changed_job_is_refused(
 ) -> None:
     code, output = submit(job)
     assert code == 0 and "is finished already" in output
+    result = raydist.train(build_job(job))
+    assert result.state == "finished" and result.metrics["words"]["step"] == STEPS
+    assert sum(p.numel() for p in result.load_model().parameters()) > 100_000
     code, output = submit(job, "--set", "train.lr=1e-3")
     assert code == 6 and "train.lr: 0.003 -> 0.001" in output and "new name" in output
     assert undisturbed[0].status()["state"] == "finished"
@@ -238,22 +243,45 @@ def test_killed_and_resumed_ends_bit_identical(
     assert folder.data()["audit"] == undisturbed[0].data()["audit"]
 
 
-def test_stopped_and_resumed_with_one_worker_sees_the_same_batches(
+def by_signal(number: signal.Signals) -> Callable[[subprocess.Popen[str], RunFolder], None]:
+    return lambda process, folder: process.send_signal(number)
+
+
+def by_command(process: subprocess.Popen[str], folder: RunFolder) -> None:
+    result = subprocess.run([sys.executable, "-m", "raydist", "stop", str(folder.path)], check=True)
+    assert result.returncode == 0
+
+
+def stop_after(
+    step: int, job: dict[str, Any], stop: Callable[[subprocess.Popen[str], RunFolder], None], attempt: int
+) -> None:
+    process, folder = start(job), folder_of(job)
+    wait_for_step(folder, step, process, attempt)
+    stop(process, folder)
+    code, output = finish(process)
+    assert code == 130 and "submit the job again" in output, output
+    assert folder.status()["state"] == "stopped" and folder.report.exists()
+
+
+def test_stopped_twice_and_resumed_with_one_worker_sees_the_same_batches(
     job: dict[str, Any], undisturbed: tuple[RunFolder, str]
 ) -> None:
     job = {**job, "name": "fewer"}
-    process, folder = start(job), folder_of(job)
-    wait_for_step(folder, 22, process)
-    process.send_signal(signal.SIGTERM)
-    code, output = finish(process)
-    assert code == 130 and "submit the job again" in output, output
-    assert folder.status()["state"] == "stopped"
+    folder = folder_of(job)
+    stop_after(12, job, by_signal(signal.SIGTERM), attempt=1)
+    stop_after(24, job, by_command, attempt=2)
     code, output = submit(job, "--set", "scaling.num_workers=1")
     assert code == 0, output
-    (resume,) = [r for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume"]
-    assert resume["step"] >= 22 and resume["world_size"] == 1
+    first, second = (r for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume")
+    assert 12 <= first["step"] < second["step"] and second["step"] >= 24
+    assert (first["world_size"], second["world_size"]) == (2, 1)
     assert losses(folder) == pytest.approx(losses(undisturbed[0]), rel=1e-4)
     assert folder.data()["audit"] == undisturbed[0].data()["audit"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_after_a_checkpoint(job: dict[str, Any]) -> None:
+    stop_after(5, {**job, "name": "interrupted"}, by_signal(signal.SIGINT), attempt=1)
 
 
 def test_a_workers_exception_arrives_with_its_traceback(job: dict[str, Any]) -> None:
@@ -312,7 +340,6 @@ def test_losses_equal_those_of_a_plain_loop(job: dict[str, Any], undisturbed: tu
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    import raydist
     from raydist.training.schedule import learning_rate
 
     folder, settings = undisturbed[0], raydist.load_job(undisturbed[0].job_file).train
