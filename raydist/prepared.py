@@ -108,6 +108,8 @@ class Prepared:
 
         document = first_held_out(self.logs.values(), self.job.corpus.holdout)
         if document is None:
+            document = first_held_out(self.eval_logs.values(), 1.0)
+        if document is None:
             return None
         prompt, continuation = continue_text(
             folder.model, document[:SAMPLE_PROMPT_TOKENS].tolist(), SAMPLE_TOKENS
