@@ -33,15 +33,17 @@ AIM = 1.25
 PROCESSES = 2
 ROW_GROUP_BYTES = 8 * 2**20
 FILE_BYTES = 128 * 2**20
-SMALL_MB = 1
+SMALL_MB = 4
+SMALL_SLICE_BYTES = 2**18
+"""Several slices and row groups, so that the small corpus starts every process of either side."""
 
 
 def main() -> None:
     options = parse()
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        write_corpus(texts(options.text), SMALL_MB, folder / "small")
-        n_bytes = write_corpus(texts(options.text), options.mb, folder / "large")
+        write_corpus(texts(options.text), SMALL_MB, folder / "small", SMALL_SLICE_BYTES)
+        n_bytes = write_corpus(texts(options.text), options.mb, folder / "large", ROW_GROUP_BYTES)
         spec = tokenizer(options, folder)
         backend = open_tokenizer(spec).backend
         results = []
@@ -89,13 +91,13 @@ def texts(folder: Path | None) -> Iterator[str]:
                 yield from pq.read_table(path, columns=["text"])["text"].to_pylist()
 
 
-def write_corpus(source: Iterator[str], mb: int, folder: Path) -> int:
-    """Parquet files of FILE_BYTES in row groups of ROW_GROUP_BYTES; returns the bytes of text."""
+def write_corpus(source: Iterator[str], mb: int, folder: Path, group_bytes: int) -> int:
+    """Parquet files of FILE_BYTES of text in row groups of `group_bytes`; returns the bytes of text."""
     folder.mkdir()
     total, number, writer = 0, 0, None
     while total < mb * 10**6:
         size, group = 0, []
-        while size < min(ROW_GROUP_BYTES, mb * 10**6):
+        while size < group_bytes:
             group.append(next(source))
             size += len(group[-1].encode())
         if writer is None or total // FILE_BYTES >= number:
@@ -127,22 +129,18 @@ def sample(folder: Path | None) -> Iterator[str]:
 def raydist_seconds(
     folder: Path, spec: TokenizerSpec, turn: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    begin = time.perf_counter()
-    with ray_session(0, 1):
-        build(folder / "small", spec, folder / f"logs-{turn}", options)
-        started = time.perf_counter()
-        log = build(folder / "large", spec, folder / f"logs-{turn}", options)
-        done = time.perf_counter()
-    return {
-        "raydist_start": started - begin,
-        "raydist": done - started,
-        "n_tokens": log.n_tokens,
-        "shards": len(log.shards),
-    }
-
-
-def build(source: Path, spec: TokenizerSpec, logs: Path, options: argparse.Namespace) -> TokenLog:
     sizes = {} if options.slice_mb is None else {"slice_bytes": int(options.slice_mb * 2**20)}
+    begin = time.perf_counter()
+    with ray_session(0, PROCESSES - 1):
+        build(folder / "small", spec, folder / f"logs-{turn}", slice_bytes=SMALL_SLICE_BYTES)
+        started = time.perf_counter()
+        log = build(folder / "large", spec, folder / f"logs-{turn}", **sizes)
+        done = time.perf_counter()
+    totals = {"n_tokens": log.n_tokens, "shards": len(log.shards)}
+    return {"raydist_start": started - begin, "raydist": done - started, **totals}
+
+
+def build(source: Path, spec: TokenizerSpec, logs: Path, **sizes: int) -> TokenLog:
     wanted = TrainSource(path=str(source))
     corpus = Corpus(sources={"text": wanted}, **sizes)
     return build_log(plan_log(wanted, corpus, spec, logs), on_error="fail")

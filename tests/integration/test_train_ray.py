@@ -12,7 +12,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.unit.train.train_parts import losses, make_spec, run_ranks
 
 from raydist.errors import CheckpointError, TrainingError, WorkerLost
 from raydist.files import read_json
@@ -21,6 +20,7 @@ from raydist.training.loop import train
 from raydist.training.model import weight_hash
 from raydist.training.ray_trainer import run_attempt
 from raydist.training.spec import TrainSpec
+from tests.unit.training.train_parts import losses, make_spec, run_ranks
 
 LONG = {"max_steps": 5000}
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.unit.train.train_parts import LLAMA, VOCABULARY, finish, losses, make_spec, run_ranks, start_ranks
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import CheckpointError, TrainingError
@@ -23,6 +22,15 @@ from raydist.training.loop import train
 from raydist.training.model import weight_hash
 from raydist.training.schedule import learning_rate
 from raydist.training.spec import TrainSpec
+from tests.unit.training.train_parts import (
+    LLAMA,
+    VOCABULARY,
+    finish,
+    losses,
+    make_spec,
+    run_ranks,
+    start_ranks,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.unit.train.train_parts import LLAMA, VOCABULARY, losses, make_job, make_spec, write_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import JobError, ModelError
@@ -25,6 +24,7 @@ from raydist.training.model import (
     n_parameters,
     weight_hash,
 )
+from tests.unit.training.train_parts import LLAMA, VOCABULARY, losses, make_job, make_spec, write_tokenizer
 
 CPU = torch.device("cpu")
 
