@@ -7,6 +7,7 @@ then the large one. The ratio is of the large corpus's wall time.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
@@ -154,18 +155,21 @@ def bare_seconds(folder: Path, spec: TokenizerSpec, backend: str, turn: int) -> 
     target = folder / f"bare-{turn}"
     target.mkdir()
     begin = time.perf_counter()
-    with multiprocessing.get_context("spawn").Pool(
-        PROCESSES, start, (spec.json, backend, spec.vocab_size)
-    ) as pool:
-        pool.starmap(
-            half, [(folder / "small", target / f"small-{i}.arrow", i) for i in range(PROCESSES)], chunksize=1
-        )
+    with contextlib.ExitStack() as stack:
+        tools = (spec.json, backend, spec.vocab_size)
+        spawn = multiprocessing.get_context("spawn")
+        pools = [stack.enter_context(spawn.Pool(1, start, tools)) for _ in range(PROCESSES)]
+        halves(pools, folder / "small", target)
         started = time.perf_counter()
-        counts = pool.starmap(
-            half, [(folder / "large", target / f"{i}.arrow", i) for i in range(PROCESSES)], chunksize=1
-        )
+        n_tokens = halves(pools, folder / "large", target)
         done = time.perf_counter()
-    return {"bare_start": started - begin, "bare": done - started, "bare_n_tokens": sum(counts)}
+    return {"bare_start": started - begin, "bare": done - started, "bare_n_tokens": n_tokens}
+
+
+def halves(pools: list[Any], source: Path, target: Path) -> int:
+    files = [target / f"{source.name}-{i}.arrow" for i in range(PROCESSES)]
+    tasks = [pool.apply_async(half, (source, files[i], i)) for i, pool in enumerate(pools)]
+    return sum(task.get() for task in tasks)
 
 
 _ENCODE: Any = None

@@ -20,6 +20,7 @@ from raydist.job.schema import Job
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
+READY_SECONDS = 60
 STOP_WAIT_SECONDS = "120"
 """Between Ray's SIGTERM and its SIGKILL: time for a checkpoint. Ray's own default is 3 s."""
 
@@ -82,14 +83,26 @@ def _submit(client: JobSubmissionClient, job: Job) -> str:
             "py_modules": [package],
             "env_vars": {**ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_SECONDS},
         }
-        return str(
-            client.submit_job(
+        return _once_ready(
+            lambda: client.submit_job(
                 entrypoint="python -m raydist train job.yaml",
                 runtime_env=runtime_env,
                 submission_id=f"raydist-{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
                 metadata={"raydist_run": _run_key(job)},
             )
         )
+
+
+def _once_ready(submit: Callable[[], str]) -> str:
+    """A head that has just started has no agent for jobs yet."""
+    deadline = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            return str(submit())
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                raise ClusterError("the cluster did not take the job", why=str(error)) from error
+            time.sleep(1)
 
 
 def _absolute(job: Job, address: str) -> Job:
