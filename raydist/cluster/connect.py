@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,14 +32,20 @@ def ray_address(asked: str | None, in_job: str | None = None) -> str | None:
     return asked or os.environ.get("RAY_ADDRESS") or in_job
 
 
+def set_environment() -> None:
+    """Ray reads RAY_AUTH_MODE when it is imported: set later it would contradict what Ray has read."""
+    for name, value in ENVIRONMENT.items():
+        if name != "RAY_AUTH_MODE" or "ray" not in sys.modules:
+            os.environ.setdefault(name, value)
+
+
 @contextmanager
 def ray_session(num_workers: int, cpus_per_worker: int, address: str | None = None) -> Iterator[None]:
     """A Ray to run on: this process's if it has one, else the cluster at `address`, else an embedded one.
 
     Whoever started it shuts it down. An address that does not answer is an error, never an embedded Ray.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     import ray
 
     if ray.is_initialized():

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from raydist import files
-from raydist.cluster.connect import ENVIRONMENT
+from raydist.cluster.connect import ENVIRONMENT, set_environment
 from raydist.errors import ClusterError, JobError
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
@@ -42,8 +42,7 @@ def submit_and_follow(job: Job, address: str, say: Callable[[str], None]) -> int
 
 
 def _connect(address: str) -> JobSubmissionClient:
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     from ray.job_submission import JobSubmissionClient
 
     try:

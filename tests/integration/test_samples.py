@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import orjson
 import pytest
 
 import raydist
-from raydist.job.load import build_job
+from raydist.job.load import build_job, job_yaml
 from raydist.job.schema import Job
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
@@ -43,6 +46,16 @@ def job(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Job:
     made = build_job(values)
     raydist.prepare(made)
     return made
+
+
+def test_a_program_that_has_imported_ray_already(job: Job, tmp_path: Path) -> None:
+    """Ray reads its token mode when it is imported: an embedded Ray must start all the same."""
+    (tmp_path / "job.yaml").write_text(job_yaml(job))
+    code = "import ray, raydist; print(len(raydist.prepare(raydist.load_job('job.yaml')).logs))"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "2", done.stderr
 
 
 def test_blocks_are_the_feed_in_order(job: Job) -> None:
@@ -77,7 +90,7 @@ def test_a_mixture_without_an_end_asks_for_one(job: Job) -> None:
 @pytest.mark.parametrize("example", ["from_feed.py", "from_blocks.py"])
 def test_the_documented_examples_train(job: Job, example: str, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
-    path.write_text(raydist.job.load.job_yaml(job))
+    path.write_text(job_yaml(job))
     losses = runpy.run_path(str(EXAMPLES / example))["train"](str(path), steps=4)
     assert len(losses) == 4 and losses[-1] < losses[0]
     source = (EXAMPLES / example).read_text().splitlines()
