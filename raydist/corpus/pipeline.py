@@ -7,7 +7,6 @@ store. A task may run twice, also at the same time: both attempts write the same
 from __future__ import annotations
 
 import functools
-import itertools
 import logging
 import os
 import re
@@ -21,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 import pandas as pd
-import pyarrow as pa
 import ray.data
 import xxhash
 from ray.data import Datasource, ReadTask
@@ -31,7 +29,7 @@ from ray.exceptions import RayTaskError
 
 from raydist.corpus.clean import Cleaner, make_cleaner
 from raydist.corpus.files import File
-from raydist.corpus.formats import ReadOptions, Record
+from raydist.corpus.formats import Bad, Item, ReadOptions, Record
 from raydist.corpus.log import HASH_BYTES, Documents, SliceWriter
 from raydist.corpus.slices import Slice, read_slice
 from raydist.corpus.source import SourceFiles, cleaned
@@ -44,18 +42,6 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4 * 2**20
 """Text that is tokenized at once: fits the caches, and is enough to make the cost per call vanish."""
 BAD_SHOWN = 5
-
-TEXT_SCHEMA = pa.schema(
-    [
-        ("slice", pa.int32()),
-        ("file", pa.dictionary(pa.int32(), pa.string())),
-        ("row", pa.int64()),
-        ("text", pa.large_string()),
-        ("reason", pa.string()),
-    ]
-)
-"""A document has `text`, a bad record its `reason`. The last row of a slice has neither: its reader is done.
-The dictionary of `file` holds all files of the slice."""
 
 
 class SliceDatasource(Datasource):
@@ -74,7 +60,7 @@ class SliceDatasource(Datasource):
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         return [ReadTask(self._reader(number), metadata) for number in self._slices]
 
-    def _reader(self, number: int) -> functools.partial[Iterator[pa.Table]]:
+    def _reader(self, number: int) -> functools.partial[Iterator[pd.DataFrame]]:
         files, slice_ = narrowed(self._source.files, self._slices[number])
         return functools.partial(read_blocks, number, files, slice_, self._source.options)
 
@@ -87,25 +73,34 @@ def narrowed(files: Sequence[File], slice_: Slice) -> tuple[tuple[File, ...], Sl
     return tuple(files[i] for i in used), replace(slice_, parts=parts)
 
 
+class Chunk:
+    """Records of a slice on their way from the reader to the tokenizer, alone in a row of a block.
+
+    Objects, so that text is not copied into Arrow and back between two steps of one task. `items`:
+    (index into `files`, record) in order. The last chunk of a slice is empty: its reader is done.
+    """
+
+    def __init__(self, number: int, files: Sequence[str], items: Sequence[tuple[int, Item]]) -> None:
+        self.number, self.files, self.items = number, files, items
+
+    def __sizeof__(self) -> int:
+        """Bytes, by which Ray decides when a block is full: every chunk with text fills one."""
+        return BLOCK_BYTES if self.items else 256
+
+
 def read_blocks(
     number: int, files: Sequence[File], slice_: Slice, options: ReadOptions
-) -> Iterator[pa.Table]:
-    """Tables of TEXT_SCHEMA of a few MiB each, then the row that ends the slice."""
-    names = pa.array([file.name for file in files], pa.string())
-    for chunk in read_slice(files, slice_, options):
-        texts = [record.text if isinstance(record, Record) else None for _, record in chunk]
-        reasons = [None if isinstance(record, Record) else record.reason for _, record in chunk]
-        places = pa.array([file for file, _ in chunk], pa.int32())
-        columns = [
-            pa.array(np.full(len(chunk), number, np.int32)),
-            pa.DictionaryArray.from_arrays(places, names),
-            pa.array([record.row for _, record in chunk], pa.int64()),
-            pa.array(texts, pa.large_string()),
-            pa.array(reasons, pa.string()),
-        ]
-        yield pa.Table.from_arrays(columns, schema=TEXT_SCHEMA)
-    end = {"slice": [number], "file": pa.DictionaryArray.from_arrays(pa.array([None], pa.int32()), names)}
-    yield pa.table({**end, "row": [None], "text": [None], "reason": [None]}, schema=TEXT_SCHEMA)
+) -> Iterator[pd.DataFrame]:
+    """A frame per chunk of a few MiB of text, then one with the empty chunk that ends the slice."""
+    names = [file.name for file in files]
+    for items in read_slice(files, slice_, options):
+        if items:
+            yield _frame("chunk", [Chunk(number, names, items)])
+    yield _frame("chunk", [Chunk(number, names, [])])
+
+
+def _frame(name: str, objects: Sequence[Any]) -> pd.DataFrame:
+    return pd.DataFrame({name: pd.Series(list(objects), dtype=object)})
 
 
 class Piece:
@@ -137,33 +132,31 @@ class Piece:
         return 256 + (self._documents.tokens.nbytes if self._documents is not None else 0)
 
 
-def tokenize(table: pa.Table, spec: TokenizerSpec, backend: str, clean: tuple[Any, ...]) -> pd.DataFrame:
-    """Clean, hash and encode a table of TEXT_SCHEMA; one row with a Piece per slice in it."""
-    table = table.combine_chunks()
+def tokenize(frame: pd.DataFrame, spec: TokenizerSpec, backend: str, clean: tuple[Any, ...]) -> pd.DataFrame:
+    """Clean, hash and encode chunks; a Piece for each."""
     tools = _tokenizer(spec, backend), _cleaner(orjson.dumps(clean)) if clean else None
-    numbers = table.column("slice").to_numpy()
-    cuts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
-    pieces = [_piece(table.slice(start, end - start), *tools) for start, end in itertools.pairwise(cuts)]
-    return pd.DataFrame({"piece": pd.Series(pieces, dtype=object)})
+    return _frame("piece", [_piece(chunk, *tools) for chunk in frame["chunk"]])
 
 
-def _piece(table: pa.Table, tokenizer: Tokenizer, clean: Cleaner | None) -> Piece:
-    file, row, text, reason = (table.column(name).chunk(0) for name in ("file", "row", "text", "reason"))
-    names = file.dictionary.to_pylist()
-    places, rows = file.indices.fill_null(-1).to_numpy(), row.fill_null(-1).to_numpy()
-    found = np.flatnonzero(text.is_valid().to_numpy(zero_copy_only=False))
-    texts = text.drop_null().to_pylist()
+def _piece(chunk: Chunk, tokenizer: Tokenizer, clean: Cleaner | None) -> Piece:
+    found = [(file, item) for file, item in chunk.items if isinstance(item, Record)]
     if clean is not None:
-        located = zip(texts, found, strict=True)
-        texts = [cleaned(clean, Record(each, int(rows[i])), names[places[i]]) for each, i in located]
-    kept = found[np.fromiter(map(bool, texts), bool, len(texts))]
-    documents = _documents(tokenizer, [each for each in texts if each], places[kept], rows[kept])
+        texts = [cleaned(clean, record, chunk.files[file]) for file, record in found]
+    else:
+        texts = [record.text for _, record in found]
+    kept = [place for place, text in zip(found, texts, strict=True) if text]
+    documents = _documents(
+        tokenizer,
+        [text for text in texts if text],
+        np.fromiter((file for file, _ in kept), np.int32, len(kept)),
+        np.fromiter((record.row for _, record in kept), np.int64, len(kept)),
+    )
     bad = [
-        {"file": names[places[i]], "row": row[i].as_py(), "reason": reason[i].as_py()}
-        for i in np.flatnonzero(reason.is_valid().to_numpy(zero_copy_only=False))
+        {"file": chunk.files[file], "row": item.row, "reason": item.reason}
+        for file, item in chunk.items
+        if isinstance(item, Bad)
     ]
-    n_empty, last = len(found) - len(kept), bool(places[-1] < 0)
-    return Piece(table.column("slice")[0].as_py(), names, documents, bad, n_empty, last)
+    return Piece(chunk.number, chunk.files, documents, bad, len(found) - len(kept), not chunk.items)
 
 
 def _documents(
@@ -262,6 +255,8 @@ def settings() -> Iterator[None]:
     context.enable_tensor_extension_casting = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    # Reserving for other operators, of which there are none, held all CPUs but one idle for a second.
+    context.op_resource_reservation_enabled = False
     context.execution_no_progress_timeout_s = -1  # a slice of a file that cannot be split may take hours
     logger = logging.getLogger("ray.data")
     level = logger.level
@@ -280,7 +275,7 @@ def dataset(
     read = ray.data.read_datasource(SliceDatasource(source, slices), override_num_blocks=len(slices))
     tools = {"spec": spec, "backend": backend, "clean": source.clean}
     tokenized: ray.data.Dataset = read.map_batches(
-        tokenize, fn_kwargs=tools, batch_size=None, batch_format="pyarrow"
+        tokenize, fn_kwargs=tools, batch_size=None, batch_format="pandas"
     )
     return tokenized
 

@@ -81,7 +81,7 @@ class Corpus(Section):
     )
     on_error: Literal["fail", "quarantine"] = Field("fail", description="what unreadable records do")
     slice_bytes: Annotated[int, Field(ge=1024)] = Field(
-        64 * 2**20, description="bytes of source files that one task turns into a shard"
+        32 * 2**20, description="bytes of source files that one task turns into a shard"
     )
 
     @model_validator(mode="after")
