@@ -224,6 +224,10 @@ class Job(Section):
             raise ValueError(
                 "sources with weights need train.max_steps or train.max_tokens, not train.epochs"
             )
+        if "://" in self.storage:
+            raise ValueError(
+                f"storage {self.storage} is a URI: runs need a folder on a shared file system so far"
+            )
         if self.name in ("tokens", "tokenizers"):
             raise ValueError(f"{self.name} is the folder that runs share, not a name for a run")
         return self
