@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
     return found
 
 
-@contextmanager
+@contextlib.contextmanager
 def _gone_is_fine() -> Iterator[None]:
     try:
         yield
@@ -314,26 +315,39 @@ def test_submit_through_the_jobs_api(
     assert code == 2 and "max_position_embeddings" in output, output
 
 
-HEAD = """
-import ray
-context = ray.init(address="local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1",
-                   object_store_memory=2**28, log_to_driver=False, logging_level="ERROR")
-print("http://" + context.dashboard_url, flush=True)
-input()
-"""
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[str]:
-    """A cluster of one node with a dashboard, behind a token, in a process of its own."""
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # its own python
+    """A cluster of one node, behind a token, in processes of its own, beside whatever Ray there is."""
+    port, dashboard, agent = free_ports(3)
+    ray = Path(sys.executable).parent / "ray"
+    command = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
+    command += [f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", "--object-store-memory=268435456"]
+    path = f"{ray.parent}:{os.environ['PATH']}"  # where the cluster finds its python
     environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": path}
-    command = [sys.executable, "-c", HEAD]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
-        assert process.stdout is not None
-        yield process.stdout.readline().strip()
-        process.communicate("\n")
+    silent = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=silent, stderr=silent, env=environment)
+    wait_for_port(dashboard, process)
+    yield f"http://127.0.0.1:{dashboard}"
+    kill_everything(process)
+    process.wait()
+
+
+def wait_for_port(port: int, process: subprocess.Popen[str], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and process.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    raise AssertionError(f"nothing listens on port {port}")
 
 
 def test_losses_equal_those_of_a_plain_loop(job: dict[str, Any], undisturbed: tuple[RunFolder, str]) -> None:
