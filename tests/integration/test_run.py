@@ -238,8 +238,8 @@ def test_killed_and_resumed_ends_bit_identical(
         code, output = submit(job)
         assert code == 0, output
     resumed = [r for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume"]
-    steps = [r["step"] for r in resumed]  # workers outlive their driver a little: they may commit once more
-    assert steps == [20] or (kill is kill_driver and len(steps) == 1 and steps[0] in (30, 40, 50))
+    (step,) = (r["step"] for r in resumed)
+    assert step in range(20, STEPS, 10)  # a commit of this run, after the kill's step or just before it
     assert losses(folder) == losses(undisturbed[0])
     assert weights(folder) == weights(undisturbed[0])
     assert folder.data()["audit"] == undisturbed[0].data()["audit"]
