@@ -151,14 +151,6 @@ def _gone_is_fine() -> Iterator[None]:
         return
 
 
-def kill_worker(process: subprocess.Popen[str]) -> None:
-    workers(process)[0].kill()
-
-
-def kill_driver(process: subprocess.Popen[str]) -> None:
-    process.kill()
-
-
 def kill_everything(process: subprocess.Popen[str]) -> None:
     family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
     for member in family:
@@ -221,25 +213,27 @@ def test_a_finished_run_says_so_and_a_changed_job_is_refused(
     assert undisturbed[0].status()["state"] == "finished"
 
 
-@pytest.mark.parametrize("kill", [kill_worker, kill_driver, kill_everything])
-def test_killed_and_resumed_ends_bit_identical(
-    job: dict[str, Any], undisturbed: tuple[RunFolder, str], kill: Callable[[subprocess.Popen[str]], None]
-) -> None:
-    job = {**job, "name": kill.__name__}
+def test_killed_thrice_it_ends_bit_identical(job: dict[str, Any], undisturbed: tuple[RunFolder, str]) -> None:
+    """SIGKILL of a worker, of everything, and of the driver, each in the middle of a step."""
+    job = {**job, "name": "killed"}
     process, folder = start(job), folder_of(job)
-    wait_for_step(folder, 25, process)
-    kill(process)
-    code, output = finish(process)
-    if kill is kill_worker:
-        assert code == 0 and "a worker was lost" in output, output
-    else:
-        assert code == -signal.SIGKILL
-        assert folder.status()["state"] == "training"
-        code, output = submit(job)
-        assert code == 0, output
-    resumed = [r for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume"]
-    (step,) = (r["step"] for r in resumed)
-    assert step in range(20, STEPS, 10)  # a commit of this run, after the kill's step or just before it
+    wait_for_step(folder, 12, process)
+    workers(process)[0].kill()
+    wait_for_step(folder, 27, process, attempt=2)  # it goes on by itself
+    kill_everything(process)
+    assert finish(process)[0] == -signal.SIGKILL and folder.status()["state"] == "training"
+    process = start(job)
+    wait_for_step(folder, 42, process, attempt=3)
+    process.kill()  # its workers live on a little, and may commit once more
+    assert finish(process)[0] == -signal.SIGKILL and folder.status()["state"] == "training"
+    code, output = submit(job)
+    assert code == 0, output
+    resumed = [
+        (r["attempt"], r["step"]) for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume"
+    ]
+    assert [attempt for attempt, _ in resumed] == [2, 3, 4]
+    for (_, step), least in zip(resumed, (10, 20, 40), strict=True):
+        assert step in range(least, STEPS + 1, 10)
     assert losses(folder) == losses(undisturbed[0])
     assert weights(folder) == weights(undisturbed[0])
     assert folder.data()["audit"] == undisturbed[0].data()["audit"]
