@@ -338,6 +338,7 @@ def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int 
     return str(tokenizer.decode(before)), str(tokenizer.decode(after, skip_special_tokens=True))
 
 
+@_quietly()
 def merge_adapter(run: Path) -> Path:
     """Add the run's adapter to its base, in fp32, and write <run>/export/merged in the base's dtype."""
     source, target = run / "model", run / "export" / "merged"

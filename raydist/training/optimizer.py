@@ -32,7 +32,7 @@ def gradient_norm(gradients: list[Tensor]) -> Tensor:
     """Scalar fp64: the 2-norm of all together.
 
     Chunks of 512 in fp32, their squares in fp64: within 1e-7, and as quick as fp32 alone, which
-    errs by 1e-3 over 28M elements on CPU. Wholly in fp64 it took 16 ms for 6M elements, this 0.2 ms.
+    errs by 1e-3 over 28M elements on CPU. vector_norm in fp64 took 17 ms for 6M elements, this 0.2 ms.
     """
     squares = [part.double().square_().sum() for gradient in gradients for part in _chunk_norms(gradient)]
     return torch.stack(squares).sum().sqrt()
