@@ -56,7 +56,7 @@ bench: install  ## raydist against bare programs on the same work
 	$(BIN)/python benchmarks/prepare.py $(ARGS)
 
 .PHONY: docs
-docs: install  ## write docs/job.md from the schema
+docs: install  ## write docs/job.md from the schema, docs/support.md from the tests
 	$(BIN)/python docs/generate.py
 
 .PHONY: lock

@@ -28,6 +28,7 @@ from raydist.job.schema import Job
 from raydist.prepared import Prepared
 from raydist.training.loop import train
 from raydist.training.model import build_model
+from raydist.training.world import World
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "quickstart.yaml"
 WARM_UP_STEPS = 3
@@ -96,8 +97,8 @@ def raydist_steps(prepared: Prepared, turn: int) -> list[float]:
 
 def bare_steps(prepared: Prepared) -> list[float]:
     """The least that trains the same model on the same batches, which are made before the clock runs."""
-    job, device = prepared.job, torch.device("cpu")
-    model = build_model(job, Path(prepared.tokenizer.folder), device)
+    job = prepared.job
+    model = build_model(job, Path(prepared.tokenizer.folder), World())
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.lr, fused=True)
     starts = []
     for micro_batches, n_labels in batches(prepared):

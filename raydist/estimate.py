@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,18 +78,27 @@ def _steps(plan: Plan) -> dict[str, int]:
 
 
 def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
-    """Bytes by part. Activations: 34 values per token, layer and hidden unit without checkpointing.
+    """Bytes by part, without what a sharding strategy gathers of a layer at a time.
 
+    Activations: 34 values per token, layer and hidden unit without checkpointing.
     The activation rule is that of Korthikanti et al. 2022, "Reducing Activation Recomputation in
     Large Transformer Models", section 4, without its attention-score term: the scores are never kept.
     """
     compute = BF16 if job.train.mixed_precision == "bf16" else FP32
     tokens = plan.micro_batch_size * plan.block_size
     kept = 2 if job.train.gradient_checkpointing else 34 // 2
+    strategy, sharded = job.strategy, 3 if job.strategy.name == "fsdp" else job.strategy.stage or 0
+    master = 1 if strategy.name == "zero" else 0  # DeepSpeed steps a copy of the weights
+    host = "_in_host_memory" if strategy.offload == "cpu" else ""
+
+    def share(n_bytes: int, stage: int) -> int:
+        """Of what is sharded from this stage on."""
+        return math.ceil(n_bytes / plan.world_size) if sharded >= stage else n_bytes
+
     parts = {
-        "weights": sizes.total * FP32,
-        "gradients": sizes.trainable * FP32,
-        "optimizer": 2 * sizes.trainable * FP32,
+        f"weights{host if sharded == 3 else ''}": share(sizes.weight_bytes, 3),
+        "gradients": share(sizes.trainable * FP32, 2),
+        f"optimizer{host}": share((2 + master) * sizes.trainable * FP32, 1),
         "activations": tokens * sizes.layers * sizes.hidden * kept * compute,
         "logits": 2 * tokens * sizes.vocabulary * FP32,
     }

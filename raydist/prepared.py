@@ -82,12 +82,6 @@ class Prepared:
             },
         }
 
-    def check_model(self) -> None:
-        """Refuse what the model cannot take before anything is spent: positions, vocabulary."""
-        from raydist.training.model import check_fits, load_config
-
-        check_fits(load_config(self.job, self.tokenizer.vocab_size), self.job)
-
     def train_spec(self, folder: RunFolder, plan: Plan, attempt: int) -> TrainSpec:
         from raydist.training.spec import TrainSpec
 
@@ -104,7 +98,7 @@ class Prepared:
     def sample(self, folder: RunFolder) -> dict[str, str] | None:
         """The trained model's sampled continuation of the start of a held-out document."""
         from raydist.feed.holdout import first_held_out
-        from raydist.training.model import continue_text
+        from raydist.training.trained import continue_text
 
         document = first_held_out(self.logs.values(), self.job.corpus.holdout)
         if document is None:

@@ -52,7 +52,7 @@ class RunResult:
 
     def load_model(self) -> Any:
         """The trained model, from transformers or, with an adapter, from peft."""
-        from raydist.training.model import load_trained
+        from raydist.training.trained import load_trained
 
         return load_trained(self.model_path)
 
@@ -68,6 +68,7 @@ def run_job(job: Job, *, address: str | None = None, progress: Progress | None =
         if _already_finished(job, folder):
             progress.message(f"run {job.name} is finished already; nothing to do")
             return _result(folder)
+        _check(job)
         with _status_of(folder), _stop_signals(folder, progress):
             _claim(job, folder)
             with (
@@ -76,6 +77,13 @@ def run_job(job: Job, *, address: str | None = None, progress: Progress | None =
             ):
                 _prepare_and_train(job, folder, progress)
         return _result(folder)
+
+
+def _check(job: Job) -> None:
+    """Before anything is started or spent."""
+    from raydist.training.model import check_model
+
+    check_model(job)
 
 
 def _prepare_and_train(job: Job, folder: RunFolder, progress: Progress) -> None:
@@ -182,9 +190,7 @@ def _stopped(folder: RunFolder) -> Stopped:
 def _prepare(job: Job, folder: RunFolder, progress: Progress) -> Prepared:
     folder.set_status("preparing")
     pinned = folder.data().get("pins")
-    prepared = prepare_logs(job, progress, pinned=pinned, stop=lambda: _stop_if_asked(folder))
-    prepared.check_model()
-    return prepared
+    return prepare_logs(job, progress, pinned=pinned, stop=lambda: _stop_if_asked(folder))
 
 
 def _write_data(job: Job, folder: RunFolder, prepared: Prepared, feed: Feed) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +28,11 @@ os.environ.update(
     }
 )
 os.environ.pop("RAY_ADDRESS", None)
+
+# Ray asks for the state of an actor at the address that the last `ray start` of this machine left in its
+# temporary folder. When that cluster is gone, every training attempt waits 12 s for it before it ends.
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
+atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 UNIT = Path(__file__).parent / "unit"
 OBJECT_STORE_BYTES = 200 * 2**20

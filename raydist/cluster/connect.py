@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,9 +76,14 @@ def _join(address: str) -> None:
 
 
 def _embed(training_cpus: int) -> None:
-    """One CPU more than training reserves: tokenizing must always find one."""
+    """One CPU more than training reserves: tokenizing must always find one.
+
+    In a temporary folder of its own: in the shared one Ray Train finds the address that `ray start` left
+    behind, and waits 12 s for that cluster at the end of each attempt.
+    """
     import ray
 
+    os.environ.setdefault("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray-"))
     shared_memory = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
     roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 1.2 * OBJECT_STORE_BYTES
     ray.init(

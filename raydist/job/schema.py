@@ -6,9 +6,13 @@ Units stand in the first words of each description. Unknown keys are errors.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+
+from raydist.job.deepspeed import deepspeed_config
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -159,6 +163,49 @@ class Lora(Section):
     target_modules: str | list[str] = Field("all-linear", description="names of modules to adapt")
 
 
+class Strategy(Section):
+    name: Literal["ddp", "fsdp", "zero"] = Field(
+        "ddp",
+        description="ddp: the whole model on every worker; fsdp: FSDP2, sharded over them; zero: DeepSpeed",
+    )
+    stage: Literal[1, 2, 3] | None = Field(
+        None, description="zero only; what is sharded: 1 optimizer, 2 and gradients, 3 and weights"
+    )
+    offload: Literal["none", "cpu"] = Field(
+        "none", description="zero only; cpu: the optimizer, and at stage 3 the weights, live in host memory"
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="zero only; further DeepSpeed keys, or the name of a JSON file of them",
+    )
+
+    @property
+    def shards_weights(self) -> bool:
+        return self.name == "fsdp" or self.stage == 3
+
+    @field_validator("config", mode="before")
+    @classmethod
+    def _read(cls, given: Any) -> Any:
+        """The file's content becomes the job's: workers and later resumes need no file."""
+        if not isinstance(given, str):
+            return {} if given is None else given
+        try:
+            return json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the DeepSpeed config {given} cannot be read: {error}") from error
+
+    @model_validator(mode="after")
+    def _belongs_to_zero(self) -> Strategy:
+        given = [
+            key for key in ("stage", "offload", "config") if getattr(self, key) not in (None, "none", {})
+        ]
+        if self.name != "zero" and given:
+            raise ValueError(f"name: {self.name} has no {' and no '.join(given)}; only zero has")
+        if self.name == "zero" and self.stage is None:
+            raise ValueError("name: zero needs stage: 1, 2 or 3")
+        return self
+
+
 class Scaling(Section):
     num_workers: PositiveInt = Field(1, description="training processes; on GPUs one per GPU")
     cpus_per_worker: PositiveInt = Field(1, description="CPUs reserved per worker, and its threads")
@@ -205,6 +252,10 @@ class Job(Section):
     packing: Packing = Packing()
     train: Train
     adapter: Lora | None = Field(None, description="null trains all weights; or a LoRA adapter")
+    quantization: Literal["int4", "int8"] | None = Field(
+        None, description="of the frozen base, by bitsandbytes; needs an adapter"
+    )
+    strategy: Strategy = Strategy()
     scaling: Scaling = Scaling()
     checkpoint: Checkpoint = Checkpoint()
     eval: Eval = Eval()
@@ -219,6 +270,17 @@ class Job(Section):
                 f"train.global_batch_tokens {tokens} is not a multiple"
                 f" of packing.block_size {self.packing.block_size}"
             )
+        if self.quantization is not None and self.adapter is None:
+            raise ValueError(
+                f"quantization: {self.quantization} needs an adapter: quantized weights cannot be trained"
+            )
+        if self.quantization is not None and self.strategy.name == "fsdp":
+            raise ValueError(
+                f"quantization: {self.quantization} does not work under strategy fsdp: FSDP2 shards a"
+                " weight as a plain tensor and drops the scales that bitsandbytes keeps beside it;"
+                " take ddp or zero"
+            )
+        self.deepspeed()
         weighted = any(source.weight is not None for source in self.corpus.sources.values())
         if weighted and self.train.epochs is not None:
             raise ValueError(
@@ -231,3 +293,15 @@ class Job(Section):
         if self.name in ("tokens", "tokenizers"):
             raise ValueError(f"{self.name} is the folder that runs share, not a name for a run")
         return self
+
+    def deepspeed(self) -> dict[str, Any]:
+        """DeepSpeed's configuration, but for the batch; {} under another strategy. Raises ValueError."""
+        if self.strategy.stage is None:
+            return {}
+        return deepspeed_config(
+            self.strategy.stage,
+            self.strategy.offload,
+            self.strategy.config,
+            bf16=self.train.mixed_precision == "bf16",
+            max_grad_norm=self.train.max_grad_norm,
+        )

@@ -26,7 +26,7 @@ def _target_modules(model: nn.Module, lora: Lora) -> str | list[str]:
     if lora.target_modules == "all-linear":
         return "all-linear"
     asked = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
-    paths = [name for name, module in model.named_modules() if _is_linear(module)]
+    paths = [name for name, module in model.named_modules() if is_linear(module)]
     missing = [name for name in asked if not any(p == name or p.endswith(f".{name}") for p in paths)]
     if missing:
         known = sorted({path.rpartition(".")[2] for path in paths})
@@ -38,6 +38,6 @@ def _target_modules(model: nn.Module, lora: Lora) -> str | list[str]:
     return asked
 
 
-def _is_linear(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Conv1D is what GPT-2 calls its linear layers."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -18,21 +18,22 @@ from raydist.errors import ModelError
 from raydist.training.loss import logits_of
 
 PER_DOCUMENT = "raydist_per_document"
+NAMES = (PER_DOCUMENT, "sdpa", "eager")
+"""By speed. Ours is for the CPU; not every model has SDPA; all have eager attention."""
+
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of the largest logit. A dropped mask moves them by tens of percent."""
 
 
-def set_attention(model: nn.Module, *, document_mask: bool) -> str:
-    """Give `model` the fastest attention of transformers or ours with which it passes the probe; its name.
+def set_attention(model: nn.Module, device: torch.device, *, document_mask: bool) -> str:
+    """Give `model` the fastest attention for `device` with which it passes the probe; one of NAMES.
 
     Raises ModelError, what the probe said of the plainest one, when there is none.
     """
-    AttentionInterface.register(PER_DOCUMENT, per_document_attention)
-    AttentionMaskInterface.register(PER_DOCUMENT, _no_mask)
-    for name in _candidates(model.config, next(model.parameters()).device):  # type: ignore[arg-type]
+    for name in NAMES if device.type == "cpu" and not _is_windowed(model.config) else NAMES[1:]:  # type: ignore[arg-type]
         try:
-            model.set_attn_implementation(name)  # type: ignore[operator]
+            use_attention(model, name)
             probe(model, document_mask=document_mask)
             return str(model.config._attn_implementation)  # type: ignore[union-attr]
         except (ModelError, ValueError, KeyError, ImportError) as error:
@@ -42,10 +43,10 @@ def set_attention(model: nn.Module, *, document_mask: bool) -> str:
     raise _not_runnable(model, refusal) from refusal
 
 
-def _candidates(config: PretrainedConfig, device: torch.device) -> list[str]:
-    """Not every model has SDPA; all have eager attention."""
-    ours = [PER_DOCUMENT] if device.type == "cpu" and not _is_windowed(config) else []
-    return [*ours, "sdpa", "eager"]
+def use_attention(model: nn.Module, name: str) -> None:
+    AttentionInterface.register(PER_DOCUMENT, per_document_attention)
+    AttentionMaskInterface.register(PER_DOCUMENT, _no_mask)
+    model.set_attn_implementation(name)  # type: ignore[operator]
 
 
 def _is_windowed(config: PretrainedConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raydist.job.schema import Job
 from raydist.training.checkpoint import Commit
 from raydist.training.spec import TrainSpec
 
@@ -17,6 +18,7 @@ def model_card(spec: TrainSpec, weights: Commit) -> str:
         else f"random weights ({(job.model.config or {})['model_type']})"
     )
     method = f"LoRA, rank {job.adapter.r}" if job.adapter else "all weights"
+    method += f" on the frozen base quantized to {job.quantization}" if job.quantization else ""
     rows = "".join(
         f"| {name} | {r['n_documents']:,} | {r['eval_loss']:.4f} | {r['perplexity']:.3f} "
         f"| {r['bits_per_byte']:.4f} |\n"
@@ -34,7 +36,7 @@ Trained by raydist from {start}, {method}: {weights.step:,} steps of
 {spec.plan.global_batch_size} sequences of {spec.plan.block_size} tokens, {weights.seen.tokens:,} document
 tokens, learning rate {job.train.lr:g} ({job.train.scheduler}), compute in {job.train.mixed_precision}.
 
-## Held-out text
+{_how_to_load(job)}## Held-out text
 
 | source | documents | loss | perplexity | bits per byte |
 |---|---|---|---|---|
@@ -44,3 +46,30 @@ tokens, learning rate {job.train.lr:g} ({job.train.scheduler}), compute in {job.
 Token logs by fingerprint, and the fingerprint of the feed that mixed and packed them: `{weights.feed}`.
 
 {logs}"""
+
+
+def _how_to_load(job: Job) -> str:
+    """For an adapter on a quantized base: peft alone would put it on the original weights."""
+    if job.quantization is None:
+        return ""
+    product = "rounds activations to 8 bits too" if job.quantization == "int8" else "may compute in bf16"
+    return f"""## How to load it
+
+The adapter belongs to the weights of the base as `quantization_config.json` quantizes them, and to no others:
+
+```python
+import json
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+folder = "."  # this one
+with open(f"{{folder}}/quantization_config.json") as file:
+    quantization = BitsAndBytesConfig(**json.load(file))
+base = AutoModelForCausalLM.from_pretrained("{job.model.base}", quantization_config=quantization)
+model = PeftModel.from_pretrained(base, folder)
+```
+
+So loaded, bitsandbytes {product}. `raydist export {job.name} --merge` writes a plain model that
+computes what was trained.
+
+"""

@@ -11,11 +11,9 @@ import contextlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from raydist.errors import CheckpointError
 from raydist.job.schema import Job
 from raydist.training.loss import autocast, logits_of, summed_cross_entropy
 from raydist.training.optimizer import (
@@ -25,10 +23,8 @@ from raydist.training.optimizer import (
     refuse_non_finite,
     set_learning_rate,
 )
+from raydist.training.state import adamw_state, load_adamw, write_state
 from raydist.training.world import World
-
-WEIGHTS, OPTIMIZER = "weights.safetensors", "optimizer.safetensors"
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class _Ddp:
@@ -53,34 +49,13 @@ class _Ddp:
         return norm
 
     def save(self, folder: Path) -> None:
-        """All ranks hold the same, so rank 0 writes. No pickle: names and tensors."""
-        if not self.world.is_main:
-            return
-        save_file({name: p.detach().cpu() for name, p in self.trainable.items()}, folder / WEIGHTS)
-        moments = {
-            f"{moment}.{name}": self.optimizer.state[p][moment].cpu()
-            for name, p in self.trainable.items()
-            for moment in (*MOMENTS, "step")
-        }
-        save_file(moments, folder / OPTIMIZER)
+        write_state(folder, adamw_state(self.trainable, self.optimizer))
 
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        stored = _load(folder / WEIGHTS, {name: p.shape for name, p in self.trainable.items()})
-        with torch.no_grad():
-            for name, parameter in self.trainable.items():
-                parameter.copy_(stored[name])
-        if not weights_only:
-            self._load_moments(folder / OPTIMIZER)
+    def load(self, folder: Path, step: int | None) -> None:
+        load_adamw(folder, self.trainable, self.optimizer, step)
 
-    def _load_moments(self, path: Path) -> None:
-        shapes = {f"{moment}.{name}": p.shape for name, p in self.trainable.items() for moment in MOMENTS}
-        stored = _load(path, {**shapes, **{f"step.{name}": torch.Size() for name in self.trainable}})
-        for name, parameter in self.trainable.items():
-            state = {moment: stored[f"{moment}.{name}"].to(parameter.device) for moment in (*MOMENTS, "step")}
-            self.optimizer.state[parameter] = state
-
-    def export(self) -> nn.Module | None:
-        return self.module if self.world.is_main else None
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        return parameter
 
 
 class DdpOnCpu(_Ddp):
@@ -128,20 +103,3 @@ class DdpOnGpu(_Ddp):
         norm = self._step(lr, max_grad_norm, gradients)
         self.optimizer.zero_grad(set_to_none=False)
         return norm
-
-
-def _load(path: Path, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """The tensors of `path`; exactly those named, in those shapes."""
-    stored = load_file(path)
-    found = {name: tensor.shape for name, tensor in stored.items()}
-    if found != shapes:
-        differing = sorted(
-            name for name in shapes.keys() | found.keys() if shapes.get(name) != found.get(name)
-        )
-        raise CheckpointError(
-            f"{len(differing)} tensors of the checkpoint do not fit the model, the first is {differing[0]}",
-            where=str(path),
-            why=f"stored {found.get(differing[0])}, the model has {shapes.get(differing[0])}",
-            fix="the model or its libraries changed since; give the job a new name",
-        )
-    return stored

@@ -21,10 +21,11 @@ from raydist.training.checkpoint import Commit, Counts
 from raydist.training.data import Data, open_data
 from raydist.training.evaluate import evaluate
 from raydist.training.metrics import Clock, MetricsWriter, memory_bytes, mfu
-from raydist.training.model import build_model, n_parameters, save_model
+from raydist.training.model import build_model, n_parameters, save_model, saved_dtype
 from raydist.training.schedule import learning_rate
 from raydist.training.spec import TrainSpec
 from raydist.training.strategy import Strategy, make_strategy
+from raydist.training.weights import full_state
 from raydist.training.world import World
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ class Attempt:
         self.world, self.data = world, data
         self.on_commit, self.should_stop = on_commit, should_stop
         self.metrics = MetricsWriter(spec.run, spec.attempt, enabled=world.is_main)
-        model = build_model(spec.job, spec.tokenizer, world.device)
+        model = build_model(spec.job, spec.tokenizer, world)
         self.n_parameters, self.n_trainable = n_parameters(model), n_parameters(model, trainable=True)
-        self.strategy: Strategy = make_strategy(model, spec.job, world)
+        self.strategy: Strategy = make_strategy(model, spec.job, world, spec.plan.accumulation_steps)
         self.last_commit = self._resume()
         self.step = self.last_commit.step if self.last_commit else 0
         self.samples = self.last_commit.samples if self.last_commit else 0
@@ -240,7 +241,7 @@ class Attempt:
             return None
         found = found or checkpoint.read_commit(checkpoint.folder_of(self.run_folder, step))
         checkpoint.check_same_data(found, self.data.feed.fingerprint)
-        self.strategy.load(found.path)
+        self.strategy.load(found.path, found.step)
         return found
 
     def _find(self) -> Commit | None:
@@ -291,10 +292,12 @@ class Attempt:
     def _export(self) -> None:
         """Rank 0 writes model/: the last weights, or the best evaluated ones."""
         exported = self._load_best() or self._planned(self.run_folder)
-        model = self.strategy.export()
-        if model is not None:
+        module = self.strategy.module
+        dtype = saved_dtype(self.job) if self.job.adapter is None else None
+        state = full_state(module, self.strategy.whole, self.world, dtype)
+        if self.world.is_main:
             card = model_card(self.spec, exported)
-            save_model(model, self.job, self.spec.tokenizer, self.run_folder / "model", card)
+            save_model(module, state, self.job, self.spec.tokenizer, self.run_folder / "model", card)
 
     def _load_best(self) -> Commit | None:
         """The commit whose weights the strategy now holds; None when they are the last step's."""
@@ -305,6 +308,6 @@ class Attempt:
         if step in (-1, self.step):
             return None
         best = checkpoint.read_commit(checkpoint.folder_of(self.run_folder, step))
-        self.strategy.load(best.path, weights_only=True)
+        self.strategy.load(best.path, None)
         self.metrics.write("incident", self.step, what=f"model/ is of step {step}, which evaluated best")
         return best

@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,15 @@ from torch import Tensor, nn
 from raydist import files
 from raydist.errors import JobError, ModelError
 from raydist.job.schema import Job
+from raydist.training import quantization
+from raydist.training.world import World
+from raydist.training.zero import check_deepspeed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+"""Of a base, nothing is unpickled and no code is run."""
 
 
 @contextmanager
@@ -39,6 +45,7 @@ def _quietly() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft finds out by itself
             yield
     finally:
         logging.disable(level)
@@ -48,10 +55,11 @@ def _quietly() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """total, trainable: parameters.  vocabulary: rows of the embedding."""
+    """total, trainable: parameters.  weight_bytes: held in training.  vocabulary: rows of the embedding."""
 
     total: int
     trainable: int
+    weight_bytes: int
     vocabulary: int
     layers: int
     hidden: int
@@ -143,6 +151,7 @@ def check_fits(config: PretrainedConfig, job: Job) -> None:
             why="the frozen random base is not stored anywhere, so the adapter could never be used",
             fix="give model.base, or remove adapter",
         )
+    quantization.check_quantization(config, job)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -153,27 +162,56 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 @_quietly()
-def build_model(job: Job, tokenizer_folder: Path, device: torch.device) -> nn.Module:
-    """The model to train, probed, in training mode on `device`: the same on every rank.
+def build_model(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
+    """The model to train, probed, in training mode: the same on every rank, on its device.
 
-    Trainable weights are fp32. With an adapter the base is frozen and keeps its dtype.
+    Trainable weights are fp32. With an adapter the base is frozen and keeps its dtype. Where the
+    strategy shards weights the model is on rank 0's CPU and elsewhere on meta, without weights.
     """
     from raydist.training.adapter import add_lora
-    from raydist.training.attention import set_attention
 
     config = load_config(job, len(load_tokenizer(tokenizer_folder)))
     check_fits(config, job)
-    with torch.random.fork_rng(devices=[]):
+    place = world.device
+    if _read_by_main(job):
+        place = torch.device("cpu" if world.is_main else "meta")
+    with torch.random.fork_rng(devices=[]), torch.device(place if place.type == "meta" else "cpu"):
         torch.manual_seed(job.seed)
-        model = _random(config, tokenizer_folder) if job.model.base is None else _base(job)
+        model = _bare(config, job, tokenizer_folder, place)
         _check_vocabulary(model, tokenizer_folder)
-        # on the bare model, which knows how attention is chosen
-        set_attention(model.to(device), document_mask=job.packing.document_mask)
+        _choose_attention(model, job, world)  # on the bare model, which knows how attention is chosen
         model = model if job.adapter is None else add_lora(model, job.adapter)
-    model = model.to(device)
+    model = model.to(place)
     if job.train.gradient_checkpointing:
         _save_activation_memory(model)
     return model.train()
+
+
+def _read_by_main(job: Job) -> bool:
+    """Quantized weights are read by every rank: their scales could not be told apart and sent."""
+    return job.strategy.shards_weights and job.quantization is None
+
+
+def _bare(config: PretrainedConfig, job: Job, tokenizer_folder: Path, place: torch.device) -> nn.Module:
+    if job.model.base is None:
+        return _random(config, tokenizer_folder).to(place)
+    if place.type == "meta":
+        from transformers import AutoModelForCausalLM
+
+        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        return model
+    return _base(job, place).to(place)
+
+
+def _choose_attention(model: nn.Module, job: Job, world: World) -> None:
+    """Where only rank 0 has weights, it alone can probe, and tells the others."""
+    from raydist.training.attention import NAMES, set_attention, use_attention
+
+    chosen = NAMES[0]
+    if world.is_main or not _read_by_main(job):
+        chosen = set_attention(model, world.device, document_mask=job.packing.document_mask)
+    if _read_by_main(job):
+        use_attention(model, NAMES[world.from_main(NAMES.index(chosen))])
 
 
 def _no_such_model(kind: str, error: Exception) -> JobError:
@@ -207,19 +245,17 @@ def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:
         raise _no_such_model(config.model_type, error) from error
 
 
-def _base(job: Job) -> nn.Module:
-    """Only safetensors are read: nothing from outside is unpickled."""
+def _base(job: Job, device: torch.device) -> nn.Module:
+    """Quantized ones are on `device`, others on the CPU."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.float32 if job.adapter is None else "auto"
+    options = {**SAFE, "attn_implementation": "eager"}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            base_path(job),
-            dtype=dtype,
-            attn_implementation="eager",
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
+        if job.quantization is not None:
+            config = quantization.quantization_config(job)
+            return quantization.load_quantized(base_path(job), config, device, **options)
+        return AutoModelForCausalLM.from_pretrained(base_path(job), dtype=dtype, **options)
     except (OSError, ValueError, KeyError) as error:
         raise _unusable(job, error) from error
 
@@ -246,9 +282,25 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         rows = model.get_input_embeddings().weight.shape[0]
+        base_bytes = quantization.base_bytes(model, job)
         model = model if job.adapter is None else add_lora(model, job.adapter)
-    trainable = n_parameters(model, trainable=True)
-    return Sizes(n_parameters(model), trainable, rows, config.num_hidden_layers, config.hidden_size)
+    total, trainable = n_parameters(model), n_parameters(model, trainable=True)
+    held = 4 * total if job.adapter is None else base_bytes + 4 * trainable
+    return Sizes(total, trainable, held, rows, config.num_hidden_layers, config.hidden_size)
+
+
+@_quietly()
+def check_model(job: Job) -> None:
+    """All that can be told before data and weights are there. Raises JobError or ModelError."""
+    config = load_config(job)
+    check_fits(config, job)
+    if job.quantization is not None:
+        quantization.check_bitsandbytes(torch.device("cpu"))
+    if job.adapter is not None:
+        model_sizes(config, job)
+    if job.strategy.name == "zero":
+        with _quietly():
+            check_deepspeed(job)
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
@@ -260,16 +312,20 @@ def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
 
 
 @_quietly()
-def save_model(model: nn.Module, job: Job, tokenizer_folder: Path, folder: Path, card: str) -> None:
-    """Write a Hugging Face folder in the base's dtype, with the tokenizer and `card` as README.md.
+def save_model(
+    model: nn.Module, state: dict[str, Tensor], job: Job, tokenizer_folder: Path, folder: Path, card: str
+) -> None:
+    """Write a Hugging Face folder with the tokenizer and `card` as README.md.
 
-    Made beside `folder` and renamed: it is whole or not there. An adapter stays in fp32.
+    model: for its configuration and the names in it.  state: what is written, on the CPU.
+    Made beside `folder` and renamed: it is whole or not there.
     """
     with _replacing(folder) as temporary:
         if job.adapter is None:
-            _save_full(model, _saved_dtype(job), temporary)
+            _save_full(model, state, saved_dtype(job), temporary)
         else:
-            model.save_pretrained(temporary)  # type: ignore[operator]
+            model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+            quantization.write_config(job, temporary)
         load_tokenizer(tokenizer_folder).save_pretrained(temporary)
         (temporary / "README.md").write_text(card)
 
@@ -289,73 +345,16 @@ def _replacing(folder: Path) -> Iterator[Path]:
     files.flush_to_disk(folder.parent)
 
 
-def _save_full(model: nn.Module, dtype: torch.dtype, folder: Path) -> None:
-    state = {name: _cast(tensor, dtype) for name, tensor in model.state_dict().items()}
+def _save_full(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     config = files.read_json(folder / "config.json")
     files.write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
 
 
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-
-def _saved_dtype(job: Job) -> torch.dtype:
+def saved_dtype(job: Job) -> torch.dtype:
+    """Of model/: the base's; fp32 for a model that began at random."""
     dtype = load_config(job).dtype if job.model.base is not None else None
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
-
-
-@_quietly()
-def load_trained(folder: Path) -> Any:
-    """The model in a run's model/: from peft when it is an adapter, else from transformers; for inference."""
-    if (folder / "adapter_config.json").exists():
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(folder).eval()
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(folder).eval()
-
-
-def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int = 0) -> tuple[str, str]:
-    """The prompt and a sampled continuation, at most `n_tokens` long, by the model in `folder`.
-
-    Sampled at temperature 0.8: the likeliest continuation of a small model only repeats itself.
-    """
-    model, tokenizer = load_trained(folder), load_tokenizer(folder)
-    ids = torch.tensor([list(prompt)])
-    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=n_tokens,
-            do_sample=True,
-            temperature=0.8,
-            top_p=0.95,
-        )
-    before, after = out[0, : len(prompt)], out[0, len(prompt) :]
-    return str(tokenizer.decode(before)), str(tokenizer.decode(after, skip_special_tokens=True))
-
-
-@_quietly()
-def merge_adapter(run: Path) -> Path:
-    """Add the run's adapter to its base, in fp32, and write <run>/export/merged in the base's dtype."""
-    source, target = run / "model", run / "export" / "merged"
-    if not (source / "adapter_config.json").exists():
-        raise ModelError(
-            f"{source} is not an adapter",
-            why="there is nothing to merge",
-            fix="use model/ as it is" if source.exists() else "let the run finish first",
-        )
-    from peft import AutoPeftModelForCausalLM
-
-    dtype = AutoPeftModelForCausalLM.from_pretrained(source, dtype="auto").base_model.dtype
-    model = AutoPeftModelForCausalLM.from_pretrained(source, dtype=torch.float32).merge_and_unload()
-    with _replacing(target) as temporary:
-        _save_full(model, dtype, temporary)
-        load_tokenizer(source).save_pretrained(temporary)
-    return target
 
 
 def weight_hash(folder: Path) -> str:

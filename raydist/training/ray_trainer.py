@@ -14,7 +14,6 @@ from typing import Any
 
 import ray.train
 import torch
-import torch.distributed as dist
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint
 from ray.train.torch import TorchConfig, get_device
@@ -27,6 +26,7 @@ from raydist.errors import ClusterError, RaydistError, TrainingError, WorkerLost
 from raydist.training.checkpoint import Commit
 from raydist.training.loop import TrainResult, train
 from raydist.training.spec import TrainSpec
+from raydist.training.world import backend_of, lost_contact
 
 COLLECTIVE_TIMEOUT_SECONDS = 300
 
@@ -38,11 +38,13 @@ def run_attempt(spec: TrainSpec) -> TrainResult:
     from the last checkpoint; ClusterError when the workers could not be started; what the training
     function raised, if it is a RaydistError, else TrainingError with the worker's traceback.
     """
+    scaling = _scaling(spec)
+    backend = backend_of(torch.device("cuda" if scaling.use_gpu else "cpu"))
     trainer = TorchTrainer(
         _train_on_worker,
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
-        scaling_config=_scaling(spec),
+        torch_config=TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        scaling_config=scaling,
         run_config=RunConfig(
             name=f"attempt-{spec.attempt}",
             storage_path=str(spec.run / "ray"),
@@ -88,11 +90,12 @@ def _train_on_worker(config: dict[str, Any]) -> TrainResult:
         )
     except RaydistError:
         raise
-    except dist.DistError as error:
-        raise WorkerLost(
-            f"rank {context.get_world_rank()} lost contact with the others", why=str(error)
-        ) from error
-    except Exception as error:  # whole, since Ray cuts a traceback to 1,000 characters
+    except Exception as error:
+        if lost_contact(error):
+            raise WorkerLost(
+                f"rank {context.get_world_rank()} lost contact with the others", why=str(error)
+            ) from error
+        # the traceback whole, since Ray cuts it to 1,000 characters
         raise TrainingError(
             f"rank {context.get_world_rank()}: {type(error).__name__}: {error}", why=traceback.format_exc()
         ) from error

@@ -1,4 +1,4 @@
-"""What the loop asks of a way to spread a model over ranks: DDP today, sharding ones behind the same face."""
+"""What the loop asks of a way to spread a model over ranks, and which way a job chooses."""
 
 from __future__ import annotations
 
@@ -15,41 +15,52 @@ from raydist.training.world import World
 class Strategy(Protocol):
     """A model, its optimizer and the ranks. All methods are called by all ranks alike.
 
-    model: what a forward pass calls, also for evaluation.
+    model: what a forward pass calls, also for evaluation.  module: the bare one, with its own names.
     """
 
     model: nn.Module
+    module: nn.Module
 
     def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
         """Add a micro batch to the step's gradient; scalar: its share of the step's loss, detached.
 
         n_labels: of the whole step over all ranks, so shares and gradients are sums, never means.
-        last: the step's last micro batch on this rank, when gradients may travel.
+        last: the step's last micro batch on this rank.
         """
 
     def update(self, lr: float, max_grad_norm: float | None) -> float:
         """Clip and take the optimizer step; the global gradient norm before clipping.
 
-        Raises TrainingError, with the weights as they were, when the norm is not finite.
+        Raises TrainingError when the norm is not finite; the attempt must then end.
         """
 
     def save(self, folder: Path) -> None:
         """Write trainable weights and optimizer state; on return this rank's files are complete."""
 
-    def load(self, folder: Path, *, weights_only: bool = False) -> None:
-        """Take back what `save` wrote. Raises CheckpointError when it does not fit the model."""
+    def load(self, folder: Path, step: int | None) -> None:
+        """Take back what any strategy saved at `step`, at any number of ranks; None: the weights alone.
 
-    def export(self) -> nn.Module | None:
-        """On rank 0 the model with its full weights, to be saved for others; elsewhere None."""
+        Raises CheckpointError when it does not fit the model.
+        """
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter gathered from all ranks, on rank 0; what it is elsewhere does not matter."""
 
 
-def make_strategy(model: nn.Module, job: Job, world: World) -> Strategy:
+def make_strategy(model: nn.Module, job: Job, world: World, accumulation_steps: int) -> Strategy:
+    """accumulation_steps: micro batches per step and rank."""
+    if world.device.type not in ("cpu", "cuda"):
+        raise JobError(
+            f"no strategy for {world.device.type} devices", fix="train on CPU or on NVIDIA or AMD GPUs"
+        )
+    if job.strategy.name == "fsdp":
+        from raydist.training.fsdp import Fsdp
+
+        return Fsdp(model, job, world)
+    if job.strategy.name == "zero":
+        from raydist.training.zero import Zero
+
+        return Zero(model, job, world, accumulation_steps)
     from raydist.training.ddp import DdpOnCpu, DdpOnGpu
 
-    if world.device.type == "cpu":
-        return DdpOnCpu(model, job, world)
-    if world.device.type == "cuda":
-        return DdpOnGpu(model, job, world)
-    raise JobError(
-        f"no strategy for {world.device.type} devices", fix="train on CPU or on NVIDIA or AMD GPUs"
-    )
+    return (DdpOnCpu if world.device.type == "cpu" else DdpOnGpu)(model, job, world)

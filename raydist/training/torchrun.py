@@ -16,16 +16,19 @@ import torch.distributed as dist
 
 from raydist.training.loop import train
 from raydist.training.spec import TrainSpec
+from raydist.training.world import backend_of
 
 
 def main(path: str) -> int:
     spec = TrainSpec.from_json(Path(path).read_text())
     rank, world_size, local_rank = (int(os.environ.get(name, at)) for name, at in _RANK_VARIABLES)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     asked: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=300))
+        dist.init_process_group(backend_of(device), timeout=timedelta(seconds=300))
     try:
         train(
             spec,
@@ -36,7 +39,7 @@ def main(path: str) -> int:
             should_stop=lambda: bool(asked),
         )
     finally:
-        if world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,6 +10,22 @@ import torch
 import torch.distributed as dist
 
 from raydist.errors import WorkerLost
+
+
+def backend_of(device: torch.device) -> str:
+    """On GPUs gloo as well: weights are shared, and checkpoints planned, on the CPU."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def lost_contact(error: Exception) -> bool:
+    """Whether it came out of a collective: sharding strategies communicate within the model's own passes.
+
+    gloo tells of a lost connection by a plain RuntimeError.
+    """
+    modules = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "torch.distributed.distributed_c10d" in modules
+    )
 
 
 @dataclass(frozen=True)
@@ -23,6 +40,12 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def ensure_group(self) -> None:
+        """A group of one for libraries that insist on one."""
+        if not dist.is_initialized():
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group(backend_of(self.device), store=store, rank=0, world_size=1)
 
     def sum_ints(self, values: Sequence[int]) -> list[int]:
         """Element by element over all ranks, exact."""

@@ -7,6 +7,8 @@ prose.json and prose.txt (a document per line, newlines as spaces), and heldout.
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif("RAYDIST_REAL" not in os.environ, reason="RAYDIST_REAL names no folder"),
 ]
 REAL = Path(os.environ.get("RAYDIST_REAL", "."))
+JOBS = Path(__file__).parents[2] / "jobs"
 
 
 def values(storage: Path, path: str, **more: Any) -> dict[str, Any]:
@@ -80,3 +83,56 @@ def test_a_few_dozen_steps_lower_held_out_perplexity(tmp_path: Path, ray_local: 
     assert last < 0.8 * first
     logits = result.load_model()(torch.tensor([[1, 2, 3]])).logits
     assert torch.isfinite(logits).all()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_qlora_by_the_command_line_lowers_perplexity_and_merges(tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from raydist.track.records import effective
+    from raydist.training.trained import load_trained
+
+    sets = {
+        "storage": tmp_path,
+        "model.base": REAL / "smollm2-135m",
+        "corpus.sources": f"{{prose: {{path: {REAL / 'prose'}}}}}",
+        "packing.block_size": 256,
+        "train.max_tokens": "null",
+        "train.max_steps": 10,
+        "train.global_batch_size": 4,
+        "train.lr": 1e-3,
+        "train.gradient_checkpointing": "false",
+        "scaling.num_workers": 1,
+        "scaling.cpus_per_worker": 2,
+        "eval.max_tokens": 2000,
+        "eval.sources": f"{{heldout: {{path: {REAL / 'heldout.jsonl'}}}}}",
+    }
+    raydist_("submit", str(JOBS / "qlora.yaml"), *(f"--set={key}={value}" for key, value in sets.items()))
+    run = tmp_path / "qlora"
+    held_out = [r for r in effective(run) if r["kind"] == "eval" and r["source"] == "heldout"]
+    assert held_out[-1]["perplexity"] < 0.8 * held_out[0]["perplexity"]
+
+    told = raydist_("export", str(run), "--merge")
+    assert told == f"merged model in {run / 'export' / 'merged'}\n"
+    merged = AutoModelForCausalLM.from_pretrained(run / "export" / "merged")
+    ids = torch.arange(1000, 1200).unsqueeze(0)
+    with torch.inference_mode():
+        found, expected = merged(ids).logits, load_trained(run / "model")(ids).logits
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def raydist_(*arguments: str) -> str:
+    """What the command line prints; it must succeed."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-m", "raydist", *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout

@@ -8,6 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,10 +22,13 @@ import yaml
 
 import raydist
 from raydist import files
+from raydist.cli import main
 from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.track.records import effective
+from raydist.training.checkpoint import newest_valid
 
+Here = Callable[..., tuple[int, str]]
 STEPS = 60
 SENTENCE = "the quick brown fox jumps over a lazy dog while rivers carry small stones toward some distant sea"
 
@@ -79,13 +84,17 @@ def job(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
     }
 
 
-def start(job: dict[str, Any], *arguments: str, command: str = "submit") -> subprocess.Popen[str]:
+def written(job: dict[str, Any]) -> str:
     path = Path(job["storage"]) / f"{job['name']}.yaml"
     files.write_text(path, yaml.safe_dump(job))
+    return str(path)
+
+
+def start(job: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        [sys.executable, "-m", "raydist", command, str(path), *arguments],
+        [sys.executable, "-m", "raydist", "submit", written(job), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -108,6 +117,20 @@ def submit(job: dict[str, Any], *arguments: str) -> tuple[int, str]:
     return finish(start(job, *arguments))
 
 
+@pytest.fixture
+def here(ray_local: None, capfd: pytest.CaptureFixture[str]) -> Here:
+    """`submit` without a process and a Ray of its own: here(job, *arguments) -> (exit status, output)."""
+
+    def submit_here(job: dict[str, Any], *arguments: str) -> tuple[int, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(["submit", written(job), *arguments])
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, "".join(capfd.readouterr())
+
+    return submit_here
+
+
 def folder_of(job: dict[str, Any]) -> RunFolder:
     return RunFolder(Path(job["storage"]) / job["name"])
 
@@ -126,12 +149,16 @@ def wait_for_step(folder: RunFolder, step: int, process: subprocess.Popen[str], 
     """Until the run's own metrics say that `step` of `attempt` is done: the next one is under way then."""
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline:
-        records = files.read_jsonl(folder.metrics_file)
-        if any("loss" in r and r["step"] >= step and r["attempt"] >= attempt for r in records):
+        if reached(folder, step, attempt):
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached")
+
+
+def reached(folder: RunFolder, step: int, attempt: int) -> bool:
+    records = files.read_jsonl(folder.metrics_file)
+    return any("loss" in r and r["step"] >= step and r["attempt"] >= attempt for r in records)
 
 
 def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
@@ -201,19 +228,21 @@ def test_mlflow_has_the_run(undisturbed: tuple[RunFolder, str]) -> None:
 
 
 def test_a_finished_run_says_so_and_a_changed_job_is_refused(
-    job: dict[str, Any], undisturbed: tuple[RunFolder, str]
+    job: dict[str, Any], undisturbed: tuple[RunFolder, str], here: Here
 ) -> None:
-    code, output = submit(job)
+    code, output = here(job)
     assert code == 0 and "is finished already" in output
     result = raydist.train(build_job(job))
     assert result.state == "finished" and result.metrics["words"]["step"] == STEPS
     assert sum(p.numel() for p in result.load_model().parameters()) > 100_000
-    code, output = submit(job, "--set", "train.lr=1e-3")
+    code, output = here(job, "--set", "train.lr=1e-3")
     assert code == 6 and "train.lr: 0.003 -> 0.001" in output and "new name" in output
     assert undisturbed[0].status()["state"] == "finished"
 
 
-def test_killed_thrice_it_ends_bit_identical(job: dict[str, Any], undisturbed: tuple[RunFolder, str]) -> None:
+def test_killed_thrice_it_ends_bit_identical(
+    job: dict[str, Any], undisturbed: tuple[RunFolder, str], here: Here
+) -> None:
     """SIGKILL of a worker, of everything, and of the driver, each in the middle of a step."""
     job = {**job, "name": "killed"}
     process, folder = start(job), folder_of(job)
@@ -226,7 +255,7 @@ def test_killed_thrice_it_ends_bit_identical(job: dict[str, Any], undisturbed: t
     wait_for_step(folder, 42, process, attempt=3)
     process.kill()  # its workers live on a little, and may commit once more
     assert finish(process)[0] == -signal.SIGKILL and folder.status()["state"] == "training"
-    code, output = submit(job)
+    code, output = here(job)
     assert code == 0, output
     resumed = [
         (r["attempt"], r["step"]) for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume"
@@ -239,34 +268,41 @@ def test_killed_thrice_it_ends_bit_identical(job: dict[str, Any], undisturbed: t
     assert folder.data()["audit"] == undisturbed[0].data()["audit"]
 
 
-def by_signal(number: signal.Signals) -> Callable[[subprocess.Popen[str], RunFolder], None]:
-    return lambda process, folder: process.send_signal(number)
-
-
-def by_command(process: subprocess.Popen[str], folder: RunFolder) -> None:
-    result = subprocess.run([sys.executable, "-m", "raydist", "stop", str(folder.path)], check=True)
-    assert result.returncode == 0
-
-
-def stop_after(
-    step: int, job: dict[str, Any], stop: Callable[[subprocess.Popen[str], RunFolder], None], attempt: int
-) -> None:
+def stop_after(step: int, job: dict[str, Any], number: signal.Signals) -> None:
     process, folder = start(job), folder_of(job)
-    wait_for_step(folder, step, process, attempt)
-    stop(process, folder)
-    code, output = finish(process)
+    wait_for_step(folder, step, process)
+    process.send_signal(number)
+    check_stopped(folder, *finish(process))
+
+
+def check_stopped(folder: RunFolder, code: int, output: str) -> None:
     assert code == 130 and "submit the job again" in output, output
     assert folder.status()["state"] == "stopped" and folder.report.exists()
+    found = newest_valid(folder.path)
+    assert found is not None and found.step == max(losses(folder))
+
+
+def command_after(step: int, folder: RunFolder, attempt: int) -> None:
+    """`raydist stop`, by a process of its own, once `step` of `attempt` is done."""
+
+    def stop() -> None:
+        while not reached(folder, step, attempt):
+            time.sleep(0.02)
+        subprocess.run([sys.executable, "-m", "raydist", "stop", str(folder.path)], check=True)
+
+    threading.Thread(target=stop, daemon=True).start()
 
 
 def test_stopped_twice_and_resumed_with_one_worker_sees_the_same_batches(
-    job: dict[str, Any], undisturbed: tuple[RunFolder, str]
+    job: dict[str, Any], undisturbed: tuple[RunFolder, str], here: Here
 ) -> None:
+    """By SIGTERM, and by the command."""
     job = {**job, "name": "fewer"}
     folder = folder_of(job)
-    stop_after(12, job, by_signal(signal.SIGTERM), attempt=1)
-    stop_after(24, job, by_command, attempt=2)
-    code, output = submit(job, "--set", "scaling.num_workers=1")
+    stop_after(12, job, signal.SIGTERM)
+    command_after(24, folder, attempt=2)
+    check_stopped(folder, *here(job))
+    code, output = here(job, "--set", "scaling.num_workers=1")
     assert code == 0, output
     first, second = (r for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume")
     assert 12 <= first["step"] < second["step"] and second["step"] >= 24
@@ -277,35 +313,36 @@ def test_stopped_twice_and_resumed_with_one_worker_sees_the_same_batches(
 
 @pytest.mark.slow
 def test_ctrl_c_stops_after_a_checkpoint(job: dict[str, Any]) -> None:
-    stop_after(5, {**job, "name": "interrupted"}, by_signal(signal.SIGINT), attempt=1)
+    stop_after(5, {**job, "name": "interrupted"}, signal.SIGINT)
 
 
-def test_a_workers_exception_arrives_with_its_traceback(job: dict[str, Any]) -> None:
+def test_a_workers_exception_arrives_with_its_traceback(job: dict[str, Any], here: Here) -> None:
     """A learning rate beyond fp32's range makes the loss infinite: training must say so, not go on."""
     job = {
         **job,
         "name": "diverges",
         "train": {**job["train"], "lr": 1e30, "max_steps": 8, "warmup_ratio": 0.0},
     }
-    code, output = submit(job)
+    code, output = here(job)
     assert code == 7 and "step 2: the gradient norm is nan" in output, output
     status = folder_of(job).status()
     assert status["state"] == "failed" and "step" in status["error"]
 
 
 def test_submit_through_the_jobs_api(
-    job: dict[str, Any], undisturbed: tuple[RunFolder, str], head: str
+    job: dict[str, Any], undisturbed: tuple[RunFolder, str], head: str, here: Here
 ) -> None:
     job = {
         **job,
         "name": "by-jobs-api",
         "train": {**job["train"], "max_steps": 5},
+        "scaling": {"num_workers": 1},
         "checkpoint": {"save_steps": 5},
     }
-    code, output = submit(job, "--address", head)
+    code, output = here(job, "--address", head)
     assert code == 0, output
     assert "held-out perplexity" in output and folder_of(job).status()["state"] == "finished"
-    code, output = submit({**job, "name": "refused", "packing": {"block_size": 4096}}, "--address", head)
+    code, output = here({**job, "name": "refused", "packing": {"block_size": 4096}}, "--address", head)
     assert code == 2 and "max_position_embeddings" in output, output
 
 
@@ -325,13 +362,14 @@ def head() -> Iterator[str]:
     command = [ray, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}"]
     command += [f"--dashboard-agent-listen-port={agent}", "--num-cpus=4", "--object-store-memory=268435456"]
     path = f"{ray.parent}:{os.environ['PATH']}"  # where the cluster finds its python
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "PATH": path}
     silent = subprocess.DEVNULL
-    process = subprocess.Popen(command, stdout=silent, stderr=silent, env=environment)
-    wait_for_port(dashboard, process)
-    yield f"http://127.0.0.1:{dashboard}"
-    kill_everything(process)
-    process.wait()
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_TMPDIR": folder, "PATH": path}
+        process = subprocess.Popen(command, stdout=silent, stderr=silent, env=environment)
+        wait_for_port(dashboard, process)
+        yield f"http://127.0.0.1:{dashboard}"
+        kill_everything(process)
+        process.wait()
 
 
 def wait_for_port(port: int, process: subprocess.Popen[str], seconds: float = 60) -> None:

@@ -22,9 +22,6 @@ from raydist.training.ray_trainer import run_attempt
 from raydist.training.spec import TrainSpec
 from tests.unit.training.train_parts import losses, make_spec, run_ranks
 
-LONG = {"max_steps": 5000}
-
-
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
@@ -64,15 +61,6 @@ def test_a_killed_worker_is_a_loss_and_the_next_attempt_ends_bit_identical(tmp_p
     assert losses(cut.run) == losses(whole.run)
     pointers = [read_json(path) for path in cut.run.glob("ray/attempt-2/checkpoint_*/pointer.json")]
     assert max(pointer["step"] for pointer in pointers) == 20
-
-
-def test_a_stop_flag_ends_the_attempt_after_a_checkpoint(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, world_size=2, train=LONG)
-    when(spec, 3, (spec.run / "stop").touch)
-    result = run_attempt(spec)
-    found = newest_valid(spec.run)
-    assert result.stopped
-    assert found is not None and found.step == result.step
 
 
 def test_an_exception_arrives_with_its_type_or_its_traceback(tmp_path: Path) -> None:

@@ -60,6 +60,7 @@ def test_links_lead_somewhere() -> None:
             assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_the_table_of_keys_is_made_from_the_schema() -> None:
-    made = runpy.run_path(str(ROOT / "docs" / "generate.py"))["text"]()
-    assert (ROOT / "docs" / "job.md").read_text(encoding="utf-8") == made, "run `make docs`"
+@pytest.mark.parametrize(("page", "maker"), [("job.md", "text"), ("support.md", "support_text")])
+def test_the_generated_pages_are_fresh(page: str, maker: str) -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "generate.py"))[maker]()
+    assert (ROOT / "docs" / page).read_text(encoding="utf-8") == made, "run `make docs`"

@@ -28,7 +28,10 @@ MAX_FUNCTION_LINES = 60
 SMALL = {
     "quickstart": ["model.config.hidden_size=64", "model.config.intermediate_size=128", "train.max_steps=2"],
     "pretrain": ["model.config.hidden_size=64", "packing.block_size=128", "train.mixed_precision=fp32"],
+    "fsdp": ["strategy.name=ddp", "packing.block_size=256", "scaling.num_workers=2"],
+    "zero3": ["strategy.stage=2", "packing.block_size=256", "scaling.num_workers=2"],
     "continue": ["corpus.sources={text: {path: a.txt}}", "packing.block_size=256", "train.lr=1e-4"],
+    "qlora": ["corpus.sources={text: {path: a.txt}}", "packing.block_size=256", "quantization=int8"],
 }
 """For each job, overrides of the kind that make it small enough for a laptop."""
 
@@ -76,9 +79,9 @@ def key_lines(node: yaml.Node) -> Iterator[int]:
             yield from key_lines(value)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "continue"])
+@pytest.mark.parametrize("name", ["pretrain", "continue", "qlora"])
 def test_the_full_jobs_show_every_key_of_the_schema(name: str) -> None:
-    """Set, or behind a comment sign: `raydist init` writes these files."""
+    """Set, or behind a comment sign: `raydist init` writes the first two."""
     documented = set(re.findall(r"^\| `([a-z_.A-Z]+)`", (ROOT / "docs" / "job.md").read_text(), re.MULTILINE))
     keys = {
         key.rpartition(".")[2]

@@ -12,6 +12,8 @@ from raydist.errors import ModelError
 from raydist.training.attention import PER_DOCUMENT, probe, set_attention
 from raydist.training.loss import logits_of
 
+CPU = torch.device("cpu")
+
 SMALL = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -45,7 +47,7 @@ def make(kind: str, attention: str | None = None) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.ndim > 1 else 1)
     if attention is None:
-        set_attention(model, document_mask=True)
+        set_attention(model, CPU, document_mask=True)
     return model.eval()
 
 
@@ -146,5 +148,5 @@ def test_probe_refuses_a_model_without_positions_of_its_own() -> None:
 def test_packed_logits_of_the_real_model(real: Path) -> None:
     path = real / "smollm2-135m"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    assert set_attention(model, document_mask=True) == PER_DOCUMENT
+    assert set_attention(model, CPU, document_mask=True) == PER_DOCUMENT
     assert worst_difference(model, 49_152, (70, 1, 150, 35)) < 1e-5

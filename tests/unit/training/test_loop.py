@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -73,13 +75,24 @@ def test_loss_for_loss_it_is_a_plain_loop(tmp_path: Path, world_size: int) -> No
     if world_size == 1:
         train(spec)
     else:
-        run_ranks(spec)
+        launch(spec)
     expected, found = plain_losses(spec), losses(spec.run)
     assert list(found) == list(range(1, 21))
     assert [found[step] for step in found] == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < 0.8 * expected[0]
     norms = [r["grad_norm"] for r in read_jsonl(spec.run / "metrics.jsonl") if r["kind"] == "train"]
     assert max(norms) > spec.job.train.max_grad_norm  # or clipping was not tested
+
+
+def launch(spec: TrainSpec) -> None:
+    """As a user would, all of it in processes of its own; elsewhere ranks are forked."""
+    path = spec.run.parent / "spec.json"
+    path.write_text(spec.to_json())
+    launcher = Path(sys.executable).with_name("torchrun")
+    ranks = ["--standalone", "--nproc-per-node", str(spec.plan.world_size)]
+    command = [launcher, *ranks, "-m", "raydist.training.torchrun", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 class Cut(Exception):
@@ -243,8 +256,8 @@ def test_the_best_evaluation_is_kept_and_exported(tmp_path: Path) -> None:
     assert best.eval_loss == min(trained.values())
     assert best.step < 12
     assert {c.step for c in checkpoint.commits(spec.run)} == {best.step, 12}
-    stored = checkpoint.folder_of(spec.run, best.step) / "weights.safetensors"
+    stored = checkpoint.folder_of(spec.run, best.step) / "shard-00001-model-00001-of-00001.safetensors"
     from safetensors.torch import load_file
 
     exported, expected = load_file(spec.run / "model" / "model.safetensors"), load_file(stored)
-    assert all(torch.equal(exported[name], expected[name]) for name in expected)
+    assert all(torch.equal(exported[name], expected[name]) for name in exported)

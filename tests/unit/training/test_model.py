@@ -16,17 +16,14 @@ from raydist.training.loop import train
 from raydist.training.model import (
     build_model,
     check_fits,
-    continue_text,
     load_config,
-    load_trained,
-    merge_adapter,
     model_sizes,
     n_parameters,
     weight_hash,
 )
+from raydist.training.trained import continue_text, load_trained, merge_adapter
+from raydist.training.world import World
 from tests.unit.training.train_parts import LLAMA, VOCABULARY, losses, make_job, make_spec, write_tokenizer
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -56,8 +53,8 @@ def from_base(base: Path) -> dict[str, Any]:
 def test_random_weights_are_the_seeds_and_fit_the_tokenizer(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "words")
     torch.manual_seed(123)  # what the process drew before does not matter
-    one, two = (build_model(make_job(tmp_path), tokenizer, CPU).state_dict() for _ in range(2))
-    other = build_model(make_job(tmp_path, seed=8), tokenizer, CPU)
+    one, two = (build_model(make_job(tmp_path), tokenizer, World()).state_dict() for _ in range(2))
+    other = build_model(make_job(tmp_path, seed=8), tokenizer, World())
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert not torch.equal(one["lm_head.weight"], other.state_dict()["lm_head.weight"])
     assert one["lm_head.weight"].shape[0] == VOCABULARY
@@ -67,7 +64,7 @@ def test_random_weights_are_the_seeds_and_fit_the_tokenizer(tmp_path: Path) -> N
 
 def test_a_base_is_trained_in_fp32_and_saved_in_its_own_dtype(tmp_path: Path, base: Path) -> None:
     spec = make_spec(tmp_path, model=from_base(base), train={"max_steps": 3})
-    assert {p.dtype for p in build_model(spec.job, spec.tokenizer, CPU).parameters()} == {torch.float32}
+    assert {p.dtype for p in build_model(spec.job, spec.tokenizer, World()).parameters()} == {torch.float32}
     train(spec)
     stored = load_file(spec.run / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
@@ -87,7 +84,7 @@ def test_a_base_is_trained_in_fp32_and_saved_in_its_own_dtype(tmp_path: Path, ba
 def test_lora_trains_the_adapter_alone_loads_in_peft_and_merges(tmp_path: Path, base: Path) -> None:
     options = {"model": from_base(base), "adapter": {"r": 4, "dropout": 0.0}}
     spec = make_spec(tmp_path, **options, train={"lr": 3e-2})
-    model = build_model(spec.job, spec.tokenizer, CPU)
+    model = build_model(spec.job, spec.tokenizer, World())
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all("lora_" in name for name in trainable)
     assert {p.dtype for p in trainable.values()} == {torch.float32}
@@ -121,7 +118,7 @@ def test_lora_resumes_bit_identical(tmp_path: Path, base: Path) -> None:
 def test_target_modules_that_do_not_exist_are_told_with_those_that_do(tmp_path: Path, base: Path) -> None:
     job = make_job(tmp_path, model=from_base(base), adapter={"target_modules": ["q_proj", "query"]})
     with pytest.raises(ModelError, match=r"(?s)query.*choose from .*gate_proj.*q_proj"):
-        build_model(job, base, CPU)
+        build_model(job, base, World())
 
 
 def test_a_base_that_cannot_be_found_is_told_with_the_cause(tmp_path: Path) -> None:
@@ -156,7 +153,7 @@ def test_sizes_that_do_not_go_together_are_told(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "words")
     job = make_job(tmp_path, model={"config": {**LLAMA, "num_attention_heads": 5}})
     with pytest.raises(JobError, match=r"(?s)model\.config.*not a multiple"):
-        build_model(job, tokenizer, CPU)
+        build_model(job, tokenizer, World())
 
 
 def test_blocks_longer_than_the_models_positions_are_refused(tmp_path: Path) -> None:
@@ -178,12 +175,12 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tmp_path:
     bigger.add_tokens(["new"])
     bigger.save_pretrained(tmp_path / "bigger")
     with pytest.raises(ModelError, match="65 tokens and the model embeds 64"):
-        build_model(make_job(tmp_path, model=from_base(base)), tmp_path / "bigger", CPU)
+        build_model(make_job(tmp_path, model=from_base(base)), tmp_path / "bigger", World())
 
 
 def test_sizes_are_counted_without_making_the_model(tmp_path: Path, base: Path) -> None:
     job = make_job(tmp_path)
-    built = build_model(job, base, CPU)
+    built = build_model(job, base, World())
     sizes = model_sizes(load_config(job, VOCABULARY), job)
     assert (sizes.total, sizes.trainable, sizes.vocabulary) == (
         n_parameters(built),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from raydist.job.plan import make_plan
 from raydist.job.schema import Job
 from raydist.training.data import open_data
 from raydist.training.spec import TrainSpec
+from tests.unit.training.fork_server import Rank
 
 VOCABULARY = 64
 LLAMA = {
@@ -121,7 +120,7 @@ def make_spec(
     return TrainSpec(job, storage / run, {"random": log}, tokenizer, plan, attempt)
 
 
-def start_ranks(spec: TrainSpec) -> list[subprocess.Popen[bytes]]:
+def start_ranks(spec: TrainSpec) -> list[Rank]:
     """`spec` as torchrun would run it: a process per rank, on gloo."""
     path = spec.run.parent / f"{spec.run.name}-{spec.attempt}.json"
     path.write_text(spec.to_json())
@@ -136,11 +135,7 @@ def start_ranks(spec: TrainSpec) -> list[subprocess.Popen[bytes]]:
         "OMP_NUM_THREADS": "1",
     }
     return [
-        subprocess.Popen(
-            [sys.executable, "-m", "raydist.training.torchrun", str(path)],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-        )
+        Rank(path, {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(size)
     ]
 
@@ -150,7 +145,7 @@ def run_ranks(spec: TrainSpec) -> None:
     finish(start_ranks(spec))
 
 
-def finish(processes: list[subprocess.Popen[bytes]]) -> None:
+def finish(processes: list[Rank]) -> None:
     errors = [process.communicate(timeout=120)[1].decode() for process in processes]
     if any(process.returncode for process in processes):
         raise AssertionError("\n".join(errors))

@@ -1,0 +1,90 @@
+"""The DeepSpeed configuration of a job: what the job decides, and what a user's own JSON may add.
+
+A key that both decide must agree; what would change the training behind the job's back is refused
+by name. "auto", as Hugging Face's examples write it, leaves a key to the job.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+Config = dict[str, Any]
+
+FREE = ("comms_logger", "communication_data_type", "flops_profiler", "memory_breakdown", "steps_per_print")
+FREE_INSIDE = ("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+"""Sections in which a user may set whatever the job does not."""
+
+DECIDED_BY = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size",
+    "gradient_clipping": "train.max_grad_norm",
+    "optimizer": "train.lr and train.weight_decay",
+    "scheduler": "train.scheduler",
+    "bf16": "train.mixed_precision",
+    "fp16": "train.mixed_precision",
+    "amp": "train.mixed_precision",
+    "torch_autocast": "train.mixed_precision",
+    "data_types": "train.mixed_precision",
+    "activation_checkpointing": "train.gradient_checkpointing",
+    "zero_optimization.stage": "strategy.stage",
+    "zero_optimization.offload_optimizer": "strategy.offload",
+    "zero_optimization.offload_param": "strategy.offload",
+    "tensorboard": "tracking",
+    "wandb": "tracking",
+}
+
+
+def deepspeed_config(
+    stage: int, offload: str, own: Config, *, bf16: bool, max_grad_norm: float | None
+) -> Config:
+    """The job's configuration with the user's `own` keys laid in.
+
+    Raises ValueError that names every key of `own` which fights the job, or which raydist does not use.
+    """
+    optimizer_device = {"device": offload}
+    zero: Config = {"stage": stage, "offload_optimizer": optimizer_device}
+    if stage == 3:
+        zero["offload_param"] = {"device": offload}
+    config: Config = {
+        "zero_optimization": zero,
+        "bf16": {"enabled": bf16},
+        "gradient_clipping": max_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam needs a compiler
+        "steps_per_print": 2**31,
+    }
+    problems = [*_lay(config, own, "")]
+    if problems:
+        raise ValueError("the DeepSpeed config fights the job:\n    " + "\n    ".join(problems))
+    # DeepSpeed's own bf16 mode would round the weights and the rotary frequencies at the start
+    config["torch_autocast"] = {**config.pop("bf16"), "dtype": "bfloat16"}
+    return config
+
+
+def _lay(config: Config, own: Config, path: str) -> Iterator[str]:
+    """Put the keys of `own` into `config`; what cannot be is told."""
+    for key, value in own.items():
+        dotted, ours = f"{path}{key}", config.get(key)
+        if isinstance(ours, dict) and isinstance(value, dict):
+            yield from _lay(ours, value, f"{dotted}.")
+        elif value == "auto" or (key in config and value == ours):
+            continue
+        elif dotted in FREE or (key not in config and path.rstrip(".") in FREE_INSIDE):
+            config[key] = value
+        elif not _is_off(value):
+            yield f"{dotted}: {_why(dotted, value, ours)}"
+
+
+def _is_off(value: Any) -> bool:
+    """A section that is switched off fights nothing, whatever else it says."""
+    return isinstance(value, dict) and value.get("enabled") in (False, "auto")
+
+
+def _why(dotted: str, value: Any, ours: Any) -> str:
+    section = next((name for name in DECIDED_BY if dotted == name or dotted.startswith(f"{name}.")), None)
+    if section is None:
+        return "raydist does not use this key; remove it"
+    said = "" if ours is None else f" (which gives {ours!r})"
+    return f"{value!r}, but the job decides this by {DECIDED_BY[section]}{said}; change it there alone"

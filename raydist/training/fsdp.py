@@ -1,0 +1,88 @@
+"""FSDP2: weights, gradients and optimizer state are sharded over the ranks, a layer at a time.
+
+Each decoder layer is gathered for its forward and its backward pass and freed after it. Gradients
+are reduce-scattered after every micro batch: kept whole until the last one they would need the
+memory that sharding saves.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from raydist.job.schema import Job
+from raydist.training.loss import logits_of, summed_cross_entropy
+from raydist.training.optimizer import (
+    clip_,
+    gradient_norm,
+    make_optimizer,
+    refuse_non_finite,
+    set_learning_rate,
+)
+from raydist.training.state import adamw_state, load_adamw, write_state
+from raydist.training.weights import broadcast_weights, materialize
+from raydist.training.world import World
+
+
+class Fsdp:
+    """The weights are DTensors of fp32, sharded by rows; `mixed_precision: bf16` gathers them in bf16."""
+
+    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
+        self.module = self.model = model
+        self.world = world
+        world.ensure_group()
+        materialize(model)
+        mesh = init_device_mesh(world.device.type, (world.world_size,))
+        bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = bf16 if job.train.mixed_precision == "bf16" else MixedPrecisionPolicy()
+        for module in [*_layers(model), model]:
+            broadcast_weights(module)
+            _sum_gradients(fully_shard(module, mesh=mesh, mp_policy=policy))
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(model, job.train.weight_decay)
+
+    def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
+        loss = summed_cross_entropy(logits_of(self.model, batch), batch["labels"]) / n_labels
+        loss.backward()
+        return loss.detach()
+
+    def update(self, lr: float, max_grad_norm: float | None) -> float:
+        gradients = [_local(p.grad) for p in self.trainable.values() if p.grad is not None]
+        own = gradient_norm(gradients).item()
+        norm = refuse_non_finite(math.sqrt(self.world.sum_floats([own**2])[0]))
+        clip_(gradients, norm, max_grad_norm)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def save(self, folder: Path) -> None:
+        write_state(folder, adamw_state(self.trainable, self.optimizer))
+
+    def load(self, folder: Path, step: int | None) -> None:
+        load_adamw(folder, self.trainable, self.optimizer, step)
+
+    def whole(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The blocks that the model's own class says not to split; none: it is gathered as a whole."""
+    kinds = {kind for m in model.modules() for kind in getattr(m, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
+def _sum_gradients(module: FSDPModule) -> None:
+    """Over the ranks, as the loss is normalised already; FSDP's default is their mean."""
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
