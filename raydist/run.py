@@ -68,9 +68,9 @@ def run_job(job: Job, *, address: str | None = None, progress: Progress | None =
         if _already_finished(job, folder):
             progress.message(f"run {job.name} is finished already; nothing to do")
             return _result(folder)
-        _check(job)
         with _status_of(folder), _stop_signals(folder, progress):
             _claim(job, folder)
+            _check(job)
             with (
                 ray_session(job.scaling.num_workers, job.scaling.cpus_per_worker, address),
                 _stop_signals(folder, progress),  # again: joining a cluster puts Ray's own handlers in place

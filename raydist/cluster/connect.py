@@ -83,7 +83,8 @@ def _embed(training_cpus: int) -> None:
     """
     import ray
 
-    os.environ.setdefault("RAY_TMPDIR", tempfile.mkdtemp(prefix="ray-"))
+    if "RAY_TMPDIR" not in os.environ:
+        os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     shared_memory = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
     roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 1.2 * OBJECT_STORE_BYTES
     ray.init(

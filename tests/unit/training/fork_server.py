@@ -139,9 +139,11 @@ def serve(requests: socket.socket) -> str | None:
     children: dict[int, socket.socket] = {}
 
     def reap(*_: object) -> None:
-        while children and (ended := os.waitpid(-1, os.WNOHANG))[0]:
-            with children.pop(ended[0]) as status, contextlib.suppress(BrokenPipeError):
-                status.sendall(str(os.waitstatus_to_exitcode(ended[1])).encode())
+        """A second signal may interrupt it, and reap what it was about to."""
+        with contextlib.suppress(ChildProcessError):
+            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
+                with children.pop(ended[0]) as status, contextlib.suppress(BrokenPipeError):
+                    status.sendall(str(os.waitstatus_to_exitcode(ended[1])).encode())
 
     signal.signal(signal.SIGCHLD, reap)
     own = os.getpid()
