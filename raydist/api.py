@@ -11,7 +11,7 @@ from raydist.errors import RunError
 from raydist.folder import RunFolder, find_run
 from raydist.job.load import load_job
 from raydist.job.schema import Job
-from raydist.prepared import Prepared, prepare_logs
+from raydist.prepared import Prepared, find_prepared, prepare_logs
 from raydist.run import RunResult, run_job
 from raydist.track.progress import Progress
 
@@ -100,8 +100,6 @@ def _feed_of(prepared: Prepared) -> Feed:
 
 def _prepared(job_or_run: Job | str | Path) -> Prepared:
     """The logs of a run are those it is pinned to; a job's are looked up, never made here."""
-    from raydist.prepared import find_prepared
-
     if isinstance(job_or_run, Job):
         folder, job = RunFolder(Path(job_or_run.storage).expanduser() / job_or_run.name), job_or_run
     else:

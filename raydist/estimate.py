@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from raydist.corpus.build import LogPlan, estimate, plan_log
+from raydist.corpus.build import estimate, plan_log
 from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
@@ -41,7 +41,7 @@ def plan_job(job: Job) -> dict[str, Any]:
         "steps": _steps(plan),
         "parameters": {"total": sizes.total, "trainable": sizes.trainable},
         "memory_per_worker_bytes": worker_memory(job, plan, sizes),
-        "disk_bytes": _disk(job, sizes, int(tokens), sizes.vocabulary),
+        "disk_bytes": _disk(job, sizes, int(tokens)),
     }
 
 
@@ -52,7 +52,7 @@ def _new_vocabulary(job: Job) -> int:
 
 def _source(job: Job, name: str, tokenizer: TokenizerSpec | None, storage: Path) -> dict[str, Any]:
     """Documents and tokens of one source; a log that is complete is counted, not estimated."""
-    plan: LogPlan = plan_log(job.corpus.sources[name], job.corpus, tokenizer, storage / "tokens")
+    plan = plan_log(job.corpus.sources[name], job.corpus, tokenizer, storage / "tokens")
     guess = estimate(plan)
     n_tokens = guess.n_tokens if tokenizer else round(guess.n_bytes / BYTES_PER_TOKEN_OF_NEW_BPE)
     return {
@@ -105,10 +105,10 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 
-def _disk(job: Job, sizes: Sizes, tokens: int, vocabulary: int) -> dict[str, int]:
+def _disk(job: Job, sizes: Sizes, tokens: int) -> dict[str, int]:
     kept = job.checkpoint.save_total_limit + 2  # the best one, and the one being written
     parts = {
-        "token_log": tokens * (2 if vocabulary <= 2**16 else 4),
+        "token_log": tokens * (2 if sizes.vocabulary <= 2**16 else 4),
         "checkpoints": kept * 3 * sizes.trainable * FP32,
         "model": sizes.total * FP32,
     }

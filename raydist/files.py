@@ -56,6 +56,12 @@ def read_json(path: Path) -> Any:
     return orjson.loads(path.read_bytes())
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """{} if there is no such file."""
+    record: dict[str, Any] = read_json(path) if path.exists() else {}
+    return record
+
+
 def append_json(path: Path, record: dict[str, Any], *, flush: bool = False) -> None:
     """Append one record as a line. `flush`: it is on disk when this returns."""
     with path.open("ab") as stream:

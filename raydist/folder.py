@@ -10,7 +10,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,7 @@ class RunFolder:
 
     def status(self) -> dict[str, Any]:
         """{} for a run that was never started."""
-        if not self.status_file.exists():
-            return {}
-        status: dict[str, Any] = files.read_json(self.status_file)
-        return status
+        return files.read_record(self.status_file)
 
     def set_status(self, state: str, **more: Any) -> None:
         assert state in STATES, state
@@ -51,10 +48,7 @@ class RunFolder:
 
     def data(self) -> dict[str, Any]:
         """What is known of the run's tokens, and the fingerprints of the logs it is pinned to."""
-        if not self.data_file.exists():
-            return {}
-        data: dict[str, Any] = files.read_json(self.data_file)
-        return data
+        return files.read_record(self.data_file)
 
     def committed(self) -> bool:
         return any(self.checkpoints.glob("step-*/COMMIT.json"))
@@ -64,21 +58,17 @@ class RunFolder:
         taken = [int(p.name.removeprefix("attempt-")) for p in self.ray.glob("attempt-*")]
         return max(taken, default=0) + 1
 
-    @contextmanager
-    def lease(self) -> Iterator[None]:
+    def lease(self) -> AbstractContextManager[None]:
         """Hold the run for this driver. Raises RunBusy, naming the holder, while another one lives."""
-        with exclusive(self.path / ".lease", wait_seconds=0):
-            yield
+        return exclusive(self.path / ".lease", wait_seconds=0)
 
-    @contextmanager
-    def writer(self, wait_seconds: float = 60) -> Iterator[None]:
+    def writer(self) -> AbstractContextManager[None]:
         """Hold the run's records for this attempt's rank 0.
 
         A driver can die before its workers do: the next attempt waits here until the last writer is
         gone, so that two attempts never write checkpoints or records side by side.
         """
-        with exclusive(self.path / ".writer", wait_seconds):
-            yield
+        return exclusive(self.path / ".writer", wait_seconds=60)
 
 
 @contextmanager
@@ -86,22 +76,23 @@ def exclusive(path: Path, wait_seconds: float) -> Iterator[None]:
     """Lock `path` for this process. The kernel frees it the moment the process is dead."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as lock:
-        _wait_for(lock.fileno(), path, time.monotonic() + wait_seconds)
+        deadline = time.monotonic() + wait_seconds
+        while not _locked(lock.fileno()):
+            if time.monotonic() >= deadline:
+                raise _busy(path)
+            time.sleep(0.2)
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         yield
 
 
-def _wait_for(handle: int, path: Path, deadline: float) -> None:
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                raise _busy(path) from None
-            time.sleep(0.2)
+def _locked(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _busy(path: Path) -> RunBusy:

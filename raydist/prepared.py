@@ -50,10 +50,9 @@ class Prepared:
         from raydist.feed import open_sources
 
         feed = open_sources(self.job, self.logs)
-        if any(source.n_blocks == 0 for source in feed.sources):
-            empty = ", ".join(source.name for source in feed.sources if source.n_blocks == 0)
+        if empty := [source.name for source in feed.sources if source.n_blocks == 0]:
             raise EmptyCorpus(
-                f"no document is left to train on in {empty}",
+                f"no document is left to train on in {', '.join(empty)}",
                 why=f"a holdout of {self.job.corpus.holdout:g} and the cleaning left none",
                 fix="lower corpus.holdout, loosen corpus.clean, or add text",
             )
@@ -122,19 +121,18 @@ def prepare_logs(
 
     pinned: what `Prepared.pins` gave when the run began. stop: called between logs; raises to stop.
     """
-    storage = Path(job.storage).expanduser().resolve()
     if pinned:
-        return _pinned(job, storage, progress, pinned)
+        prepared = _open_pinned(job, pinned)
+        _tell_what_changed(prepared, progress)
+        return prepared
     progress.phase("planning")
-    tokenizer = resolve_tokenizer(job, storage)
-    logs, eval_logs = {}, {}
-    for name, source in job.corpus.sources.items():
+    tokenizer = resolve_tokenizer(job, _storage(job))
+
+    def made(name: str, plan: LogPlan) -> TokenLog:
         stop()
-        logs[name] = _prepare(name, source, job, tokenizer, storage, progress)
-    for name, extra in job.eval.sources.items():
-        stop()
-        eval_logs[name] = _prepare(name, extra, job, tokenizer, storage, progress)
-    return Prepared(job, tokenizer, logs, eval_logs)
+        return _make(name, plan, job.corpus.on_error, progress)
+
+    return _of_plans(job, tokenizer, made)
 
 
 def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
@@ -142,20 +140,14 @@ def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
 
     Raises LogError where one is not complete. pinned: a run's pins, which win over the source files.
     """
-    storage = Path(job.storage).expanduser().resolve()
     if pinned:
-        return Prepared(job, *_open_pinned(storage, pinned))
-    tokenizer = planned_tokenizer(job, storage)
+        return _open_pinned(job, pinned)
+    tokenizer = planned_tokenizer(job, _storage(job))
     if tokenizer is None:
         raise LogError(
             "the job's tokenizer is not trained yet", fix="raydist prepare makes it and the token logs"
         )
-
-    def find(source: Source) -> TokenLog:
-        return open_log(plan_log(source, job.corpus, tokenizer, storage / "tokens").path)
-
-    logs = {name: find(source) for name, source in job.corpus.sources.items()}
-    return Prepared(job, tokenizer, logs, {name: find(source) for name, source in job.eval.sources.items()})
+    return _of_plans(job, tokenizer, lambda name, plan: open_log(plan.path))
 
 
 def describe_log(log: TokenLog) -> dict[str, Any]:
@@ -171,14 +163,25 @@ def describe_log(log: TokenLog) -> dict[str, Any]:
     }
 
 
-def _prepare(
-    name: str, source: Source, job: Job, tokenizer: TokenizerSpec, storage: Path, progress: Progress
-) -> TokenLog:
-    plan = plan_log(source, job.corpus, tokenizer, storage / "tokens")
+def _storage(job: Job) -> Path:
+    return Path(job.storage).expanduser().resolve()
+
+
+def _plan(source: Source, job: Job, tokenizer: TokenizerSpec) -> LogPlan:
+    return plan_log(source, job.corpus, tokenizer, _storage(job) / "tokens")
+
+
+def _of_plans(job: Job, tokenizer: TokenizerSpec, log_of: Callable[[str, LogPlan], TokenLog]) -> Prepared:
+    logs = {name: log_of(name, _plan(s, job, tokenizer)) for name, s in job.corpus.sources.items()}
+    eval_logs = {name: log_of(name, _plan(s, job, tokenizer)) for name, s in job.eval.sources.items()}
+    return Prepared(job, tokenizer, logs, eval_logs)
+
+
+def _make(name: str, plan: LogPlan, on_error: str, progress: Progress) -> TokenLog:
     progress.phase(f"preparing {name}", f"{plan.n_files:,} files, {plan.n_slices:,} slices")
     log = build_log(
         plan,
-        on_error=job.corpus.on_error,
+        on_error=on_error,
         on_progress=lambda now: progress.prepare(now.n_done, now.n_slices, now.n_documents, now.n_tokens),
     )
     if log.n_quarantined:
@@ -189,26 +192,28 @@ def _prepare(
     return log
 
 
-def _pinned(job: Job, storage: Path, progress: Progress, pins: dict[str, Any]) -> Prepared:
-    tokenizer, logs, eval_logs = _open_pinned(storage, pins)
+def _tell_what_changed(prepared: Prepared, progress: Progress) -> None:
+    job, logs = prepared.job, prepared.eval_logs | prepared.logs
     for name, source in [*job.corpus.sources.items(), *job.eval.sources.items()]:
-        log = logs[name] if name in logs else eval_logs[name]
-        if (reason := _moved_on(source, job, tokenizer, storage, log)) is not None:
-            progress.message(f"{name}: {reason}; the run goes on with the tokens it began with")
-    return Prepared(job, tokenizer, logs, eval_logs)
+        try:
+            if _plan(source, job, prepared.tokenizer).fingerprint == logs[name].fingerprint:
+                continue
+            reason = "its source files changed since the run began"
+        except CorpusError as error:
+            reason = f"its source files cannot be read any more ({error.what})"
+        progress.message(f"{name}: {reason}; the run goes on with the tokens it began with")
 
 
-def _open_pinned(
-    storage: Path, pins: dict[str, Any]
-) -> tuple[TokenizerSpec, dict[str, TokenLog], dict[str, TokenLog]]:
-    tokenizer = TokenizerSpec.from_json(pins["tokenizer"])
-    logs = {name: _open(storage, pin) for name, pin in pins["logs"].items()}
-    return tokenizer, logs, {name: _open(storage, pin) for name, pin in pins["eval_logs"].items()}
+def _open_pinned(job: Job, pins: dict[str, Any]) -> Prepared:
+    logs, eval_logs = (
+        {name: _open(job, pin) for name, pin in pins[kind].items()} for kind in ("logs", "eval_logs")
+    )
+    return Prepared(job, TokenizerSpec.from_json(pins["tokenizer"]), logs, eval_logs)
 
 
-def _open(storage: Path, fingerprint: str) -> TokenLog:
+def _open(job: Job, fingerprint: str) -> TokenLog:
     try:
-        return open_log(storage / "tokens" / fingerprint)
+        return open_log(_storage(job) / "tokens" / fingerprint)
     except LogError as error:
         raise LogError(
             f"the token log {fingerprint} that this run is pinned to cannot be opened",
@@ -216,11 +221,3 @@ def _open(storage: Path, fingerprint: str) -> TokenLog:
             why=error.what,
             fix="restore it (raydist prepare makes the same bytes of the same files), or take a new name",
         ) from error
-
-
-def _moved_on(source: Source, job: Job, tokenizer: TokenizerSpec, storage: Path, log: TokenLog) -> str | None:
-    try:
-        plan: LogPlan = plan_log(source, job.corpus, tokenizer, storage / "tokens")
-    except CorpusError as error:
-        return f"its source files cannot be read any more ({error.what})"
-    return None if plan.fingerprint == log.fingerprint else "its source files changed since the run began"

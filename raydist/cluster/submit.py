@@ -106,47 +106,39 @@ def _once_ready(submit: Callable[[], str]) -> str:
 
 def _absolute(job: Job, address: str) -> Job:
     """Relative paths mean this machine's folder: true of a cluster on this machine, refused elsewhere."""
-    relative = [
-        (key, path)
-        for key, path in _paths(job)
-        if "://" not in path and not path.startswith(("/", "~", "${"))
-    ]
+    values = job.model_dump(mode="json")
+    relative: list[str] = []
+
+    def absolute(key: str, path: str) -> str:
+        if not _is_relative(path):
+            return path
+        relative.append(f"{key}: {path}")
+        return str(Path(path).absolute())
+
+    values["storage"] = absolute("storage", values["storage"])
+    for section in ("corpus", "eval"):
+        for name, source in values[section]["sources"].items():
+            key, given = f"{section}.sources.{name}.path", source["path"]
+            source["path"] = (
+                absolute(key, given) if isinstance(given, str) else [absolute(key, p) for p in given]
+            )
     if not relative:
         return job
     if urlparse(address).hostname not in ("127.0.0.1", "localhost", "::1"):
         raise JobError(
-            "relative paths in a job for a remote cluster: " + ", ".join(f"{k}: {p}" for k, p in relative),
+            "relative paths in a job for a remote cluster: " + ", ".join(relative),
             why="no two hosts have the same working folder",
             fix="give absolute paths on shared storage, or URIs",
         )
-    return _map_paths(job)
-
-
-def _paths(job: Job) -> list[tuple[str, str]]:
-    found = [("storage", job.storage)]
-    for section, sources in (("corpus", job.corpus.sources), ("eval", job.eval.sources)):
-        for name, source in sources.items():
-            paths = [source.path] if isinstance(source.path, str) else source.path
-            found += [(f"{section}.sources.{name}.path", path) for path in paths]
-    return found
-
-
-def _map_paths(job: Job) -> Job:
-    values = job.model_dump(mode="json")
-    values["storage"] = _from_here(values["storage"])
-    for section in ("corpus", "eval"):
-        for source in values[section]["sources"].values():
-            path = source["path"]
-            source["path"] = _from_here(path) if isinstance(path, str) else [_from_here(p) for p in path]
     for key in ("base", "tokenizer"):
-        value = values["model"][key]
-        if isinstance(value, str) and Path(value).is_dir():
-            values["model"][key] = _from_here(value)
+        named = values["model"][key]  # a hub id unless there is such a folder
+        if isinstance(named, str) and Path(named).is_dir() and _is_relative(named):
+            values["model"][key] = str(Path(named).absolute())
     return Job.model_validate(values)
 
 
-def _from_here(path: str) -> str:
-    return path if "://" in path or path.startswith(("/", "~", "${")) else str(Path(path).absolute())
+def _is_relative(path: str) -> bool:
+    return "://" not in path and not path.startswith(("/", "~", "${"))
 
 
 async def _follow(client: JobSubmissionClient, submission: str, say: Callable[[str], None]) -> None:

@@ -39,6 +39,7 @@ class LogPlan:
 
     source: SourceFiles
     tokenizer: TokenizerSpec | None
+    identity: dict[str, Any]
     fingerprint: str
     path: Path
 
@@ -95,12 +96,13 @@ def plan_log(source: Source, corpus: Corpus, tokenizer: TokenizerSpec | None, to
     """
     files = open_source(source, corpus)
     named = tokenizer.fingerprint if tokenizer else None
-    name = fingerprint({"format": FORMAT, "source": files.identity(), "tokenizer": named})
-    return LogPlan(files, tokenizer, name, tokens_dir / name)
+    identity = {"format": FORMAT, "source": files.identity(), "tokenizer": named}
+    name = fingerprint(identity)
+    return LogPlan(files, tokenizer, identity, name, tokens_dir / name)
 
 
 def build_log(
-    plan: LogPlan, *, on_error: str, on_progress: Callable[[Progress], None] | None = None
+    plan: LogPlan, *, on_error: str, on_progress: Callable[[Progress], None] = lambda now: None
 ) -> TokenLog:
     """The log of `plan`, of which only what is missing is made, on the Ray that the caller has started.
 
@@ -135,12 +137,7 @@ class _Slices:
         """Write the plan, first of all files."""
         path = self.plan.path / "plan.json"
         if not path.exists():
-            write_json(path, {"identity": self._identity(), "slices": to_json(self.plan.slices)})
-
-    def _identity(self) -> dict[str, Any]:
-        assert self.plan.tokenizer is not None
-        source, tokenizer = self.plan.source.identity(), self.plan.tokenizer.fingerprint
-        return {"format": FORMAT, "source": source, "tokenizer": tokenizer}
+            write_json(path, {"identity": self.plan.identity, "slices": to_json(self.plan.slices)})
 
     def poll(self) -> None:
         """Take in the slices that were committed since; those whose files are not all there do not count."""
@@ -225,11 +222,8 @@ def _require_cpu() -> None:
 
 
 @contextmanager
-def _reporting(slices: _Slices, on_progress: Callable[[Progress], None] | None) -> Iterator[None]:
+def _reporting(slices: _Slices, on_progress: Callable[[Progress], None]) -> Iterator[None]:
     """Call `on_progress` whenever slices were committed, from a thread, and once at the end."""
-    if on_progress is None:
-        yield
-        return
     done = threading.Event()
 
     def watch() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 from raydist.corpus.identity import fingerprint
@@ -68,21 +69,15 @@ def _step(step: str | dict[str, Any], where: str) -> tuple[Step, list[Any]]:
         return STEPS[name](**(options or {})), [name, options or {}]
     except (TypeError, ValueError, re.error, IndexError) as error:
         raise JobError(
-            f"the options of {name} are wrong: {options}",
-            where=where,
-            why=str(error),
+            f"the options of {name} are wrong: {options}", where=where, why=str(error),
             fix=f"as in {EXAMPLES[name]}",
-        ) from error
+        ) from error  # fmt: skip
 
 
 # --- named steps
 
 
-def _make_whitespace() -> Step:
-    return whitespace
-
-
-def whitespace(text: str) -> str:
+def _whitespace(text: str) -> str:
     """One space between words, none at line ends, at most one empty line, nothing around the text."""
     text = LINE_ENDS.sub("", SPACES.sub(" ", text))
     return NEWLINES.sub("\n\n", text).strip()
@@ -105,7 +100,7 @@ def _with_words(count: int, text: str) -> str | None:
 
 
 STEPS: dict[str, Callable[..., Step]] = {
-    "whitespace": _make_whitespace,
+    "whitespace": lambda: _whitespace,
     "characters": _make_characters,
     "min_words": _make_min_words,
 }
@@ -123,9 +118,7 @@ def _user_step(path: str, where: str) -> tuple[Step, list[Any]]:
     """The fingerprint takes the whole module's source, since a function may call its neighbours."""
     module_name, _, name = path.partition(":")
     try:
-        function: Any = importlib.import_module(module_name)
-        for attribute in name.split("."):
-            function = getattr(function, attribute)
+        function: Any = attrgetter(name)(importlib.import_module(module_name))
     except (ImportError, AttributeError, ValueError) as error:
         raise JobError(
             f"cannot import {path}", where=where, why=str(error),

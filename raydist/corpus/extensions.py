@@ -9,22 +9,15 @@ from raydist.errors import CorpusError
 Kind = Literal["parquet", "jsonl", "json", "csv", "text", "arrow"]
 Compression = Literal["gz", "zst", "bz2"]
 
-FORMATS: dict[str, Kind] = {
-    "parquet": "parquet",
-    "pq": "parquet",
-    "jsonl": "jsonl",
-    "ndjson": "jsonl",
-    "json": "json",
-    "csv": "csv",
-    "tsv": "csv",
-    "txt": "text",
-    "text": "text",
-    "md": "text",
-    "py": "text",
-    "arrow": "arrow",
-    "feather": "arrow",
-    "ipc": "arrow",
+EXTENSIONS: dict[Kind, tuple[str, ...]] = {
+    "parquet": ("parquet", "pq"),
+    "jsonl": ("jsonl", "ndjson"),
+    "json": ("json",),
+    "csv": ("csv", "tsv"),
+    "text": ("txt", "text", "md", "py"),
+    "arrow": ("arrow", "feather", "ipc"),
 }
+FORMATS = {extension: kind for kind, extensions in EXTENSIONS.items() for extension in extensions}
 COMPRESSIONS: tuple[Compression, ...] = ("gz", "zst", "bz2")
 BLOCK_FORMATS: tuple[Kind, ...] = ("parquet", "arrow")  # these compress inside and need random access
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-import io
+import hashlib
 import os
 import re
 import stat
@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from io import BufferedIOBase
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 from urllib.parse import quote, unquote
 
 import xxhash
@@ -61,9 +62,11 @@ def list_files(source: Source) -> list[File]:
     excluded = [_glob_regex(pattern.rstrip("/")) for pattern in source.exclude]
     found: dict[str, Found] = {}
     for entry in entries:
-        matches = list(_expand(_substitute(entry), excluded))
+        place = _substitute(entry)
+        matches = list(_expand_uri(place) if is_uri(place) else _expand_local(place, excluded))
         for file in sorted(_wanted(entry, matches, excluded, source.format)):
-            found.setdefault(_one_place(file.location), file)
+            same = file.location if is_uri(file.location) else os.path.realpath(file.location)
+            found.setdefault(same, file)
     distinct = _distinct_names(found.values())
     with ThreadPoolExecutor(8) as pool:
         identities = pool.map(_identity, distinct)
@@ -71,12 +74,12 @@ def list_files(source: Source) -> list[File]:
     return sorted(files, key=lambda file: file.name)
 
 
-def open_file(location: str) -> IO[bytes]:
+def open_file(location: str) -> BufferedIOBase:
     """A seekable binary stream of a local path or a URI."""
     if not is_uri(location):
         return Path(location).open("rb")
     filesystem, path = _filesystem(location)
-    return cast(IO[bytes], filesystem.open_input_file(path))
+    return cast(BufferedIOBase, filesystem.open_input_file(path))
 
 
 def is_uri(location: str) -> bool:
@@ -115,10 +118,6 @@ def _wanted(entry: str, files: list[Found], excluded: list[re.Pattern[str]], ask
     return known
 
 
-def _expand(entry: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
-    return _expand_uri(entry) if is_uri(entry) else _expand_local(entry, excluded)
-
-
 def _expand_local(entry: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
     if os.path.isdir(entry):
         yield from _folder(entry, "", excluded)
@@ -140,7 +139,7 @@ def _folder(root: str, prefix: str, excluded: list[re.Pattern[str]]) -> Iterator
     Excluded folders are not entered: site-packages can hold more than all the rest.
     """
     seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True, onerror=_cannot_list):
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=cannot_read):
         seen.add(os.path.realpath(folder))
         relative = os.path.relpath(folder, root)
         inside = prefix if relative == "." else f"{prefix}{relative}/"
@@ -164,7 +163,7 @@ def _local(path: str, name: str, *, named: bool = False) -> Iterator[Found]:
             raise CorpusError(f"{path} links to nothing", where=path, fix="mend or remove the link") from None
         return
     except OSError as error:
-        raise _cannot_read(path, error) from error
+        cannot_read(error, path)
     if stat.S_ISREG(status.st_mode):
         printable = os.fsencode(name).decode("utf-8", "backslashreplace")
         yield Found(printable, os.path.abspath(path), status.st_size, str(status.st_mtime_ns), named)
@@ -174,14 +173,12 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(("_", "."))
 
 
-def _cannot_list(error: OSError) -> None:
-    raise _cannot_read(str(error.filename), error) from error
-
-
-def _cannot_read(path: str, error: OSError) -> CorpusError:
-    return CorpusError(
-        f"cannot read {path}", where=path, why=str(error), fix="check its permissions and storage"
-    )
+def cannot_read(error: OSError, location: str = "", name: str = "") -> NoReturn:
+    location = location or str(error.filename)
+    raise CorpusError(
+        f"cannot read {name or location}", where=location, why=str(error),
+        fix="check its permissions and its storage, then run again",
+    ) from error  # fmt: skip
 
 
 # --- remote filesystems
@@ -236,7 +233,7 @@ def _expand_uri(entry: str) -> Iterator[Found]:
                 if info.type == pafs.FileType.File and regex.fullmatch(name) and not hidden:
                     yield _remote(filesystem, info, name, f"{root.rstrip('/')}/{name}{query}")
     except OSError as error:
-        raise _cannot_read(entry, error) from error
+        cannot_read(error, entry)
 
 
 def _remote(filesystem: Any, info: Any, name: str, location: str, *, named: bool = False) -> Found:
@@ -277,10 +274,6 @@ def _glob_regex(pattern: str) -> re.Pattern[str]:
     return re.compile(f"{regex}(?:/.*)?", re.DOTALL)
 
 
-def _one_place(location: str) -> str:
-    return location if is_uri(location) else os.path.realpath(location)
-
-
 def _distinct_names(files: Iterable[Found]) -> list[Found]:
     """Files of one name get the folders above them added until their names differ."""
     groups: dict[str, list[Found]] = {}
@@ -300,19 +293,14 @@ def _prefixed(group: list[Found]) -> list[Found]:
 
 def _identity(file: Found) -> str:
     """Content hash of a small local file; both ends of a large one; what a remote storage says."""
-    remote = is_uri(file.location)
-    if remote and file.stamp:
+    if is_uri(file.location) and file.stamp:
         return f"{file.size}:{file.stamp}"
-    digest = xxhash.xxh3_128()
     try:
         with open_file(file.location) as stream:
             if file.size <= HASHED_WHOLE_BYTES:
-                while block := stream.read(MIB):
-                    digest.update(block)
-                return digest.hexdigest()
-            digest.update(stream.read(MIB))
-            stream.seek(-MIB, io.SEEK_END)
-            digest.update(stream.read(MIB))
+                return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+            first = stream.read(MIB)
+            stream.seek(-MIB, os.SEEK_END)
+            return f"{file.size}:{file.stamp}:{xxhash.xxh3_128_hexdigest(first + stream.read(MIB))}"
     except OSError as error:
-        raise _cannot_read(file.location, error) from error
-    return f"{file.size}:{file.stamp}:{digest.hexdigest()}"
+        cannot_read(error, file.location)

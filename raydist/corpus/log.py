@@ -8,11 +8,10 @@ Shapes: N documents of a shard, M tokens of all its documents.
 
 from __future__ import annotations
 
-import bisect
-import itertools
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,9 +38,9 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
-def is_held_out(digest: bytes, share: float) -> bool:
-    """Whether a document is kept out of training: its hash lies in the lowest `share` of all hashes."""
-    return int.from_bytes(digest[:8], "big") < math.floor(share * 2.0**64)
+def held_out(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:
+    """Documents kept out of training: those whose hash lies in the lowest `share` of all hashes."""
+    return np.ones(len(hashes), bool) if share >= 1 else hashes < np.uint64(math.floor(share * 2.0**64))
 
 
 @dataclass(frozen=True)
@@ -69,14 +68,9 @@ class Documents:
     @staticmethod
     def join(parts: Sequence[Documents]) -> Documents:
         lengths = np.concatenate([np.diff(part.offsets) for part in parts])
-        return Documents(
-            np.concatenate([part.tokens for part in parts]),
-            np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            np.concatenate([part.hashes for part in parts]),
-            np.concatenate([part.n_bytes for part in parts]),
-            np.concatenate([part.files for part in parts]),
-            np.concatenate([part.rows for part in parts]),
-        )
+        names = ("tokens", "hashes", "n_bytes", "files", "rows")
+        columns = {name: np.concatenate([getattr(part, name) for part in parts]) for name in names}
+        return Documents(offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), **columns)
 
 
 class SliceWriter:
@@ -95,9 +89,10 @@ class SliceWriter:
         self.bad: list[dict[str, Any]] = []
         self._n_empty = 0
 
-    def add(self, documents: Documents, n_empty: int = 0) -> None:
-        """`n_empty`: documents without text, which are dropped and counted."""
+    def add(self, documents: Documents, n_empty: int = 0, bad: Sequence[dict[str, Any]] = ()) -> None:
+        """n_empty: documents without text, which are dropped. bad: records {file, row, reason} not read."""
         self._n_empty += n_empty
+        self.bad += bad
         while len(documents):
             rows = np.arange(1, len(documents) + 1)
             sizes = documents.offsets[1:] * documents.tokens.itemsize + rows * ROW_BYTES
@@ -108,10 +103,6 @@ class SliceWriter:
             documents = documents.part(n, len(documents))
             if self._held_bytes >= self._shard_bytes:
                 self._flush()
-
-    def add_bad(self, records: Sequence[dict[str, Any]]) -> None:
-        """Records {file, row, reason} that could not be read."""
-        self.bad += records
 
     def commit(self) -> dict[str, Any]:
         """Returns the slice's record, written last of its files."""
@@ -225,9 +216,7 @@ class Shard:
     def hashes(self) -> npt.NDArray[np.uint64]:
         """uint64 [N], the first 8 bytes of each document's hash, big endian."""
         buffer = self.batch().column("hash").buffers()[1]
-        data = np.frombuffer(buffer, np.uint8, self.n_documents * HASH_BYTES)
-        first = np.ascontiguousarray(data.reshape(-1, HASH_BYTES)[:, :8])
-        return first.view(">u8").reshape(-1).astype(np.uint64)
+        return np.frombuffer(buffer, ">u8", 2 * self.n_documents)[::2].astype(np.uint64)
 
 
 def _int64(array: pa.Array) -> Ints:
@@ -251,36 +240,29 @@ class TokenLog:
     n_bytes: int
     n_quarantined: int
     n_empty: int
-    _starts: tuple[int, ...] = field(repr=False)
 
     def documents(self, start: int = 0) -> Iterator[dict[str, Any]]:
         """Documents from number `start` on: {input_ids, hash, n_bytes, file, row}."""
-        first = max(bisect.bisect_right(self._starts, start) - 1, 0)
-        for shard, shard_start in zip(self.shards[first:], self._starts[first:], strict=False):
-            batch = shard.batch().slice(max(start - shard_start, 0))
-            columns = [batch.column(name) for name in ("hash", "n_bytes", "file", "row")]
-            for tokens, *rest in zip(batch.column("input_ids"), *columns, strict=True):
-                values = dict(zip(("hash", "n_bytes", "file", "row"), (x.as_py() for x in rest), strict=True))
-                yield {"input_ids": tokens.values.to_numpy(), **values}
+        for shard in self.shards:
+            if start < shard.n_documents:
+                batch = shard.batch().slice(start)
+                rest = batch.select(["hash", "n_bytes", "file", "row"]).to_struct_array()
+                for tokens, values in zip(batch.column("input_ids"), rest, strict=True):
+                    yield {"input_ids": tokens.values.to_numpy(), **values.as_py()}
+            start = max(start - shard.n_documents, 0)
 
     def verify(self) -> None:
         """Read every shard and compare it with its checksum; LogError names the first that differs."""
         for shard in self.shards:
-            if _checksum(shard.path) != shard.xxh3_128:
+            with shard.path.open("rb") as stream:
+                checksum = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+            if checksum != shard.xxh3_128:
                 raise LogError(
                     "a shard's content is not what was written",
                     where=str(shard.path),
                     why="its checksum differs from the manifest's",
                     fix="delete this file and run `raydist prepare` again: only its slice is made anew",
                 )
-
-
-def _checksum(path: Path) -> str:
-    state = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while chunk := stream.read(8 * 2**20):
-            state.update(chunk)
-    return state.hexdigest()
 
 
 def open_log(path: Path) -> TokenLog:
@@ -295,11 +277,8 @@ def open_log(path: Path) -> TokenLog:
                 why=f"the manifest promises {shard.size} bytes",
                 fix="run `raydist prepare` again: only what is missing is made anew",
             )
-    starts = itertools.accumulate((shard.n_documents for shard in shards[:-1]), initial=0)
     same = {key: value for key, value in manifest.items() if key not in ("format", "dtype", "shards")}
-    return TokenLog(
-        path=path, dtype=np.dtype(manifest["dtype"]), shards=shards, _starts=tuple(starts), **same
-    )
+    return TokenLog(path=path, dtype=np.dtype(manifest["dtype"]), shards=shards, **same)
 
 
 def has_size(path: Path, size: int) -> bool:

@@ -12,12 +12,11 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 import pandas as pd
 import ray.data
@@ -58,11 +57,12 @@ class SliceDatasource(Datasource):
         self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
     ) -> list[ReadTask]:
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-        return [ReadTask(self._reader(number), metadata) for number in self._slices]
-
-    def _reader(self, number: int) -> functools.partial[Iterator[pd.DataFrame]]:
-        files, slice_ = narrowed(self._source.files, self._slices[number])
-        return functools.partial(read_blocks, number, files, slice_, self._source.options)
+        files, options = self._source.files, self._source.options
+        readers = (
+            functools.partial(read_blocks, number, *narrowed(files, slice_), options)
+            for number, slice_ in self._slices.items()
+        )
+        return [ReadTask(reader, metadata) for reader in readers]
 
 
 def narrowed(files: Sequence[File], slice_: Slice) -> tuple[tuple[File, ...], Slice]:
@@ -103,6 +103,7 @@ def _frame(name: str, objects: Sequence[Any]) -> pd.DataFrame:
     return pd.DataFrame({name: pd.Series(list(objects), dtype=object)})
 
 
+@dataclass(eq=False)
 class Piece:
     """Part of a slice on its way from the tokenizer to the sink, alone in a row of a block.
 
@@ -110,26 +111,21 @@ class Piece:
     ends, and a file that cannot be split may hold more tokens than fit in memory.
     """
 
-    def __init__(
-        self,
-        number: int,
-        files: Sequence[str],
-        documents: Documents,
-        bad: Sequence[Any],
-        n_empty: int,
-        last: bool,
-    ) -> None:
-        self.number, self.files, self.bad, self.n_empty, self.last = number, files, bad, n_empty, last
-        self._documents: Documents | None = documents
+    number: int
+    files: Sequence[str]
+    documents: Documents | None
+    bad: Sequence[dict[str, Any]]
+    n_empty: int
+    last: bool
 
     def take(self) -> Documents:
-        documents, self._documents = self._documents, None
+        documents, self.documents = self.documents, None
         assert documents is not None, "a piece is written once"
         return documents
 
     def __sizeof__(self) -> int:
         """Bytes, by which Ray decides when a block is full."""
-        return 256 + (self._documents.tokens.nbytes if self._documents is not None else 0)
+        return 256 + (self.documents.tokens.nbytes if self.documents is not None else 0)
 
 
 def tokenize(frame: pd.DataFrame, spec: TokenizerSpec, backend: str, clean: tuple[Any, ...]) -> pd.DataFrame:
@@ -140,17 +136,9 @@ def tokenize(frame: pd.DataFrame, spec: TokenizerSpec, backend: str, clean: tupl
 
 def _piece(chunk: Chunk, tokenizer: Tokenizer, clean: Cleaner | None) -> Piece:
     found = [(file, item) for file, item in chunk.items if isinstance(item, Record)]
-    if clean is not None:
-        texts = [cleaned(clean, record, chunk.files[file]) for file, record in found]
-    else:
-        texts = [record.text for _, record in found]
+    texts = [cleaned(clean, record, chunk.files[file]) if clean else record.text for file, record in found]
     kept = [place for place, text in zip(found, texts, strict=True) if text]
-    documents = _documents(
-        tokenizer,
-        [text for text in texts if text],
-        np.fromiter((file for file, _ in kept), np.int32, len(kept)),
-        np.fromiter((record.row for _, record in kept), np.int64, len(kept)),
-    )
+    documents = _documents(tokenizer, [text for text in texts if text], kept)
     bad = [
         {"file": chunk.files[file], "row": item.row, "reason": item.reason}
         for file, item in chunk.items
@@ -159,9 +147,8 @@ def _piece(chunk: Chunk, tokenizer: Tokenizer, clean: Cleaner | None) -> Piece:
     return Piece(chunk.number, chunk.files, documents, bad, len(found) - len(kept), not chunk.items)
 
 
-def _documents(
-    tokenizer: Tokenizer, texts: list[str], files: npt.NDArray[np.int32], rows: npt.NDArray[np.int64]
-) -> Documents:
+def _documents(tokenizer: Tokenizer, texts: list[str], places: list[tuple[int, Record]]) -> Documents:
+    """`places`: index of the file, and the record, of each text."""
     encoded = [text.encode() for text in texts]
     hashes = b"".join(map(xxhash.xxh3_128_digest, encoded))
     tokens, offsets = tokenizer.encode_batch(texts)
@@ -170,8 +157,8 @@ def _documents(
         offsets,
         np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
         np.fromiter(map(len, encoded), np.int64, len(encoded)),
-        files,
-        rows,
+        np.fromiter((file for file, _ in places), np.int32, len(places)),
+        np.fromiter((record.row for _, record in places), np.int64, len(places)),
     )
 
 
@@ -201,8 +188,7 @@ class LogDatasink(Datasink[None]):
         for block in blocks:
             for piece in block["piece"]:
                 writer = writer or SliceWriter(self.log, piece.number, piece.files)
-                writer.add(piece.take(), piece.n_empty)
-                writer.add_bad(piece.bad)
+                writer.add(piece.take(), piece.n_empty, piece.bad)
                 if piece.last:
                     self._commit(writer)
                     writer = None
@@ -232,11 +218,7 @@ def bad_records(first: Sequence[dict[str, Any]], n_bad: int, log: Path) -> BadRe
 
 
 def write_slices(
-    source: SourceFiles,
-    slices: Mapping[int, Slice],
-    spec: TokenizerSpec,
-    backend: str,
-    sink: LogDatasink,
+    source: SourceFiles, slices: Mapping[int, Slice], spec: TokenizerSpec, backend: str, sink: LogDatasink
 ) -> None:
     """Make `slices` (by number) on Ray. An error of a task arrives as the RaydistError it was there."""
     with settings():

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -19,10 +19,8 @@ from raydist.corpus.files import File
 from raydist.corpus.formats import Item, Part, ReadOptions, columns, layout, read_part
 from raydist.corpus.formats.csv import delimiter_of
 from raydist.corpus.formats.records import CHUNK_BYTES
-from raydist.corpus.formats.streams import Opened, blocks, without_bom
+from raydist.corpus.formats.streams import Opened, blocks
 from raydist.corpus.formats.text import BLANK_LINES
-
-__all__ = ["Part", "Slice", "from_json", "plan_slices", "read_slice", "to_json"]
 
 SEARCHED_BYTES = 64 * 1024
 
@@ -32,11 +30,6 @@ class Slice:
     """Parts that one task reads in this order. n_bytes: of the source files, about."""
 
     parts: tuple[Part, ...]
-    n_bytes: int
-
-
-class Sized(NamedTuple):
-    part: Part
     n_bytes: int
 
 
@@ -50,11 +43,13 @@ def from_json(value: Sequence[dict[str, Any]]) -> list[Slice]:
 
 def plan_slices(files: Sequence[File], options: ReadOptions, slice_bytes: int) -> list[Slice]:
     """Large files are split, small parts share a slice; order is by hash, so that neighbours mix."""
-    sized = [part for index, file in enumerate(files) for part in _parts(index, file, options, slice_bytes)]
-    sized.sort(key=lambda part: _hash(files, (part.part,)))
-    slices = [Slice((part,), n_bytes) for part, n_bytes in sized if n_bytes > slice_bytes // 2]
-    slices += _shared([part for part in sized if part.n_bytes <= slice_bytes // 2], slice_bytes)
-    return sorted(slices, key=lambda entry: _hash(files, entry.parts))
+    single = [part for index, file in enumerate(files) for part in _parts(index, file, options, slice_bytes)]
+    single.sort(key=lambda entry: _hash(files, entry))
+    slices = [entry for entry in single if entry.n_bytes > slice_bytes // 2]
+    small = [entry for entry in single if entry.n_bytes <= slice_bytes // 2]
+    for start, end, n_bytes in _groups([entry.n_bytes for entry in small], slice_bytes):
+        slices.append(Slice(tuple(entry.parts[0] for entry in small[start:end]), round(n_bytes)))
+    return sorted(slices, key=lambda entry: _hash(files, entry))
 
 
 def read_slice(files: Sequence[File], entry: Slice, options: ReadOptions) -> Iterator[list[tuple[int, Item]]]:
@@ -72,34 +67,34 @@ def read_slice(files: Sequence[File], entry: Slice, options: ReadOptions) -> Ite
         yield held
 
 
-def _hash(files: Sequence[File], parts: Sequence[Part]) -> tuple[int, str]:
+def _hash(files: Sequence[File], entry: Slice) -> tuple[int, str]:
     """Sorts by hash; the text itself decides between equal hashes."""
-    text = "\n".join(f"{files[part.file].name}\0{part.start}\0{part.end}" for part in parts)
+    text = "\n".join(f"{files[part.file].name}\0{part.start}\0{part.end}" for part in entry.parts)
     return xxhash.xxh3_64_intdigest(text.encode()), text
 
 
-def _shared(parts: Sequence[Sized], slice_bytes: int) -> Iterator[Slice]:
-    """Neighbours in the order given, as many as fit into slice_bytes."""
-    group: list[Part] = []
-    size = 0
-    for part, n_bytes in parts:
-        if group and size + n_bytes > slice_bytes:
-            yield Slice(tuple(group), size)
-            group, size = [], 0
-        group.append(part)
-        size += n_bytes
-    if group:
-        yield Slice(tuple(group), size)
+def _groups(sizes: Sequence[float], slice_bytes: int) -> Iterator[tuple[int, int, float]]:
+    """(start, end, size) of neighbours, as many as fit into slice_bytes, at least one."""
+    start, held = 0, 0.0
+    for i, size in enumerate(sizes):
+        if i > start and held + size > slice_bytes:
+            yield start, i, held
+            start, held = i, 0.0
+        held += size
+    if sizes:
+        yield start, len(sizes), held
 
 
-def _parts(index: int, file: File, options: ReadOptions, slice_bytes: int) -> list[Sized]:
-    whole = [Sized(Part(index, 0, -1), file.size)]
+def _parts(index: int, file: File, options: ReadOptions, slice_bytes: int) -> list[Slice]:
+    """The file as slices of one part each."""
+    whole = [Slice((Part(index),), file.size)]
     if file.size <= slice_bytes:
         return whole
     kind, compression = layout(file, options)
     if kind in ("parquet", "arrow"):
         sizes = _group_sizes(file, kind)
-        return _grouped(index, sizes, slice_bytes) if len(sizes) > 1 else whole
+        groups = _groups(sizes, slice_bytes)
+        return [Slice((Part(index, a, b),), round(n)) for a, b, n in groups] if len(sizes) > 1 else whole
     if compression or kind == "json" or (kind == "text" and options.document == "file"):
         return whole
     count = -(-file.size // slice_bytes)
@@ -111,7 +106,7 @@ def _parts(index: int, file: File, options: ReadOptions, slice_bytes: int) -> li
             blank = kind == "text" and options.document == "paragraph"
             cuts = [_line_end(stream, target, file.size, blank=blank) for target in targets]
     edges = sorted({0, *cuts, file.size})
-    return [Sized(Part(index, a, b), b - a) for a, b in pairwise(edges)]
+    return [Slice((Part(index, a, b),), b - a) for a, b in pairwise(edges)]
 
 
 # --- row groups and record batches
@@ -130,18 +125,6 @@ def _group_sizes(file: File, kind: str) -> list[float]:
             return [file.size / n_batches] * n_batches
         except columns.DAMAGED:
             return []
-
-
-def _grouped(index: int, sizes: Sequence[float], slice_bytes: int) -> list[Sized]:
-    """Neighbouring groups, as many as fit into slice_bytes, at least one."""
-    parts: list[Sized] = []
-    start, held = 0, 0.0
-    for group, size in enumerate(sizes):
-        if group > start and held + size > slice_bytes:
-            parts.append(Sized(Part(index, start, group), round(held)))
-            start, held = group, 0.0
-        held += size
-    return [*parts, Sized(Part(index, start, len(sizes)), round(held))]
 
 
 # --- places where a text file can be cut
@@ -193,8 +176,7 @@ def _record_ends(stream: Opened, targets: Sequence[int]) -> Iterator[int]:
 def _with_neighbours(stream: Opened) -> Iterator[tuple[int, bytes]]:
     """(offset, block with the byte before and the byte after it); line ends stand around the file."""
     before, held, offset = b"\n", b"", 0
-    whole = Part(0, 0, -1)
-    for start, block in without_bom(blocks(stream, whole, None), whole):
+    for start, block in blocks(stream, Part(0), None):
         if held:
             yield offset, before + held + block[:1]
             before = held[-1:]

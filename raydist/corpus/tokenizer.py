@@ -10,11 +10,12 @@ import json as jsonlib
 import shutil
 import unicodedata
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import tokenizers
@@ -22,14 +23,11 @@ import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from raydist.corpus.identity import fingerprint
-from raydist.corpus.log import Ints, Tokens, is_held_out, token_dtype
+from raydist.corpus.log import Ints, Tokens, held_out, token_dtype
 from raydist.corpus.source import SourceFiles, open_source
 from raydist.errors import EmptyCorpus, ModelError
 from raydist.files import flush_to_disk
 from raydist.job.schema import Job, NewTokenizer
-
-if TYPE_CHECKING:
-    import fastokens
 
 EOS = "<|endoftext|>"
 SAMPLE_BYTES = 32 * 2**20
@@ -72,43 +70,19 @@ class TokenizerSpec:
         return cls(json="", **value)
 
 
-class Tokenizer(Protocol):
-    """encode_batch: N texts -> (ids [M] uint16 or uint32, offsets int64 [N+1] into them)."""
+class Tokenizer(ABC):
+    backend: ClassVar[str]
 
-    spec: TokenizerSpec
-    backend: str
-
-    def encode_batch(self, texts: Sequence[str]) -> tuple[Tokens, Ints]: ...
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def eos_token_id(self) -> int | None: ...
-
-    @property
-    def fingerprint(self) -> str: ...
-
-
-class _Base:
     def __init__(self, spec: TokenizerSpec) -> None:
         self.spec = spec
         self._dtype = token_dtype(spec.vocab_size)
 
-    @property
-    def vocab_size(self) -> int:
-        return self.spec.vocab_size
-
-    @property
-    def eos_token_id(self) -> int | None:
-        return self.spec.eos_token_id
-
-    @property
-    def fingerprint(self) -> str:
-        return self.spec.fingerprint
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> tuple[Tokens, Ints]:
+        """N texts -> (ids [M] uint16 or uint32, offsets int64 [N+1] into them)."""
 
 
-class Reference(_Base):
+class Reference(Tokenizer):
     """The tokenizers library, which decides what is right."""
 
     backend = "tokenizers"
@@ -126,16 +100,18 @@ class Reference(_Base):
         return np.fromiter(flat, self._dtype, int(offsets[-1])), offsets
 
 
-class Fast(_Base):
+class Fast(Tokenizer):
     """fastokens. It refuses a byte that the vocabulary lacks, where the reference drops it: such texts take
     the reference. Raises ValueError for a kind of tokenizer that it does not know."""
 
     backend = "fastokens"
 
     def __init__(self, spec: TokenizerSpec) -> None:
+        import fastokens
+
         super().__init__(spec)
         self.reference = Reference(spec)
-        self._tokenizer = _fastokens(spec.json)
+        self._tokenizer = fastokens.Tokenizer.from_json_str(spec.json)
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[Tokens, Ints]:
         try:
@@ -152,16 +128,10 @@ class Fast(_Base):
         return np.concatenate([left, right]), np.concatenate([starts, ends[1:] + starts[-1]])
 
 
-def _fastokens(content: str) -> fastokens.Tokenizer:
-    import fastokens
-
-    return fastokens.Tokenizer.from_json_str(content)
-
-
-def open_tokenizer(source: TokenizerSpec | Path | str, sample_texts: Sequence[str] = ()) -> Tokenizer:
+def open_tokenizer(source: TokenizerSpec | Path, sample_texts: Sequence[str] = ()) -> Tokenizer:
     """fastokens where its ids equal the reference's on a sweep of Unicode and the sample, else tokenizers.
 
-    source: a spec, the content of a tokenizer.json, or a Hugging Face folder.
+    source: a spec, or a folder of `train_tokenizer`.
     """
     spec = source if isinstance(source, TokenizerSpec) else _read(source)
     fast = _proven(spec)
@@ -173,16 +143,11 @@ def load_tokenizer(spec: TokenizerSpec, backend: str) -> Tokenizer:
     return Fast(spec) if backend == Fast.backend else Reference(spec)
 
 
-def _read(source: Path | str) -> TokenizerSpec:
-    if isinstance(source, str) and source.lstrip().startswith("{"):
-        return TokenizerSpec.from_content(source, "", None)
-    folder = Path(source)
-    spec = TokenizerSpec.from_content((folder / "tokenizer.json").read_text("utf-8"), folder, None)
-    settings = folder / "tokenizer_config.json"
-    eos = jsonlib.loads(settings.read_text("utf-8")).get("eos_token") if settings.exists() else None
-    content = eos["content"] if isinstance(eos, dict) else eos
-    token = tokenizers.Tokenizer.from_str(spec.json).token_to_id(content) if content else None
-    return TokenizerSpec(spec.json, folder, token, spec.vocab_size, spec.fingerprint)
+def _read(folder: Path) -> TokenizerSpec:
+    """Of a folder of `train_tokenizer`, without loading transformers."""
+    content = (folder / "tokenizer.json").read_text("utf-8")
+    eos = tokenizers.Tokenizer.from_str(content).token_to_id(EOS)
+    return TokenizerSpec.from_content(content, folder, eos)
 
 
 @functools.lru_cache(maxsize=2)
@@ -330,7 +295,8 @@ def _sample(sources: Sequence[SourceFiles], holdout: float) -> Iterator[str]:
     for i, source in enumerate(sources, start=1):
         for text in source.texts(source.plan()):
             encoded = text.encode()
-            if not is_held_out(xxhash.xxh3_128_digest(encoded), holdout):
+            first_8_bytes = xxhash.xxh3_128_intdigest(encoded) >> 64
+            if not held_out(np.array([first_8_bytes], np.uint64), holdout)[0]:
                 yield text
                 n_bytes += len(encoded)
             if n_bytes >= SAMPLE_BYTES * i / len(sources):

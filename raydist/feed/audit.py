@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from raydist.corpus.log import Ints
 from raydist.errors import LogError
 from raydist.feed.feed import Feed
 from raydist.feed.order import Stream
-
-Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

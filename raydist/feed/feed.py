@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -13,19 +12,16 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from raydist.corpus.log import TokenLog
+from raydist.corpus.log import Ints, TokenLog
 from raydist.errors import EmptyCorpus, LogError
-from raydist.feed.blocks import Batch, Blocks
 from raydist.feed.mixture import Mixture
 from raydist.feed.order import Span, Stream
-from raydist.feed.packing import REVISION, PackIndex
+from raydist.feed.packing import REVISION, Batch, Blocks, PackIndex
 from raydist.feed.packs import FeedSource, PackedSource
 from raydist.job.schema import Job, Packing
 
 if TYPE_CHECKING:
     from raydist.feed.loader import Step
-
-Ints = NDArray[np.int64]
 
 
 class Counts(NamedTuple):
@@ -49,24 +45,16 @@ class Feed:
     """Packed blocks in the order of a run, without end: epoch after epoch, each in an order of its own.
 
     Weighted sources are one stream each, mixed by Tijdeman's rule. Without weights the shards of all
-    sources are merged into one stream, and an epoch is every document once. packs: folder of the pack
-    indexes, beside the logs if None.
+    sources are merged into one stream, and an epoch is every document once.
 
     Raises EmptyCorpus if a stream has no block, LogError if the logs do not belong together.
     """
 
-    def __init__(
-        self,
-        sources: Sequence[FeedSource],
-        packing: Packing,
-        seed: int,
-        holdout: float,
-        packs: Path | None = None,
-    ) -> None:
-        self._made_of = (tuple(sources), packing, seed, holdout, packs)
+    def __init__(self, sources: Sequence[FeedSource], packing: Packing, seed: int, holdout: float) -> None:
+        self._made_of = (tuple(sources), packing, seed, holdout)
         self.packing, self.seed, self.holdout = packing, seed, holdout
         self.blocks = blocks_for([source.log for source in sources], packing)
-        self.sources = tuple(PackedSource(source, packing, holdout, packs) for source in sources)
+        self.sources = tuple(PackedSource(source, packing, holdout) for source in sources)
         weights = [source.weight for source in sources if source.weight is not None]
         if weights and len(weights) != len(sources):
             raise ValueError("give every source a weight, or none")
@@ -129,11 +117,16 @@ class Feed:
         global_batch_size: int,
         micro_batch_size: int,
     ) -> Iterator[Step]:
-        """Steps (see `loader.Step`) of samples [start, stop) for one rank; without end if `stop` is None."""
-        from raydist.feed.loader import load  # torch is needed only here
+        """Steps (see `loader.Step`) of samples [start, stop) for one rank; without end if `stop` is None.
 
-        sizes = {"global_batch_size": global_batch_size, "micro_batch_size": micro_batch_size}
-        return load(self, rank, world_size, start, stop, **sizes)
+        Closing the iterator, or dropping it, ends its thread.
+        """
+        from raydist.feed.loader import ahead, global_batches, read_step  # torch is needed only here
+
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is not in [0, {world_size})")
+        bounds = global_batches(start, stop, global_batch_size)
+        return ahead(read_step(self, lo, hi, rank, world_size, micro_batch_size) for lo, hi in bounds)
 
     def counts(self, start: int, stop: int) -> Counts:
         """Of samples [start, stop)."""

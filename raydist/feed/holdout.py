@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from raydist.corpus.log import TokenLog
+from raydist.corpus.log import Ints, TokenLog, held_out
 from raydist.feed.feed import blocks_for
 from raydist.feed.packing import pack
-from raydist.feed.packs import held_out, packs_folder, remember
+from raydist.feed.packs import packs_folder, remember
 from raydist.job.schema import Packing
 
 if TYPE_CHECKING:
     from raydist.feed.loader import Tensors
-
-Ints = NDArray[np.int64]
 
 
 class EvalSet:
@@ -31,31 +28,21 @@ class EvalSet:
     """
 
     def __init__(
-        self,
-        name: str,
-        log: TokenLog,
-        packing: Packing,
-        *,
-        holdout: float | None,
-        max_tokens: float,
-        packs: Path | None = None,
+        self, name: str, log: TokenLog, packing: Packing, *, holdout: float | None, max_tokens: float
     ) -> None:
-        self.name, self.log = name, log
+        self.name = name
         self.blocks = blocks_for([log], packing)
+        selection = xxhash.xxh3_64_hexdigest(f"1/{holdout}/{max_tokens}".encode())
         chosen = remember(
-            (packs or packs_folder(log)) / f"{log.fingerprint}-eval" / _selection_name(holdout, max_tokens),
+            packs_folder(log) / f"{log.fingerprint}-eval" / f"{selection}.pack",
             lambda: select(log, 1.0 if holdout is None else holdout, max_tokens).ravel(),
         ).reshape(-1, 4)
         self.n_documents = len(chosen)
         self.n_tokens, self.n_bytes = chosen[:, 2:].sum(axis=0).tolist()
         keep, eos = np.ones(len(chosen), bool), packing.add_eos_token
         self.index = pack(chosen[:, 2], keep, block_size=packing.block_size, strategy="concat", eos=eos)
-        self.n_labels = int(self.index.counts[:, 3].sum())
+        self.n_blocks, self.n_labels = self.index.n_blocks, int(self.index.counts[:, 3].sum())
         self._tokens = _read_documents(log, chosen[:, :2])
-
-    @property
-    def n_blocks(self) -> int:
-        return self.index.n_blocks
 
     def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Tensors]:
         """This rank's blocks as tensors, like a Feed's samples; equally many batches on every rank."""
@@ -95,10 +82,6 @@ def first_held_out(logs: Iterable[TokenLog], holdout: float) -> NDArray[np.integ
         if len(place):
             return _read_documents(log, place)
     return None
-
-
-def _selection_name(holdout: float | None, max_tokens: float) -> str:
-    return f"{xxhash.xxh3_64_hexdigest(f'1/{holdout}/{max_tokens}'.encode())}.pack"
 
 
 def _read_documents(log: TokenLog, places: Ints) -> NDArray[np.integer]:

@@ -15,14 +15,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from raydist.feed.blocks import Batch
+from raydist.corpus.log import Ints
+from raydist.feed.packing import Batch
 
 if TYPE_CHECKING:
     from raydist.feed.feed import Feed
 
-Ints = NDArray[np.int64]
 Tensors = dict[str, torch.Tensor]
 
 STEPS_AHEAD = 2
@@ -47,23 +46,6 @@ class Step:
     wait_seconds: float = 0.0
 
 
-def load(
-    feed: Feed,
-    rank: int,
-    world_size: int,
-    start: int,
-    stop: int | None,
-    *,
-    global_batch_size: int,
-    micro_batch_size: int,
-) -> Iterator[Step]:
-    """See `Feed.loader`. Closing the iterator, or dropping it, ends its thread."""
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} is not in [0, {world_size})")
-    bounds = global_batches(start, stop, global_batch_size)
-    return _ahead(_read_step(feed, lo, hi, rank, world_size, micro_batch_size) for lo, hi in bounds)
-
-
 def global_batches(start: int, stop: int | None, size: int) -> Iterator[tuple[int, int]]:
     """Bounds of the global batches of samples [start, stop): multiples of `size`, but for the two ends."""
     for batch in itertools.count(start // size):
@@ -79,7 +61,7 @@ def rank_samples(start: int, stop: int, rank: int, world_size: int) -> Ints:
     return np.concatenate([own, np.full(-(-(stop - start) // world_size) - len(own), -1)])
 
 
-def _read_step(feed: Feed, start: int, stop: int, rank: int, world_size: int, micro_batch_size: int) -> Step:
+def read_step(feed: Feed, start: int, stop: int, rank: int, world_size: int, micro_batch_size: int) -> Step:
     batch, counts = feed.read(rank_samples(start, stop, rank, world_size))
     return Step(start, stop, list(micro_batches(batch, micro_batch_size)), *counts.sum(axis=0).tolist())
 
@@ -90,7 +72,7 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Tensors]:
         yield {name: torch.from_numpy(array[row : row + size]) for name, array in batch.items()}
 
 
-def _ahead(steps: Iterator[Step]) -> Iterator[Step]:
+def ahead(steps: Iterator[Step]) -> Iterator[Step]:
     """The same steps, read by a thread STEPS_AHEAD of the consumer; what is raised there is raised here."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="raydist-feed")
     try:

@@ -14,9 +14,8 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
+from raydist.corpus.log import Ints
 from raydist.errors import JobError
-
-Ints = NDArray[np.int64]
 
 PERIOD = 1 << 16
 

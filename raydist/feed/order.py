@@ -15,7 +15,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-Ints = NDArray[np.int64]
+from raydist.corpus.log import Ints
+
 Words = NDArray[np.uint64]
 
 ROUNDS = 8

@@ -10,7 +10,6 @@ it is made again when it is missing or damaged.
 from __future__ import annotations
 
 import errno
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,19 +18,11 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 import xxhash
-from numpy.typing import NDArray
 
-from raydist.corpus.log import Shard, TokenLog
+from raydist.corpus.log import Ints, Shard, TokenLog, held_out
 from raydist.feed.packing import REVISION, PackIndex, pack
 from raydist.files import replacing
 from raydist.job.schema import Packing
-
-Ints = NDArray[np.int64]
-
-
-def held_out(hashes: NDArray[np.uint64], share: float) -> NDArray[np.bool_]:
-    """Documents kept out of training: those whose hash lies in the lowest `share` of all hashes."""
-    return np.ones(len(hashes), bool) if share >= 1 else hashes < np.uint64(math.floor(share * 2.0**64))
 
 
 class Totals(NamedTuple):
@@ -56,54 +47,30 @@ class FeedSource:
 
 
 class PackedSource:
-    """Opening reads one small file, or, the first time, the length and hash columns of every shard."""
+    """Opening reads one small file, or, the first time, the length and hash columns of every shard.
 
-    def __init__(
-        self, source: FeedSource, packing: Packing, holdout: float, folder: Path | None = None
-    ) -> None:
+    n_blocks, and in them n_tokens (without EOS) and n_eos; left out of them held_out_documents and _tokens.
+    """
+
+    def __init__(self, source: FeedSource, packing: Packing, holdout: float) -> None:
         self.name, self.log, self.weight = source.name, source.log, source.weight
         self.packing, self.holdout = packing, holdout
-        self.folder = (
-            folder or packs_folder(self.log)
-        ) / f"{self.log.fingerprint}-{self._packing_fingerprint}"
+        # Named by all that decides which inputs are in which block.
+        parts = packing.model_dump(include={"block_size", "strategy", "add_eos_token"})
+        identity = orjson.dumps([REVISION, parts, holdout], option=orjson.OPT_SORT_KEYS)
+        name = f"{self.log.fingerprint}-{xxhash.xxh3_64_hexdigest(identity)}"
+        self.folder = packs_folder(self.log) / name
         rows = remember(self.folder / "totals", self._make_totals)
         self.totals = Totals(*rows.reshape(len(self.log.shards), len(Totals._fields)).T)
-
-    @property
-    def n_blocks(self) -> int:
-        return int(self.totals.blocks.sum())
-
-    @property
-    def n_tokens(self) -> int:
-        """Document tokens in blocks, without EOS."""
-        return int(self.totals.tokens.sum())
-
-    @property
-    def n_eos(self) -> int:
-        return int(self.totals.eos.sum())
-
-    @property
-    def held_out_documents(self) -> int:
-        return int(self.totals.held_out_documents.sum())
-
-    @property
-    def held_out_tokens(self) -> int:
-        return int(self.totals.held_out_tokens.sum())
-
-    @property
-    def _packing_fingerprint(self) -> str:
-        """Of all that decides which inputs are in which block."""
-        parts = self.packing.model_dump(include={"block_size", "strategy", "add_eos_token"})
-        identity = orjson.dumps([REVISION, parts, self.holdout], option=orjson.OPT_SORT_KEYS)
-        return xxhash.xxh3_64_hexdigest(identity)
+        sums = [int(column.sum()) for column in self.totals]
+        self.n_blocks, self.n_tokens, self.n_eos = sums[:3]
+        self.held_out_documents, self.held_out_tokens = sums[5:]
 
     def index(self, shard: int) -> PackIndex:
         """Memory-mapped; made again if it is missing or damaged."""
         of = self.log.shards[shard]
-        return PackIndex.from_flat(remember(self._index_path(of), lambda: self._pack(of).flat()))
-
-    def _index_path(self, shard: Shard) -> Path:
-        return self.folder / f"{Path(shard.name).stem}.pack"
+        path = self.folder / f"{Path(of.name).stem}.pack"
+        return PackIndex.from_flat(remember(path, lambda: self._pack(of).flat()))
 
     def _pack(self, shard: Shard) -> PackIndex:
         keep = ~held_out(shard.hashes(), self.holdout)

@@ -11,7 +11,16 @@ from typing import Any
 
 Config = dict[str, Any]
 
-FREE = ("comms_logger", "communication_data_type", "flops_profiler", "memory_breakdown", "steps_per_print")
+BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
+BUCKET_ELEMENTS = 2**25
+"""128 MiB of fp32; DeepSpeed's default is 2 GB, which a rank takes whatever the size of the model."""
+
+FREE = (
+    *("comms_logger", "communication_data_type", "flops_profiler", "memory_breakdown", "steps_per_print"),
+    *(f"zero_optimization.{bucket}" for bucket in BUCKETS),
+)
+"""Keys that a user may set as they like."""
+
 FREE_INSIDE = ("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 """Sections in which a user may set whatever the job does not."""
 
@@ -43,8 +52,8 @@ def deepspeed_config(
 
     Raises ValueError that names every key of `own` which fights the job, or which raydist does not use.
     """
-    optimizer_device = {"device": offload}
-    zero: Config = {"stage": stage, "offload_optimizer": optimizer_device}
+    zero: Config = {"stage": stage, "offload_optimizer": {"device": offload}}
+    zero |= dict.fromkeys(BUCKETS, BUCKET_ELEMENTS)
     if stage == 3:
         zero["offload_param"] = {"device": offload}
     config: Config = {

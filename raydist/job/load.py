@@ -22,11 +22,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [
-        (tag, pattern)
-        for tag, pattern in resolvers
-        if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:float")
-    ]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -46,8 +42,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """
     text, where = _read(Path(path)), str(path)
     try:
-        root = yaml.compose(text, Loader=_Loader)
-        lines = dict(_lines(root, ())) if root is not None else {}
+        lines = dict(_lines(yaml.compose(text, Loader=_Loader), ()))
         values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
     except yaml.YAMLError as error:
         raise JobError("not valid YAML", where=where, why=str(error)) from error
@@ -56,7 +51,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
             "a job is a mapping of keys to values", where=where, fix="raydist init writes an example"
         )
     places = {key: f"{where}:{line}" for key, line in lines.items()}
-    return build_job(apply_overrides(values, overrides, places), places, where)
+    return build_job(_apply_overrides(values, overrides, places), places, where)
 
 
 def build_job(
@@ -74,8 +69,8 @@ def build_job(
     )
 
 
-def apply_overrides(
-    values: dict[str, Any], overrides: Sequence[str], places: dict[KeyPath, str] | None = None
+def _apply_overrides(
+    values: dict[str, Any], overrides: Sequence[str], places: dict[KeyPath, str]
 ) -> dict[str, Any]:
     """`a.b=c` sets key b of section a to the YAML value c; sections are made on the way."""
     for text in overrides:
@@ -89,8 +84,7 @@ def apply_overrides(
                 section[key] = {}
             section = section[key]
         section[keys[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
-        if places is not None:
-            places[tuple(keys)] = f"--set {dotted}"
+        places[tuple(keys)] = f"--set {dotted}"
     return values
 
 
@@ -108,19 +102,19 @@ def _read(path: Path) -> str:
         raise JobError(f"cannot read the job file {path}", why=str(error)) from error
 
 
-def _lines(node: yaml.Node, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+def _lines(node: yaml.Node | None, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
     """(key path, line) of every key; refuses a key given twice, of which YAML would keep the last."""
-    yield path, node.start_mark.line + 1
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
             if key.value in seen:
                 raise JobError(f"the key {key.value} is given twice", where=f"line {key.start_mark.line + 1}")
             seen.add(key.value)
-            yield from _lines(value, (*path, key.value))
             yield (*path, key.value), key.start_mark.line + 1
+            yield from _lines(value, (*path, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
+            yield (*path, index), item.start_mark.line + 1
             yield from _lines(item, (*path, index))
 
 
@@ -135,7 +129,9 @@ def _problems(
             continue
         told.add(path)
         dotted = ".".join(map(str, path)) or "job"
-        yield f"{_place(path, places, where)}: {dotted}: {_message(detail, path)}"
+        starts = (path[:length] for length in range(len(path), 0, -1))
+        place = next((places[start] for start in starts if start in places), where)
+        yield f"{place}: {dotted}: {_message(detail, path)}"
 
 
 def _written_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:
@@ -151,13 +147,6 @@ def _written_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:
     return tuple(path)
 
 
-def _place(path: KeyPath, places: Mapping[KeyPath, str], where: str) -> str:
-    for length in range(len(path), 0, -1):
-        if path[:length] in places:
-            return places[path[:length]]
-    return where
-
-
 def _message(detail: Any, path: KeyPath) -> str:
     if detail["type"] == "extra_forbidden":
         return f"unknown key{_nearest(path)}"
@@ -168,27 +157,22 @@ def _message(detail: Any, path: KeyPath) -> str:
 
 
 def _nearest(path: KeyPath) -> str:
-    known = {".".join(map(str, key)): key for key in _known_keys(Job, ())}
-    here = [name for name, key in known.items() if key[:-1] == _generic(path[:-1])]
-    name = str(path[-1])
-    close = difflib.get_close_matches(name, [key.rpartition(".")[2] for key in here], 1)
-    if close:
+    *parents, name = map(str, path)
+    section = ".".join("*" if i and parents[i - 1] == "sources" else key for i, key in enumerate(parents))
+    known = list(dict.fromkeys(_known_keys(Job)))
+    here = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+    if close := difflib.get_close_matches(name, here, 1):
         return f"; did you mean {close[0]}?"
-    elsewhere = [dotted for dotted in known if dotted.rpartition(".")[2] == name]
-    if elsewhere:
+    if elsewhere := [key for key in known if key.rpartition(".")[2] == name]:
         return f"; it belongs at {' or '.join(elsewhere)}"
-    return f"; known here: {', '.join(key.rpartition('.')[2] for key in here)}"
+    return f"; known here: {', '.join(here)}"
 
 
-def _generic(path: KeyPath) -> KeyPath:
-    """Key paths below a mapping of free names, such as corpus.sources.NAME, share one form."""
-    return tuple("*" if i and path[i - 1] == "sources" else key for i, key in enumerate(path))
-
-
-def _known_keys(section: type[BaseModel], path: KeyPath) -> Iterator[KeyPath]:
+def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted, with * for the free names below sources."""
     for name, field in section.model_fields.items():
-        yield (*path, name)
-        below = (*path, name, "*") if name == "sources" else (*path, name)
+        yield prefix + name
+        below = f"{prefix}{name}.*." if name == "sources" else f"{prefix}{name}."
         for inner in _sections(field.annotation):
             yield from _known_keys(inner, below)
 

@@ -14,9 +14,10 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from raydist import files
 from raydist.job.schema import Job
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
 
-T = TypeVar("T")
 EXPERIMENT = "raydist"
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 NOT_METRICS = frozenset({"step", "attempt", "time"})
@@ -44,13 +44,12 @@ class MlflowTracker:
     def __init__(
         self, job: Job, run: Path, *, on_warning: Callable[[str], None], poll_seconds: float = 2.0
     ) -> None:
-        given, self._storage = job.tracking.mlflow, run.resolve().parent
-        self._uri = given if isinstance(given, str) else f"sqlite:///{self._storage / 'mlflow.db'}"
+        given = job.tracking.mlflow
+        self._uri = given if isinstance(given, str) else f"sqlite:///{run.resolve().parent / 'mlflow.db'}"
         self._job, self._run = job, run
         self._on_warning, self._warned, self._poll_seconds = on_warning, False, poll_seconds
         self._state = ""
         self._ending = threading.Event()
-        self._mirror: _Mirror | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -65,8 +64,14 @@ class MlflowTracker:
     def _work(self) -> None:
         delay = self._poll_seconds
         while not self._ending.wait(delay):
-            delay = self._poll_seconds if self._try(self._send) else min(2 * delay, LONGEST_DELAY_SECONDS)
-        self._try(self._close)
+            sent = self._try(lambda: self._mirror.send())
+            delay = self._poll_seconds if sent else min(2 * delay, LONGEST_DELAY_SECONDS)
+        self._try(lambda: self._mirror.close(STATUS[self._state]))
+
+    @cached_property
+    def _mirror(self) -> _Mirror:
+        """Made in the thread, and tried again until the server answers."""
+        return _Mirror(self._uri, self._job, self._run)
 
     def _try(self, action: Callable[[], None]) -> bool:
         try:
@@ -79,30 +84,20 @@ class MlflowTracker:
     def _warn(self, reason: str) -> None:
         if not self._warned:
             self._warned = True
-            where = redact(self._uri)
-            self._on_warning(f"MLflow at {where}: {redact(reason)[:500]}; metrics.jsonl has everything")
-
-    def _send(self) -> None:
-        if self._mirror is None:
-            self._mirror = _Mirror(self._uri, self._job, self._run, self._storage)
-        self._mirror.send()
-
-    def _close(self) -> None:
-        self._send()
-        assert self._mirror is not None
-        self._mirror.close(STATUS[self._state])
+            told = f"MLflow at {redact(self._uri)}: {redact(reason)[:500]}"
+            self._on_warning(f"{told}; metrics.jsonl has everything")
 
 
 class _Mirror:
     """One MLflow run, and how much of metrics.jsonl it holds."""
 
-    def __init__(self, uri: str, job: Job, run: Path, storage: Path) -> None:
+    def __init__(self, uri: str, job: Job, run: Path) -> None:
         self._client = _client(uri)
         self._folder, self._name, self._file = run, job.name, run / "mlflow.json"
         self._shown_uri = redact(uri)
-        pin = files.read_json(self._file) if self._file.exists() else {}
+        pin = files.read_record(self._file)
         if pin.get("uri") != self._shown_uri or not _alive(self._client, pin["run_id"]):
-            pin = {"run_id": self._new_run(uri, storage), "offset": 0}
+            pin = {"run_id": self._new_run(uri), "offset": 0}
         self.run_id: str = pin["run_id"]
         self._tail = Tail(run / "metrics.jsonl", pin["offset"])
         self._save()
@@ -114,8 +109,7 @@ class _Mirror:
         before = self._tail.offset
         try:
             metrics = [metric for record in self._tail.poll() for metric in _metrics(record)]
-            for part in _parts(metrics, 1000):
-                self._client.log_batch(self.run_id, metrics=part)
+            self._client.log_batch(self.run_id, metrics=metrics)
         except Exception:
             self._tail.offset = before
             raise
@@ -123,22 +117,22 @@ class _Mirror:
             self._save()
 
     def close(self, status: str) -> None:
+        self.send()
         for name in ("job.yaml", "report.html"):
             if (self._folder / name).exists():
                 self._client.log_text(self.run_id, redact((self._folder / name).read_text()), name)
         self._client.set_terminated(self.run_id, status)
 
     def _save(self) -> None:
-        files.write_json(
-            self._file, {"uri": self._shown_uri, "run_id": self.run_id, "offset": self._tail.offset}
-        )
+        pin = {"uri": self._shown_uri, "run_id": self.run_id, "offset": self._tail.offset}
+        files.write_json(self._file, pin)
 
-    def _new_run(self, uri: str, storage: Path) -> str:
+    def _new_run(self, uri: str) -> str:
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         if experiment is None:
             # a server keeps artifacts itself; without one they would land in the working directory
             served = uri.startswith(("http://", "https://", "databricks"))
-            artifacts = None if served else (storage / "mlflow-artifacts").as_uri()
+            artifacts = None if served else (self._folder.resolve().parent / "mlflow-artifacts").as_uri()
             experiment_id = self._client.create_experiment(EXPERIMENT, artifact_location=artifacts)
         else:
             experiment_id = experiment.experiment_id
@@ -152,9 +146,7 @@ class _Mirror:
         known = self._client.get_run(self.run_id).data.params
         fresh = [Param(key, value) for key, value in values.items() if key not in known]
         changed = [RunTag(f"resumed.{key}", v) for key, v in values.items() if known.get(key, v) != v]
-        for part in _parts(fresh, 100):
-            self._client.log_batch(self.run_id, params=part)
-        self._client.log_batch(self.run_id, tags=changed)
+        self._client.log_batch(self.run_id, params=fresh, tags=changed)
 
 
 def flatten(value: Any, path: str = "") -> dict[str, str]:
@@ -206,7 +198,3 @@ def _alive(client: MlflowClient, run_id: str) -> bool:
 def _key(name: str) -> str:
     """MLflow takes letters, digits and _ - . / space in names."""
     return re.sub(r"[^\w\-. /]", "_", name)
-
-
-def _parts(items: Sequence[T], size: int) -> Iterator[Sequence[T]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

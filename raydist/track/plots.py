@@ -6,11 +6,11 @@ import io
 import itertools
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeGuard
+from typing import TYPE_CHECKING
 
-from raydist.track.records import Record
+from raydist.track.records import Record, evaluations
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,22 +35,17 @@ class Plot:
 
 @dataclass(frozen=True)
 class Curve:
-    """x in steps; `y` is None where a value is missing."""
+    """x in steps; `y` is NaN where a value is missing."""
 
     name: str
-    x: Sequence[float]
-    y: Sequence[float | None]
+    x: list[float]
+    y: list[float]
 
 
-def plots(records: Iterable[Record]) -> list[Plot]:
+def plots(records: Sequence[Record]) -> list[Plot]:
     """One for each thing that was recorded at all."""
-    records = list(records)
     train = [r | {"data_wait": _data_wait(r)} for r in records if r["kind"] == "train"]
-    evaluations = [r for r in records if r["kind"] == "eval"]
-    perplexity = [
-        _curve([r for r in evaluations if r["source"] == source], "perplexity", source)
-        for source in dict.fromkeys(r["source"] for r in evaluations)
-    ]
+    perplexity = [_curve(of, "perplexity", source) for source, of in evaluations(records).items()]
     rate = "tokens per second"
     drawn = [
         _plot("Loss", "nats per token", [_curve(train, "loss")], smooth=True),
@@ -65,7 +60,7 @@ def plots(records: Iterable[Record]) -> list[Plot]:
 
 def _curve(records: Sequence[Record], key: str, name: str = "") -> Curve:
     thin = records[:: max(1, len(records) // MOST_POINTS)]
-    return Curve(name or key, [r["step"] for r in thin], [r.get(key) for r in thin])
+    return Curve(name or key, [r["step"] for r in thin], [_finite(r.get(key)) for r in thin])
 
 
 def _data_wait(record: Record) -> float | None:
@@ -87,7 +82,7 @@ def _plot(
 
     `marks`: few points are marked, and a wide range is shown on a log scale.
     """
-    known = [y for c in curves for y in c.y if _known(y)]
+    known = [y for c in curves for y in c.y if math.isfinite(y)]
     if not known:
         return None
     log = marks and max(known) >= 20 * min(known) > 0
@@ -95,26 +90,24 @@ def _plot(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    prefix = re.sub(r"\W+", "-", title.lower())
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "raydist", "font.size": 9}):
         figure = Figure(figsize=(5.2, 2.7), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
-        colours = list(itertools.islice(itertools.cycle(SERIES), len(curves)))
-        for curve, colour in zip(curves, colours, strict=True):
+        for curve, colour in zip(curves, itertools.cycle(SERIES), strict=False):
             _draw(axes, curve, colour, marks=marks, smooth=smooth)
         _dress(axes, log=log, top=max(known) if zero else 0)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    legend = [(c.name, COLOURS[colour]) for c, colour in zip(curves, colours, strict=True)]
-    svg = _inline(stream.getvalue(), prefix, title)
-    return Plot(title, "log scale" if log else unit, legend if len(legend) > 1 else [], svg)
+    named = zip(curves, itertools.cycle(SERIES), strict=False)
+    legend = [(curve.name, COLOURS[colour]) for curve, colour in named] if len(curves) > 1 else []
+    return Plot(title, "log scale" if log else unit, legend, _inline(stream.getvalue(), title))
 
 
 def _draw(axes: Axes, curve: Curve, colour: str, *, marks: bool, smooth: bool) -> None:
     """The series has the SVG id `series-<name>`; a noisy one is drawn faint under its moving mean."""
-    y: list[float] = [value if _known(value) else math.nan for value in curve.y]
-    sparse = (marks and len(y) <= 40) or sum(map(_known, y)) == 1
+    y = curve.y
+    sparse = (marks and len(y) <= 40) or sum(map(math.isfinite, y)) == 1
     averaged = smooth and len(y) >= 40
     (line,) = axes.plot(
         curve.x,
@@ -136,24 +129,23 @@ def _moving_mean(values: Sequence[float], most: int) -> list[float]:
     means = []
     for i in range(len(values)):
         reach = min(most, i, len(values) - 1 - i)
-        window = [v for v in values[i - reach : i + reach + 1] if _known(v)]
+        window = [v for v in values[i - reach : i + reach + 1] if math.isfinite(v)]
         means.append(sum(window) / len(window) if window else math.nan)
     return means
 
 
 def _dress(axes: Axes, *, log: bool, top: float) -> None:
     """Quiet axes. `top` above 0: the scale begins at 0 and has room above `top`."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, length=0)
     axes.set_xlabel("step", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.xaxis.set_major_formatter(_tick)
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
@@ -161,13 +153,13 @@ def _dress(axes: Axes, *, log: bool, top: float) -> None:
         axes.tick_params(which="minor", length=0)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick))
+    axes.yaxis.set_major_formatter(_tick)
     if top > 0:
         axes.set_ylim(0, 1.12 * top)
     axes.set_xlim(left=0)
 
 
-def _tick(value: float, _place: int | None = None) -> str:
+def _tick(value: float, _place: float) -> str:
     """12000 -> 12k, 0.0006 -> 6e-4."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
@@ -178,8 +170,9 @@ def _tick(value: float, _place: int | None = None) -> str:
     return f"{value:.3g}"
 
 
-def _inline(svg: str, prefix: str, title: str) -> str:
+def _inline(svg: str, title: str) -> str:
     """Only the <svg> element; ids made unique within the page; colours left to the page."""
+    prefix = re.sub(r"\W+", "-", title.lower())
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
     svg = re.sub(r'(?<=\bid=")|(?<=href="#)|(?<=url\(#)', f"{prefix}-", svg)
@@ -190,5 +183,5 @@ def _inline(svg: str, prefix: str, title: str) -> str:
     return svg.replace("xlink:href", "href")
 
 
-def _known(value: float | None) -> TypeGuard[float]:
-    return value is not None and math.isfinite(value)
+def _finite(value: float | None) -> float:
+    return value if value is not None and math.isfinite(value) else math.nan

@@ -9,12 +9,10 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable
-from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.markup import escape
 from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.spinner import Spinner
@@ -22,6 +20,9 @@ from rich.table import Table
 from rich.text import Text
 
 from raydist.track.records import Record
+
+PREPARE_SECONDS = 5.0
+"""Least time between plain lines of preparation."""
 
 RECENT_RECORDS = 20
 CURVE_POINTS = 24
@@ -32,43 +33,31 @@ _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.|[\x00-\x08\x0b-\x1f\x7f]")
 class Progress:
     """Use as a context manager. With a terminal, whatever else is printed appears above the live view.
 
-    `total_steps` is set when it is known. `prepare_seconds`: least time between plain lines of preparation.
+    `total_steps` is set when it is known.
     """
 
     def __init__(
-        self,
-        stream: TextIO | None = None,
-        *,
-        name: str = "",
-        prepare_seconds: float = 5.0,
-        clock: Callable[[], float] = time.monotonic,
+        self, stream: TextIO | None = None, *, name: str = "", clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.total_steps, self._clock, self._prepare_seconds = 0, clock, prepare_seconds
+        self.total_steps, self._clock = 0, clock
         self._stream = stream or sys.stderr
         self._view = View(name, clock)
         console = Console(file=self._stream, highlight=False)
         fits = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
-        self._live = self._make_live(console) if fits else None
-        self._last_prepared = -float("inf")
-
-    def _make_live(self, console: Console) -> Live:
-        """Catch what else is printed to this terminal, but not what is piped elsewhere."""
-        return Live(
-            self._view,
-            console=console,
-            refresh_per_second=4,
-            redirect_stdout=sys.stdout.isatty(),
-            redirect_stderr=sys.stderr.isatty(),
+        # catches what else is printed to this terminal, but not what is piped elsewhere
+        out, err = sys.stdout.isatty(), sys.stderr.isatty()
+        live = Live(
+            self._view, console=console, refresh_per_second=4, redirect_stdout=out, redirect_stderr=err
         )
+        self._live = live if fits else None
+        self._last_prepared = -float("inf")
 
     def __enter__(self) -> Progress:
         if self._live:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         self._view.mark = Text("✓", "green") if error is None else Text("✗", "red")
         if self._live:
             self._live.stop()
@@ -83,7 +72,7 @@ class Progress:
         facts = f"{documents:,} documents  {tokens:,} tokens"
         self._view.advance(done, total, f"slice {done:,}/{total:,}", [facts])
         now = self._clock()
-        if done == total or now - self._last_prepared >= self._prepare_seconds:
+        if done == total or now - self._last_prepared >= PREPARE_SECONDS:
             self._last_prepared = now
             self._plain(f"slice {done:,}/{total:,}  {facts}")
 
@@ -105,7 +94,7 @@ class Progress:
     def message(self, text: str) -> None:
         """A lasting line."""
         if self._live:
-            self._live.console.print(escape(clean(text)), soft_wrap=True)
+            self._live.console.print(clean(text), markup=False, soft_wrap=True)
         self._plain(text)
 
     def _train(self, record: Record) -> None:
@@ -128,7 +117,6 @@ class View:
         self._name, self._clock = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…", clock
         self._seconds: deque[float] = deque(maxlen=RECENT_RECORDS)
         self._losses: list[tuple[int, float]] = []
-        self._curve = ""
         self._perplexity: dict[str, tuple[float, float]] = {}
         self.mark: Spinner | Text = Spinner("dots", style="cyan")
         self.begin("starting", "")
@@ -148,10 +136,8 @@ class View:
         self._expected_end = self._clock() + left
         if record["loss"] is not None:
             self._losses.append((record["step"], record["loss"]))
-            self._curve = sparkline([loss for _, loss in self._losses])
-        self.advance(
-            record["step"], total, f"step {record['step']:>{len(f'{total:,}')},}/{total:,}", rates(record)
-        )
+        count = f"step {record['step']:>{len(f'{total:,}')},}/{total:,}"
+        self.advance(record["step"], total, count, rates(record))
 
     def evaluated(self, record: Record) -> None:
         first = self._perplexity.get(record["source"], (record["perplexity"],))[0]
@@ -167,29 +153,28 @@ class View:
         return None if self._expected_end is None else max(0.0, self._expected_end - self._clock())
 
     def __rich__(self) -> RenderableType:
-        lines: list[RenderableType] = [self._head()]
+        lines: list[RenderableType] = []
         if self._losses:
-            loss = number(self._losses[-1][1])
-            curve = Text.assemble(("loss ", "dim"), (loss, "bold"), "  ", (self._curve, "cyan"))
-            lines.append(Padding(curve, (0, 0, 0, 2)))
+            loss, curve = number(self._losses[-1][1]), sparkline([loss for _, loss in self._losses])
+            lines.append(Text.assemble(("loss ", "dim"), (loss, "bold"), "  ", (curve, "cyan")))
         if self._facts:
-            lines.append(Padding(Text("  ".join(self._facts), style="dim"), (0, 0, 0, 2)))
+            lines.append(Text("  ".join(self._facts), style="dim"))
         if self._perplexity:
-            lines.append(Padding(self._evaluations(), (0, 0, 0, 2)))
-        return Group(*lines)
+            lines.append(self._evaluations())
+        return Group(self._head(), Padding(Group(*lines), (0, 0, 0, 2)))
 
     def _head(self) -> RenderableType:
+        title = Text.assemble((self._name, "bold"), " " if self._name else "", self._phase)
         row = Table.grid(padding=(0, 1), expand=bool(self._total))
         row.add_column(no_wrap=True)
         row.add_column(no_wrap=True, overflow="ellipsis")
-        title = Text.assemble((self._name, "bold"), " " if self._name else "", self._phase)
         cells: list[RenderableType] = [self.mark, title]
         if self._total:
             row.add_column(ratio=1)
             cells.append(ProgressBar(self._total, self._done, complete_style="cyan", finished_style="cyan"))
-        for _ in range(2):
+        for text in (Text(self._count), Text(self._clock_text(), style="dim")):
             row.add_column(no_wrap=True, justify="right")
-        cells += [Text(self._count), Text(self._clock_text(), style="dim")]
+            cells.append(text)
         row.add_row(*cells)
         return row
 

@@ -67,6 +67,15 @@ def supersede(records: Iterable[Record]) -> list[Record]:
     return list(kept.values())
 
 
+def evaluations(records: Iterable[Record]) -> dict[str, list[Record]]:
+    """The evaluations of each source, in order."""
+    found: dict[str, list[Record]] = {}
+    for record in records:
+        if record["kind"] == "eval":
+            found.setdefault(record["source"], []).append(record)
+    return found
+
+
 def redact(text: str) -> str:
     """Blank out credentials in URIs and query strings: scheme://user:password@host, ?password=..."""
     for pattern, replacement in _SECRETS:

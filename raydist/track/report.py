@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from raydist import files
+from raydist.folder import RunFolder
 from raydist.track.plots import plots
 from raydist.track.progress import duration, number, workers
-from raydist.track.records import Record, read_metrics, redact, supersede
+from raydist.track.records import Record, evaluations, read_metrics, redact, supersede
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Evaluation:
 
 def write_report(run: Path, *, state: str = "", error: str = "") -> Path:
     """Write `run`/report.html. `state` and `error` stand for those of a status.json not yet written."""
-    page = run / "report.html"
+    page = RunFolder(run).report
     files.write_text(page, render(run, state=state, error=error))
     return page
 
@@ -53,17 +54,15 @@ def render(run: Path, *, state: str = "", error: str = "") -> str:
 
 
 def _content(run: Path, state: str, error: str) -> dict[str, Any]:
-    recorded = read_metrics(run)
-    records = supersede(recorded)
-    status = _json(run / "status.json")
-    data = {"sources": {}, "packing": None, "sample": None, "audit": None} | _json(run / "data.json")
-    job = run / "job.yaml"
+    folder, recorded = RunFolder(run), read_metrics(run)
+    records, status, job = supersede(recorded), folder.status(), folder.job_file
+    data = {"sources": {}, "packing": None, "sample": None, "audit": None} | folder.data()
     return {
         "name": run.resolve().name,
         "state": state or status.get("state", "not started"),
         "error": redact(error or status.get("error", "")),
         "facts": _facts(recorded, records, data),
-        "evaluations": _evaluations(records),
+        "evaluations": [Evaluation(name, of[0], of[-1]) for name, of in evaluations(records).items()],
         "plots": plots(records),
         "data": data,
         "parts": _parts(data.get("audit")),
@@ -104,15 +103,6 @@ def wall_seconds(recorded: Sequence[Record]) -> float:
     return sum(max(of_attempt) - min(of_attempt) for of_attempt in times.values())
 
 
-def _evaluations(records: Sequence[Record]) -> list[Evaluation]:
-    found: dict[str, Evaluation] = {}
-    for record in records:
-        if record["kind"] == "eval":
-            first = found[record["source"]].first if record["source"] in found else record
-            found[record["source"]] = Evaluation(record["source"], first, record)
-    return list(found.values())
-
-
 def _attempts(records: Sequence[Record]) -> list[tuple[str, str, bool]]:
     """(when, what, is an incident) of starts, resumes and incidents, in order."""
     rows = []
@@ -134,11 +124,6 @@ def _parts(audit: dict[str, int] | None) -> list[tuple[str, str, int, float]]:
     named = (("trained", "n_trained"), ("held out", "n_held_out"), ("left", "n_left"))
     total = audit["n_in"]
     return [(name.replace(" ", "-"), name, audit[key], 100 * audit[key] / total) for name, key in named]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = files.read_json(path) if path.exists() else {}
-    return content
 
 
 def short(count: float) -> str:

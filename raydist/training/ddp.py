@@ -27,8 +27,8 @@ from raydist.training.state import adamw_state, load_adamw, write_state
 from raydist.training.world import World
 
 
-class _Ddp:
-    """What both devices share. `module` is the bare model, whose names the checkpoint uses."""
+class OwnOptimizer:
+    """What DDP and FSDP2 share: AdamW over the model's own parameters. `module` is the bare model."""
 
     def __init__(self, model: nn.Module, job: Job, world: World) -> None:
         self.module, self.job, self.world = model, job, world
@@ -41,9 +41,8 @@ class _Ddp:
             logits = logits_of(self.model, batch)
         return summed_cross_entropy(logits, batch["labels"]) / n_labels
 
-    def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor]) -> float:
-        norm = refuse_non_finite(gradient_norm(gradients).item())
-        clip_(gradients, norm, max_grad_norm)
+    def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: float) -> float:
+        clip_(gradients, refuse_non_finite(norm), max_grad_norm)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         return norm
@@ -58,7 +57,7 @@ class _Ddp:
         return parameter
 
 
-class DdpOnCpu(_Ddp):
+class DdpOnCpu(OwnOptimizer):
     def __init__(self, model: nn.Module, job: Job, world: World) -> None:
         super().__init__(model, job, world)
         self._flat = torch.zeros(sum(p.numel() for p in self.trainable.values()))
@@ -77,12 +76,12 @@ class DdpOnCpu(_Ddp):
         return loss.detach()
 
     def update(self, lr: float, max_grad_norm: float | None) -> float:
-        norm = self._step(lr, max_grad_norm, [self._flat])
+        norm = self._step(lr, max_grad_norm, [self._flat], gradient_norm([self._flat]).item())
         self._flat.zero_()
         return norm
 
 
-class DdpOnGpu(_Ddp):
+class DdpOnGpu(OwnOptimizer):
     def __init__(self, model: nn.Module, job: Job, world: World) -> None:
         super().__init__(model, job, world)
         if world.world_size > 1:
@@ -100,6 +99,6 @@ class DdpOnGpu(_Ddp):
 
     def update(self, lr: float, max_grad_norm: float | None) -> float:
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
-        norm = self._step(lr, max_grad_norm, gradients)
+        norm = self._step(lr, max_grad_norm, gradients, gradient_norm(gradients).item())
         self.optimizer.zero_grad(set_to_none=False)
         return norm

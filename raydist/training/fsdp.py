@@ -8,7 +8,6 @@ memory that sharding saves.
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -17,25 +16,17 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from raydist.job.schema import Job
+from raydist.training.ddp import OwnOptimizer
 from raydist.training.loss import logits_of, summed_cross_entropy
-from raydist.training.optimizer import (
-    clip_,
-    gradient_norm,
-    make_optimizer,
-    refuse_non_finite,
-    set_learning_rate,
-)
-from raydist.training.state import adamw_state, load_adamw, write_state
+from raydist.training.optimizer import gradient_norm
 from raydist.training.weights import broadcast_weights, materialize
 from raydist.training.world import World
 
 
-class Fsdp:
+class Fsdp(OwnOptimizer):
     """The weights are DTensors of fp32, sharded by rows; `mixed_precision: bf16` gathers them in bf16."""
 
     def __init__(self, model: nn.Module, job: Job, world: World) -> None:
-        self.module = self.model = model
-        self.world = world
         world.ensure_group()
         materialize(model)
         mesh = init_device_mesh(world.device.type, (world.world_size,))
@@ -44,8 +35,7 @@ class Fsdp:
         for module in [*_layers(model), model]:
             broadcast_weights(module)
             _sum_gradients(fully_shard(module, mesh=mesh, mp_policy=policy))
-        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(model, job.train.weight_decay)
+        super().__init__(model, job, world)
 
     def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
         loss = summed_cross_entropy(logits_of(self.model, batch), batch["labels"]) / n_labels
@@ -54,19 +44,10 @@ class Fsdp:
 
     def update(self, lr: float, max_grad_norm: float | None) -> float:
         gradients = [_local(p.grad) for p in self.trainable.values() if p.grad is not None]
-        own = gradient_norm(gradients).item()
-        norm = refuse_non_finite(math.sqrt(self.world.sum_floats([own**2])[0]))
-        clip_(gradients, norm, max_grad_norm)
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
+        squares = self.world.sum_floats([gradient_norm(gradients).item() ** 2])
+        norm = self._step(lr, max_grad_norm, gradients, math.sqrt(squares[0]))
         self.optimizer.zero_grad()
         return norm
-
-    def save(self, folder: Path) -> None:
-        write_state(folder, adamw_state(self.trainable, self.optimizer))
-
-    def load(self, folder: Path, step: int | None) -> None:
-        load_adamw(folder, self.trainable, self.optimizer, step)
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -12,27 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from raydist.corpus.extensions import FORMATS, Compression, Kind, detect_format
+from raydist.corpus.extensions import Compression, Kind, detect_format
 from raydist.corpus.files import File
 from raydist.corpus.formats import columns, csv, json, text
 from raydist.corpus.formats.records import Bad, Item, NoColumn, Part, ReadOptions, Record, Torn, no_column
-from raydist.corpus.formats.streams import Opened, blocks, whole_lines, without_bom
+from raydist.corpus.formats.streams import Opened, blocks, whole_lines
 from raydist.errors import CorpusError
 
-__all__ = [
-    "FORMATS",
-    "Bad",
-    "Item",
-    "Part",
-    "ReadOptions",
-    "Record",
-    "check_column",
-    "detect_format",
-    "layout",
-    "read_part",
-]
-
-Offsets = Iterator[tuple[int, bytes]]
+__all__ = ["Bad", "Item", "Part", "ReadOptions", "Record", "check_column", "layout", "read_part"]
 
 
 def layout(file: File, options: ReadOptions) -> tuple[Kind, Compression | None]:
@@ -63,13 +50,13 @@ def _items(
         return columns.read_parquet(stream, part, column)
     if kind == "arrow":
         return columns.read_arrow(stream, part, column)
-    content = without_bom(blocks(stream, part, compression), part)
+    content = blocks(stream, part, compression)
     if kind == "jsonl":
         return json.read_lines(whole_lines(content), column)
     if kind == "json":
         return json.read_array((block for _, block in content), column)
     if kind == "csv":
-        return _csv_items(stream.file, part, column, compression, whole_lines(content))
+        return _csv_items(stream, part, column, compression)
     if options.document == "file":
         return text.read_file(content)
     read = text.read_paragraphs if options.document == "paragraph" else text.read_lines
@@ -77,33 +64,22 @@ def _items(
 
 
 def _csv_items(
-    file: File, part: Part, column: str, compression: Compression | None, chunks: Offsets
+    stream: Opened, part: Part, column: str, compression: Compression | None
 ) -> Iterator[list[Item]]:
-    header = _csv_header(file, compression)
+    delimiter = csv.delimiter_of(stream.file.name)
+    header = csv.read_header(whole_lines(blocks(stream, Part(0), compression)), delimiter)
     if header is None or column not in header:
         return iter([[no_column(column, header) if header else Bad(None, "its CSV header cannot be read")]])
-    return csv.read_rows(chunks, header, column, csv.delimiter_of(file.name), skip_header=part.start == 0)
-
-
-def _csv_header(file: File, compression: Compression | None) -> list[str] | None:
-    with Opened(file) as stream:
-        return csv.read_header(_whole(stream, compression), csv.delimiter_of(file.name))
-
-
-def _whole(stream: Opened, compression: Compression | None) -> Offsets:
-    whole = Part(0, 0, -1)
-    return whole_lines(without_bom(blocks(stream, whole, compression), whole))
+    lines = whole_lines(blocks(stream, part, compression))
+    return csv.read_rows(lines, header, column, delimiter, skip_header=part.start == 0)
 
 
 def _first_character(stream: Opened, compression: Compression | None) -> bytes:
-    whole = Part(0, 0, -1)
     try:
-        for _, block in without_bom(blocks(stream, whole, compression), whole):
-            if block.strip():
-                return block.lstrip()[:1]
+        starts = (block.lstrip()[:1] for _, block in blocks(stream, Part(0), compression))
+        return next(filter(None, starts), b"")
     except Torn:
         return b""
-    return b""
 
 
 def check_column(file: File, options: ReadOptions) -> None:
@@ -113,7 +89,7 @@ def check_column(file: File, options: ReadOptions) -> None:
     """
     if layout(file, options)[0] == "text":
         return
-    first = next(read_part(file, Part(0, 0, -1), options), [])
+    first = next(read_part(file, Part(0), options), [])
     missing = [item for item in first if isinstance(item, NoColumn)]
     if missing and len(missing) == len(first):
         raise CorpusError(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydist.corpus.formats.records import CHUNK_BYTES, Bad, Item, Part, Record, no_column
+from raydist.corpus.formats.records import CHUNK_BYTES, Bad, Item, Part, Record, decoded, no_column
 from raydist.corpus.formats.streams import Opened
 
 DAMAGED = (pa.ArrowException, OSError, ValueError)
@@ -165,7 +165,4 @@ def _items(array: Any, first: int, path: list[str]) -> list[Item]:
 def _decoded(value: str | bytes | None, row: int, path: list[str]) -> Item:
     if value is None:
         return Bad(row, f"{'.'.join(path)} is null")
-    try:
-        return Record(value if isinstance(value, str) else value.decode(), row)
-    except UnicodeDecodeError as error:
-        return Bad(row, f"invalid UTF-8 at byte {error.start}")
+    return Record(value, row) if isinstance(value, str) else decoded(value, row)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from operator import itemgetter
 from typing import Any
 
 import orjson
 
 from raydist.corpus.formats.records import CHUNK_BYTES, Bad, Item, NoColumn, Record, Torn, listed, utf8_fault
-from raydist.corpus.formats.streams import line_offsets
+from raydist.corpus.formats.streams import lines_of
 
 KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "an array",
          dict: "an object", str: "a string"}  # fmt: skip
@@ -61,8 +62,7 @@ def read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[lis
     """chunks: (offset, whole lines). A chunk in which anything is unusual is read again line by line."""
     get, loads = getter(column), orjson.loads
     for offset, chunk in chunks:
-        lines = chunk.removesuffix(b"\n").split(b"\n")
-        rows = line_offsets(lines, offset, 1)
+        lines, rows = lines_of(offset, chunk)
         try:
             texts = [get(loads(line)) for line in lines]
         except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -111,12 +111,9 @@ class _Array:
 
     def finish(self, torn: Torn | None) -> list[Item]:
         """What is left, and one Bad if the file does not end as an array does."""
-        try:
-            items = self._items(orjson.loads(b"[" + self.pending)) if not (torn or self.closed) else None
-        except orjson.JSONDecodeError:
-            items = None
-        if items is not None:
-            return items
+        if not (torn or self.closed):
+            with suppress(orjson.JSONDecodeError):
+                return self._items(orjson.loads(b"[" + self.pending))
         items = self._scan()
         if torn:
             return [*items, Bad(None, str(torn))]

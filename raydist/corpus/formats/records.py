@@ -19,8 +19,8 @@ class Part:
     """
 
     file: int
-    start: int
-    end: int
+    start: int = 0
+    end: int = -1
 
     @property
     def is_whole(self) -> bool:
@@ -61,13 +61,17 @@ class Torn(Exception):
     """The content of a file ends or breaks before its end. Never leaves this package."""
 
 
+def decoded(raw: bytes, row: int) -> Item:
+    try:
+        return Record(raw.decode(), row)
+    except UnicodeDecodeError as error:
+        return Bad(row, f"invalid UTF-8 at byte {error.start}")
+
+
 def utf8_fault(raw: bytes) -> str | None:
     """Why `raw` is not UTF-8, or None when it is."""
-    try:
-        raw.decode()
-    except UnicodeDecodeError as error:
-        return f"invalid UTF-8 at byte {error.start}"
-    return None
+    item = decoded(raw, 0)
+    return item.reason if isinstance(item, Bad) else None
 
 
 def no_column(column: str, names: list[str]) -> NoColumn:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import bz2
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import zstandard
 
 from raydist.corpus.extensions import Compression
-from raydist.corpus.files import File, open_file
+from raydist.corpus.files import File, cannot_read, open_file
 from raydist.corpus.formats.records import CHUNK_BYTES, Part, Torn
 from raydist.errors import CorpusError
 
@@ -26,21 +26,15 @@ class Opened:
     def __init__(self, file: File) -> None:
         self.file = file
         try:
-            self.stream: IO[bytes] = open_file(file.location)
+            self.stream = open_file(file.location)
         except OSError as error:
-            raise self._failed(error) from error
-
-    def _failed(self, error: OSError) -> CorpusError:
-        return CorpusError(
-            f"cannot read {self.file.name}", where=self.file.location, why=str(error),
-            fix="check the file's permissions and its storage, then run again",
-        )  # fmt: skip
+            cannot_read(error, file.location, file.name)
 
     def read(self, size: int = -1) -> bytes:
         try:
             return self.stream.read(size)
         except OSError as error:
-            raise self._failed(error) from error
+            cannot_read(error, self.file.location, self.file.name)
 
     def seek(self, position: int, whence: int = 0) -> int:
         return self.stream.seek(position, whence)
@@ -62,8 +56,18 @@ class Opened:
         self.close()
 
 
-def blocks(stream: Opened, part: Part, compression: Compression | None) -> Iterator[bytes]:
-    """The content of `part` in blocks of about CHUNK_BYTES. Torn: what was readable came before it."""
+def blocks(stream: Opened, part: Part, compression: Compression | None) -> Iterator[tuple[int, bytes]]:
+    """(offset in the file, block) of about CHUNK_BYTES, without the byte order mark that the file may start
+    with. Torn: what was readable came before it."""
+    offset = part.start
+    for block in _content(stream, part, compression):
+        if offset == 0 and block.startswith(BOM):
+            offset, block = len(BOM), block[len(BOM) :]
+        yield offset, block
+        offset += len(block)
+
+
+def _content(stream: Opened, part: Part, compression: Compression | None) -> Iterator[bytes]:
     stream.seek(part.start)
     if compression:
         yield from _gathered(_decompressed(stream, compression))
@@ -128,16 +132,6 @@ def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(held)
 
 
-def without_bom(content: Iterable[bytes], part: Part) -> Iterator[tuple[int, bytes]]:
-    """(offset in the file, block), without the byte order mark that the file may start with."""
-    offset = part.start
-    for block in content:
-        if offset == 0 and block.startswith(BOM):
-            offset, block = len(BOM), block[len(BOM) :]
-        yield offset, block
-        offset += len(block)
-
-
 def whole_lines(content: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
     """(offset, chunk) of chunks that end with \\n, except the last of a file that does not."""
     held: list[bytes] = []
@@ -154,7 +148,8 @@ def whole_lines(content: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, byt
         yield start, b"".join(held)
 
 
-def line_offsets(lines: list[bytes], offset: int, newline: int) -> list[int]:
-    """Where each line starts; `newline` bytes were cut from the end of each."""
-    ends = np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)) + newline)
-    return [offset, *(ends[:-1] + offset).tolist()] if lines else []
+def lines_of(offset: int, chunk: bytes) -> tuple[list[bytes], list[int]]:
+    """The lines of a chunk without their \\n, and where each starts."""
+    lines = chunk.removesuffix(b"\n").split(b"\n")
+    ends = np.cumsum(np.fromiter(map(len, lines), np.int64, len(lines)) + 1)
+    return lines, [offset, *(ends[:-1] + offset).tolist()]

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import compress
 
-from raydist.corpus.formats.records import Bad, Item, Record
-from raydist.corpus.formats.streams import line_offsets
+from raydist.corpus.formats.records import Item, Record, decoded
+from raydist.corpus.formats.streams import lines_of
 
 # A line is blank when it holds ASCII white space only; so a cut can be found in bytes, without decoding.
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r\v\f]*\n)+")  # from the end of the line before them
@@ -17,12 +17,12 @@ FIRST_BLANK_LINES = re.compile(rb"(?:[ \t\r\v\f]*\n)*")
 def read_lines(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
     """chunks: (offset, whole lines). Lines end at \\n alone; one \\r before it goes too."""
     for offset, chunk in chunks:
-        lines = chunk.removesuffix(b"\n").split(b"\n")
-        rows = line_offsets(lines, offset, 1)
+        lines, rows = lines_of(offset, chunk)
         try:
             texts = chunk.decode().removesuffix("\n").split("\n")
         except UnicodeDecodeError:
-            yield [_decoded(line, row) for line, row in zip(lines, rows, strict=True) if line.strip()]
+            pairs = zip(lines, rows, strict=True)
+            yield [decoded(line.removesuffix(b"\r"), row) for line, row in pairs if line.strip()]
             continue
         if b"\r" in chunk:
             texts = [text.removesuffix("\r") for text in texts]
@@ -42,7 +42,9 @@ def read_paragraphs(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]
             held, start = held[used:], start + used
     first = _first_line(held)
     if held[first:].strip():
-        yield [_decoded(_without_blank_end(held[first:]), start + first)]
+        body, newline, last = held[first:].rpartition(b"\n")
+        raw = body if newline and not last.strip() else held[first:]
+        yield [decoded(raw.removesuffix(b"\r"), start + first)]
 
 
 def _first_line(content: bytes) -> int:
@@ -58,22 +60,10 @@ def _paragraphs(content: bytes, offset: int) -> tuple[list[Item], int]:
         ends.append(blank.start())
         begins.append(blank.end())
     used = begins.pop()
-    return [_decoded(content[a:b], offset + a) for a, b in zip(begins, ends, strict=True)], used
-
-
-def _without_blank_end(raw: bytes) -> bytes:
-    body, newline, last = raw.rpartition(b"\n")
-    return body if newline and not last.strip() else raw
+    edges = zip(begins, ends, strict=True)
+    return [decoded(content[a:b].removesuffix(b"\r"), offset + a) for a, b in edges], used
 
 
 def read_file(content: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
     """The whole content as one document, also when it is empty."""
-    yield [_decoded(b"".join(block for _, block in content), 0, is_line=False)]
-
-
-def _decoded(raw: bytes, row: int, *, is_line: bool = True) -> Item:
-    try:
-        text = raw.decode()
-    except UnicodeDecodeError as error:
-        return Bad(row, f"invalid UTF-8 at byte {error.start}")
-    return Record(text.removesuffix("\r") if is_line else text, row)
+    yield [decoded(b"".join(block for _, block in content), 0)]

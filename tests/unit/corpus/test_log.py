@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import xxhash
 
-from raydist.corpus.log import FORMAT, Documents, SliceWriter, TokenLog, is_held_out, open_log, token_dtype
+from raydist.corpus.log import FORMAT, Documents, SliceWriter, TokenLog, held_out, open_log, token_dtype
 from raydist.errors import LogError
 from raydist.files import read_json, read_jsonl, write_json
 
@@ -128,8 +128,7 @@ def test_documents_from_any_start(tmp_path: Path) -> None:
 
 def test_quarantine_stands_beside_the_slice(tmp_path: Path) -> None:
     writer = SliceWriter(tmp_path, 3, FILES)
-    writer.add_bad([{"file": "a.txt", "row": 9, "reason": "no text"}])
-    writer.add(some_documents(0), n_empty=2)
+    writer.add(some_documents(0), n_empty=2, bad=[{"file": "a.txt", "row": 9, "reason": "no text"}])
     assert writer.commit() == {"shards": [], "n_quarantined": 1, "n_empty": 2}
     assert read_jsonl(tmp_path / "quarantine/00003.jsonl") == [
         {"file": "a.txt", "row": 9, "reason": "no text"}
@@ -170,6 +169,6 @@ def test_a_log_of_another_format_is_refused(tmp_path: Path) -> None:
 
 def test_dtype_and_holdout_at_their_borders() -> None:
     assert (token_dtype(2**16), token_dtype(2**16 + 1)) == (np.uint16, np.uint32)
-    assert not is_held_out(bytes(16), 0.0) and is_held_out(bytes(16), 0.5)
-    half = (2**63).to_bytes(8, "big") + bytes(8)
-    assert not is_held_out(half, 0.5) and is_held_out((2**63 - 1).to_bytes(8, "big") + bytes(8), 0.5)
+    hashes = np.array([0, 2**63 - 1, 2**63, 2**64 - 1], np.uint64)
+    assert held_out(hashes, 0.0).tolist() == [False] * 4 and held_out(hashes, 1.0).tolist() == [True] * 4
+    assert held_out(hashes, 0.5).tolist() == [True, True, False, False]

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from raydist.corpus.log import held_out
 from raydist.errors import EmptyCorpus, JobError, LogError
 from raydist.feed import Feed, FeedSource
-from raydist.feed.packs import held_out, packs_folder, remember
+from raydist.feed.packs import packs_folder, remember
 from raydist.job.schema import Packing
 
 SHARDS = [[5, 40, 1, 16, 15, 17, 3], [100, 2, 2], [7] * 30, [16]]

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from raydist.corpus.log import held_out
 from raydist.feed import EvalSet, Feed, FeedSource
 from raydist.feed.holdout import first_held_out
-from raydist.feed.packs import held_out, packs_folder
+from raydist.feed.packs import packs_folder
 from raydist.job.schema import Packing
 
 SHARDS = [[20, 7, 33, 5] * 8, [50, 1, 1, 90] * 8, [16] * 40]

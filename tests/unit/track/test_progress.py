@@ -46,7 +46,7 @@ def test_without_a_terminal_lines_are_plain_and_one_per_record() -> None:
 
 def test_plain_lines_of_preparation_are_bounded_and_the_last_is_shown() -> None:
     stream, now = io.StringIO(), 0.0
-    with Progress(stream, prepare_seconds=5, clock=lambda: now) as progress:
+    with Progress(stream, clock=lambda: now) as progress:
         for done in range(1, 101):
             now += 0.125
             progress.prepare(done, 100, done * 3, done * 1000)

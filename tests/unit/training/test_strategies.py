@@ -284,7 +284,12 @@ def test_a_deepspeed_file_is_merged_where_it_does_not_fight(tmp_path: Path) -> N
     own = {
         "bf16": {"enabled": "auto"},
         "fp16": {"enabled": "auto", "loss_scale": 0},
-        "zero_optimization": {"stage": 2, "overlap_comm": False, "offload_optimizer": {"pin_memory": True}},
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": False,
+            "reduce_bucket_size": 1000,
+            "offload_optimizer": {"pin_memory": True},
+        },
         "train_batch_size": "auto",
         "gradient_clipping": 0.5,
         "steps_per_print": 7,
@@ -296,6 +301,8 @@ def test_a_deepspeed_file_is_merged_where_it_does_not_fight(tmp_path: Path) -> N
     assert merged["zero_optimization"] == {
         "stage": 2,
         "overlap_comm": False,
+        "reduce_bucket_size": 1000,
+        "allgather_bucket_size": 2**25,
         "offload_optimizer": {"device": "none", "pin_memory": True},
     }
     assert (merged["gradient_clipping"], merged["steps_per_print"]) == (0.5, 7)
