@@ -65,10 +65,10 @@ def group() -> None:
 @click.argument("path", metavar="JOB.yaml", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--kind",
-    type=click.Choice(["pretrain", "continue"]),
+    type=click.Choice(["pretrain", "continue", "fsdp", "zero3", "qlora"]),
     default="continue",
     show_default=True,
-    help="From random weights, or on from a pretrained model.",
+    help="From random weights, or on from a pretrained model; the last three for one that does not fit.",
 )
 @click.option("--force", is_flag=True, help="Replace JOB.yaml if it exists.")
 def init(path: Path, kind: str, force: bool) -> None:

@@ -137,6 +137,40 @@ def test_what_cannot_be_run_says_why(
     assert change == {"train__global_batch_size": 0} or files.read_json(status)["state"] == "failed"
 
 
+UNKNOWN_KEY = {"zero_optimization": {"overlap_com": True}}
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "said"),
+    [
+        ({"adapter": {"target_modules": ["q_proj", "qkv"]}}, ModelError, "no linear module named qkv"),
+        (
+            {"adapter": {"target_modules": "qkv"}, "quantization": "int4"},
+            ModelError,
+            "k_proj, lm_head, o_proj",
+        ),
+        ({"strategy": {"name": "zero", "stage": 2, "config": UNKNOWN_KEY}}, JobError, "overlap_com: Extra"),
+        ({"packing": {"block_size": 128}}, JobError, "above the model's 64 positions"),
+    ],
+)
+def test_what_the_model_or_deepspeed_refuses_is_told_before_anything_starts(
+    change: dict[str, Any], error: type[RaydistError], said: str, tmp_path: Path
+) -> None:
+    """Without a Ray, and before a token is made."""
+    config = {**CONFIG, "num_attention_heads": 2, "max_position_embeddings": 64, "vocab_size": 300}
+    files.write_json(tmp_path / "base" / "config.json", config)
+    job = {
+        **values(tmp_path, str(lines(tmp_path / "a.jsonl"))),
+        "model": {"base": str(tmp_path / "base")},
+        **change,
+    }
+    with pytest.raises(error) as caught:
+        run_job(build_job(job))
+    assert said in str(caught.value) and caught.value.fix
+    assert files.read_json(tmp_path / "runs/bad/status.json")["state"] == "failed"
+    assert not (tmp_path / "runs" / "tokens").exists()
+
+
 def test_a_missing_column_names_those_that_exist(tmp_path: Path, ray_local: None) -> None:
     pq.write_table(pa.table({"id": [1], "content": ["x"]}), tmp_path / "a.parquet")
     with pytest.raises(CorpusError) as caught:

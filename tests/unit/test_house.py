@@ -79,9 +79,9 @@ def key_lines(node: yaml.Node) -> Iterator[int]:
             yield from key_lines(value)
 
 
-@pytest.mark.parametrize("name", ["pretrain", "continue", "qlora"])
+@pytest.mark.parametrize("name", ["pretrain", "continue", "fsdp", "zero3", "qlora"])
 def test_the_full_jobs_show_every_key_of_the_schema(name: str) -> None:
-    """Set, or behind a comment sign: `raydist init` writes the first two."""
+    """Set, or behind a comment sign: `raydist init` writes these files."""
     documented = set(re.findall(r"^\| `([a-z_.A-Z]+)`", (ROOT / "docs" / "job.md").read_text(), re.MULTILINE))
     keys = {
         key.rpartition(".")[2]
