@@ -26,7 +26,7 @@ from raydist.training.schedule import learning_rate
 from raydist.training.spec import TrainSpec
 from raydist.training.strategy import Strategy, make_strategy
 from raydist.training.weights import full_state
-from raydist.training.world import World
+from raydist.training.world import World, contact
 
 if TYPE_CHECKING:
     from raydist.feed.loader import Step
@@ -61,10 +61,10 @@ def train(
 
     With world_size above 1 the default process group exists already. on_commit is called on every
     rank, with the same commit. should_stop is asked on rank 0 at every step, beside the run's stop
-    flag. data: opened from the spec by default.
+    flag. data: opened from the spec by default. Raises WorkerLost when the other ranks cannot be reached.
     """
     world = World(rank, world_size, local_rank, device or torch.device("cpu"))
-    with RunFolder(spec.run).writer() if world.is_main else contextlib.nullcontext():
+    with contact(rank), RunFolder(spec.run).writer() if world.is_main else contextlib.nullcontext():
         attempt = Attempt(spec, world, data or open_data(spec), on_commit, should_stop)
         return attempt.run()
 

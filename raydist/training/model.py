@@ -35,7 +35,7 @@ SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without progress bars, and the warnings of peft and of DeepSpeed, which saving a model imports."""
     from transformers.utils import logging as hub
 
@@ -161,7 +161,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-@_quietly()
+@quietly()
 def build_model(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
     """The model to train, probed, in training mode: the same on every rank, on its device.
 
@@ -272,7 +272,7 @@ def _check_vocabulary(model: nn.Module, tokenizer_folder: Path) -> None:
         )
 
 
-@_quietly()
+@quietly()
 def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
     """Counted on a model without storage."""
     from transformers import AutoModelForCausalLM
@@ -289,7 +289,7 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
     return Sizes(total, trainable, held, rows, config.num_hidden_layers, config.hidden_size)
 
 
-@_quietly()
+@quietly()
 def check_model(job: Job) -> None:
     """All that can be told before data and weights are there. Raises JobError or ModelError."""
     config = load_config(job)
@@ -299,7 +299,7 @@ def check_model(job: Job) -> None:
     if job.adapter is not None:
         model_sizes(config, job)
     if job.strategy.name == "zero":
-        with _quietly():
+        with quietly():
             check_deepspeed(job)
 
 
@@ -311,7 +311,7 @@ def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
 # --- the trained model ---------------------------------------------------------------------------
 
 
-@_quietly()
+@quietly()
 def save_model(
     model: nn.Module, state: dict[str, Tensor], job: Job, tokenizer_folder: Path, folder: Path, card: str
 ) -> None:
@@ -320,9 +320,9 @@ def save_model(
     model: for its configuration and the names in it.  state: what is written, on the CPU.
     Made beside `folder` and renamed: it is whole or not there.
     """
-    with _replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         if job.adapter is None:
-            _save_full(model, state, saved_dtype(job), temporary)
+            save_full(model, state, saved_dtype(job), temporary)
         else:
             model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
             quantization.write_config(job, temporary)
@@ -331,7 +331,7 @@ def save_model(
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside `folder`; on success flush it to disk and put it in its place."""
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -345,7 +345,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
     files.flush_to_disk(folder.parent)
 
 
-def _save_full(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
+def save_full(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     config = files.read_json(folder / "config.json")
     files.write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})

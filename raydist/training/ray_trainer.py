@@ -26,7 +26,7 @@ from raydist.errors import ClusterError, RaydistError, TrainingError, WorkerLost
 from raydist.training.checkpoint import Commit
 from raydist.training.loop import TrainResult, train
 from raydist.training.spec import TrainSpec
-from raydist.training.world import backend_of, lost_contact
+from raydist.training.world import backend_of
 
 COLLECTIVE_TIMEOUT_SECONDS = 300
 
@@ -90,12 +90,7 @@ def _train_on_worker(config: dict[str, Any]) -> TrainResult:
         )
     except RaydistError:
         raise
-    except Exception as error:
-        if lost_contact(error):
-            raise WorkerLost(
-                f"rank {context.get_world_rank()} lost contact with the others", why=str(error)
-            ) from error
-        # the traceback whole, since Ray cuts it to 1,000 characters
+    except Exception as error:  # whole, since Ray cuts a traceback to 1,000 characters
         raise TrainingError(
             f"rank {context.get_world_rank()}: {type(error).__name__}: {error}", why=traceback.format_exc()
         ) from error

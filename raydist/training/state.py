@@ -6,7 +6,6 @@ reads the rows it needs. The optimizer's step count is the run's own. Nothing is
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -91,10 +90,12 @@ def fresh_moments(weight: Tensor, step: int) -> dict[str, Tensor]:
 def chunks(shapes: Mapping[str, torch.Size], limit: int) -> Iterator[list[str]]:
     """Names in order, in lists of at most `limit` elements together, or of one name."""
     names: list[str] = []
+    together = 0
     for name, shape in shapes.items():
-        if names and sum(math.prod(shapes[n]) for n in names) + math.prod(shape) > limit:
+        if names and together + shape.numel() > limit:
             yield names
-            names = []
+            names, together = [], 0
         names.append(name)
+        together += shape.numel()
     if names:
         yield names

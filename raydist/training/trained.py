@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from raydist.errors import ModelError
-from raydist.training.model import SAFE, _quietly, _replacing, _save_full, load_tokenizer
+from raydist.training.model import SAFE, load_tokenizer, quietly, replacing, save_full
 from raydist.training.quantization import load_dequantized, load_quantized, read_config
 from raydist.training.weights import full_state
 from raydist.training.world import World
 
 
-@_quietly()
+@quietly()
 def load_trained(folder: Path) -> Any:
     """The model in a run's model/, for inference; an adapter is on its base, quantized as in training."""
     from transformers import AutoModelForCausalLM
@@ -54,7 +54,7 @@ def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int 
     return str(tokenizer.decode(before)), str(tokenizer.decode(after, skip_special_tokens=True))
 
 
-@_quietly()
+@quietly()
 def merge_adapter(run: Path, base: Path | None = None) -> Path:
     """Add the run's adapter to its base, in fp32, and write <run>/export/merged in the base's dtype.
 
@@ -75,8 +75,8 @@ def merge_adapter(run: Path, base: Path | None = None) -> Path:
             why=(str(error).strip().splitlines() or [type(error).__name__])[0],
             fix="put the base back there" + ("" if quantized else ", or give a copy of it: --base FOLDER"),
         ) from error
-    with _replacing(target) as temporary:
-        _save_full(model, full_state(model, lambda weight: weight, World(), dtype), dtype, temporary)
+    with replacing(target) as temporary:
+        save_full(model, full_state(model, lambda weight: weight, World(), dtype), dtype, temporary)
         load_tokenizer(source).save_pretrained(temporary)
     return target
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,15 +18,26 @@ def backend_of(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
-def lost_contact(error: Exception) -> bool:
-    """Whether it came out of a collective: sharding strategies communicate within the model's own passes.
+@contextmanager
+def contact(rank: int) -> Iterator[None]:
+    """Raises WorkerLost where a collective fails because the other ranks cannot be reached.
 
-    gloo tells of a lost connection by a plain RuntimeError.
+    Sharding strategies communicate within the model's own passes, and gloo tells of a lost connection
+    by a plain RuntimeError: so what counts is where the error came from.
     """
-    modules = (frame.f_globals.get("__name__") for frame, _ in traceback.walk_tb(error.__traceback__))
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and "torch.distributed.distributed_c10d" in modules
-    )
+    try:
+        yield
+    except RuntimeError as error:
+        frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+        if not isinstance(error, dist.DistError) and not any(
+            frame.f_globals.get("__name__") == "torch.distributed.distributed_c10d" for frame in frames
+        ):
+            raise
+        raise WorkerLost(
+            f"rank {rank} lost contact with the other ranks",
+            why=str(error).strip().splitlines()[0],
+            fix="the run goes on from its last checkpoint when it is submitted again",
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -58,16 +70,9 @@ class World:
         return [float(value) for value in total.tolist()]
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
-        """All-reduce in place. Raises WorkerLost when the other ranks cannot be reached."""
+        """All-reduce in place."""
         if self.world_size > 1:
-            try:
-                dist.all_reduce(tensor)
-            except (dist.DistError, RuntimeError) as error:
-                raise WorkerLost(
-                    f"rank {self.rank} lost contact with the other ranks",
-                    why=str(error).strip().splitlines()[0],
-                    fix="the run goes on from its last checkpoint when it is submitted again",
-                ) from error
+            dist.all_reduce(tensor)
         return tensor
 
     def from_main(self, value: int) -> int:

@@ -23,7 +23,15 @@ from raydist.training.model import (
 )
 from raydist.training.trained import continue_text, load_trained, merge_adapter
 from raydist.training.world import World
-from tests.unit.training.train_parts import LLAMA, VOCABULARY, losses, make_job, make_spec, write_tokenizer
+from tests.unit.training.train_parts import (
+    LLAMA,
+    VOCABULARY,
+    losses,
+    make_job,
+    make_spec,
+    stopped_and_resumed,
+    write_tokenizer,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -107,12 +115,8 @@ def test_lora_trains_the_adapter_alone_loads_in_peft_and_merges(tmp_path: Path, 
 
 def test_lora_resumes_bit_identical(tmp_path: Path, base: Path) -> None:
     options = {"model": from_base(base), "adapter": {"r": 4, "dropout": 0.1}, "train": {"max_steps": 10}}
-    whole, cut = (make_spec(tmp_path, run=run, **options) for run in ("whole", "cut"))
-    train(whole)
-    asked = iter([False] * 6 + [True])
-    assert train(cut, should_stop=lambda: next(asked)).stopped
-    train(make_spec(tmp_path, run="cut", attempt=2, **options))
-    assert weight_hash(cut.run / "model") == weight_hash(whole.run / "model")
+    whole, cut = stopped_and_resumed(tmp_path, after=7, **options)
+    assert weight_hash(cut / "model") == weight_hash(whole / "model")
 
 
 def test_target_modules_that_do_not_exist_are_told_with_those_that_do(tmp_path: Path, base: Path) -> None:

@@ -32,6 +32,7 @@ from tests.unit.training.train_parts import (
     make_job,
     make_spec,
     run_ranks,
+    stopped_and_resumed,
     write_tokenizer,
 )
 
@@ -143,12 +144,8 @@ def test_resumed_it_ends_bit_identical(tmp_path: Path, base: Path, bits: str) ->
         **qlora(base, bits, dropout=0.1),
         "train": {"max_steps": 8, "gradient_checkpointing": True, "mixed_precision": "bf16"},
     }
-    whole, cut = (make_spec(tmp_path, run=run, **options) for run in ("whole", "cut"))
-    train(whole)
-    asked = iter([False] * 4 + [True])
-    assert train(cut, should_stop=lambda: next(asked)).stopped
-    train(make_spec(tmp_path, run="cut", attempt=2, **options))
-    assert weight_hash(cut.run / "model") == weight_hash(whole.run / "model")
+    whole, cut = stopped_and_resumed(tmp_path, after=5, **options)
+    assert weight_hash(cut / "model") == weight_hash(whole / "model")
 
 
 # --- the trained model

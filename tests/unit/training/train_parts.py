@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +159,15 @@ def losses(run: Path) -> dict[int, float]:
 
 def training_blocks(spec: TrainSpec) -> Any:
     return open_data(spec).feed
+
+
+def stopped_and_resumed(storage: Path, after: int, **sections: Any) -> tuple[Path, Path]:
+    """Two runs of one rank: undisturbed, and stopped after that many steps and resumed."""
+    from raydist.training.loop import train
+
+    whole, cut = (make_spec(storage, run=run, **sections) for run in ("whole", "cut"))
+    train(whole)
+    asked = iter([False] * (after - 1) + [True])
+    assert train(cut, should_stop=lambda: next(asked)).stopped
+    train(replace(cut, attempt=2))
+    return whole.run, cut.run
