@@ -1,0 +1,144 @@
+"""Commands that take a job file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from raydist.cli import show
+from raydist.cli.options import JOB, address, as_json, of_a_job, overrides
+from raydist.errors import JobError
+
+if TYPE_CHECKING:
+    from raydist.job.schema import Job
+
+
+@click.command(short_help="Write a commented job file.")
+@click.argument("path", metavar="JOB.yaml", type=click.Path(dir_okay=False, path_type=Path))
+@click.option(
+    "--kind",
+    type=click.Choice(["pretrain", "continue", "fsdp", "zero3", "qlora"]),
+    default="continue",
+    show_default=True,
+    help="From random weights, or on from a pretrained model; the last three for one that does not fit.",
+)
+@click.option("--force", is_flag=True, help="Replace JOB.yaml if it exists.")
+def init(path: Path, kind: str, force: bool) -> None:
+    """Write a job file in which every key is commented."""
+    from importlib import resources
+
+    from raydist import files
+
+    if path.exists() and not force:
+        raise JobError(f"{path} exists", fix="choose another name, or --force to replace it")
+    template = resources.files("raydist.job") / "templates" / f"{kind}.yaml"
+    files.write_text(path, template.read_text(encoding="utf-8"))
+    click.echo(f"wrote {path}. Next: mend its paths, then  raydist plan {path}  and  raydist submit {path}")
+
+
+@click.command(short_help="Check job files without starting anything.")
+@click.argument("job_files", metavar="JOB.yaml...", nargs=-1, required=True, type=JOB)
+@overrides
+def validate(job_files: tuple[str, ...], overrides: tuple[str, ...]) -> None:
+    """Check job files without starting anything. Every problem of a file is told at once."""
+    from raydist.job.load import load_job
+
+    failed = False
+    for path in job_files:
+        try:
+            load_job(path, overrides)
+        except JobError as error:
+            failed = True
+            click.secho(f"{path}: {error}", fg="red", err=True)
+        else:
+            click.echo(f"{path}: valid")
+    if failed:
+        raise SystemExit(JobError.exit_code)
+
+
+@click.command(short_help="Print what a job would do: data, steps, memory, disk.")
+@of_a_job
+@as_json
+def plan(job_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Print what the job would do, from a sample of its files. Starts and writes nothing."""
+    from raydist.estimate import plan_job
+    from raydist.job.load import load_job
+
+    planned = plan_job(load_job(job_file, overrides))
+    if as_json:
+        show.as_json(planned)
+    else:
+        show.planned(planned)
+        click.echo(f"next: raydist submit {job_file}")
+
+
+@click.command(short_help="Only make a job's token logs.")
+@of_a_job
+@address
+@as_json
+def prepare(job_file: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """Only make the job's token logs; what is there already is kept."""
+    from raydist import api
+    from raydist.cluster.connect import ray_address
+    from raydist.prepared import describe_log
+
+    job = api.load_job(job_file, overrides)
+    prepared = api.prepare(job, address=ray_address(address, job.cluster.address))
+    described = prepared.describe(prepared.feed())
+    described["eval_sources"] = {name: describe_log(log) for name, log in prepared.eval_logs.items()}
+    if as_json:
+        show.as_json(described)
+    else:
+        show.prepared(described)
+        click.echo(f"next: raydist submit {job_file}")
+
+
+@click.command(short_help="Run a job on this process's Ray.")
+@of_a_job
+@address
+@as_json
+def train(job_file: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """Run the job on this process's Ray: RAY_ADDRESS, or an embedded one."""
+    from raydist.cluster.connect import ray_address
+    from raydist.job.load import load_job
+
+    _run_here(load_job(job_file, overrides), ray_address(address), as_json)
+
+
+@click.command(short_help="Run a job on a cluster, or here where none is configured.")
+@of_a_job
+@address
+@as_json
+def submit(job_file: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """Run the job on a cluster through Ray's Jobs API, follow its log and return its exit status.
+
+    With no cluster configured the job runs here, on an embedded local Ray.
+    """
+    from raydist.cluster.connect import ray_address
+    from raydist.job.load import load_job
+
+    job = load_job(job_file, overrides)
+    cluster = ray_address(address, job.cluster.address)
+    if cluster is None:
+        click.echo(
+            "no cluster configured (--address, RAY_ADDRESS or cluster.address):"
+            " running on an embedded local Ray",
+            err=True,
+        )
+        _run_here(job, None, as_json)
+        return
+    from raydist.cluster.submit import submit_and_follow
+
+    raise SystemExit(submit_and_follow(job, cluster, click.echo))
+
+
+def _run_here(job: Job, address: str | None, as_json: bool) -> None:
+    from raydist.run import run_job
+
+    result = run_job(job, address=address)
+    if as_json:
+        show.as_json({"run": str(result.folder), "state": result.state, "evaluations": result.metrics})
+    else:
+        show.result(result)
