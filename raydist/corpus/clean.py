@@ -65,12 +65,13 @@ def _step(step: str | dict[str, Any], where: str) -> tuple[Step, list[Any]]:
         )  # fmt: skip
     if name == "min_words" and isinstance(options, int):
         options = {"count": options}
+    make, example = STEPS[name]
     try:
-        return STEPS[name](**(options or {})), [name, options or {}]
+        return make(**(options or {})), [name, options or {}]
     except (TypeError, ValueError, re.error, IndexError) as error:
         raise JobError(
             f"the options of {name} are wrong: {options}", where=where, why=str(error),
-            fix=f"as in {EXAMPLES[name]}",
+            fix=f"as in {example}",
         ) from error  # fmt: skip
 
 
@@ -99,16 +100,12 @@ def _with_words(count: int, text: str) -> str | None:
     return text if len(text.split(maxsplit=count)) >= count else None
 
 
-STEPS: dict[str, Callable[..., Step]] = {
-    "whitespace": lambda: _whitespace,
-    "characters": _make_characters,
-    "min_words": _make_min_words,
+STEPS: dict[str, tuple[Callable[..., Step], str]] = {
+    "whitespace": (lambda: _whitespace, "whitespace"),
+    "characters": (_make_characters, "{characters: {pattern: '[\\u200b]', replacement: ''}}"),
+    "min_words": (_make_min_words, "{min_words: {count: 20}}"),
 }
-EXAMPLES = {
-    "whitespace": "whitespace",
-    "characters": "{characters: {pattern: '[\\u200b]', replacement: ''}}",
-    "min_words": "{min_words: {count: 20}}",
-}
+"""What makes each step of its options, and an example."""
 
 
 # --- functions of the user

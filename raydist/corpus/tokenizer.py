@@ -214,9 +214,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Path
     (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), "utf-8")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": EOS,
-        "eos_token": EOS,
-        "pad_token": EOS,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), EOS),
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
     }
@@ -229,7 +227,8 @@ def pretrained_tokenizer(name: str) -> TokenizerSpec:
     from transformers import AutoTokenizer
 
     path = Path(name).expanduser()
-    where = str(path) if path.is_dir() else name
+    folder = path if path.is_dir() else name
+    where = str(folder)
     try:
         loaded = AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError, KeyError, ImportError) as error:
@@ -247,7 +246,7 @@ def pretrained_tokenizer(name: str) -> TokenizerSpec:
             fix="convert it with transformers.convert_slow_tokenizer and name the folder in model.tokenizer",
         )
     content = loaded.backend_tokenizer.to_str()
-    return TokenizerSpec.from_content(content, path if path.is_dir() else name, loaded.eos_token_id)
+    return TokenizerSpec.from_content(content, folder, loaded.eos_token_id)
 
 
 def resolve_tokenizer(job: Job, storage: Path) -> TokenizerSpec:
@@ -259,8 +258,7 @@ def resolve_tokenizer(job: Job, storage: Path) -> TokenizerSpec:
     if isinstance(asked, str):
         return pretrained_tokenizer(asked)
     assert asked is not None  # the schema gives a model from a config a tokenizer
-    sources = [open_source(source, job.corpus) for source in job.corpus.sources.values()]
-    folder = _trained_folder(job, sources, storage)
+    sources, folder = _trained(job, storage)
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
         train_tokenizer(_sample(sources, job.corpus.holdout), asked.train.vocab_size, temporary)
@@ -273,20 +271,21 @@ def planned_tokenizer(job: Job, storage: Path) -> TokenizerSpec | None:
     asked = job.model.tokenizer or job.model.base
     if isinstance(asked, str):
         return pretrained_tokenizer(asked)
-    sources = [open_source(source, job.corpus) for source in job.corpus.sources.values()]
-    folder = _trained_folder(job, sources, storage)
+    _, folder = _trained(job, storage)
     return _read(folder) if folder.exists() else None
 
 
-def _trained_folder(job: Job, sources: Sequence[SourceFiles], storage: Path) -> Path:
+def _trained(job: Job, storage: Path) -> tuple[list[SourceFiles], Path]:
+    """What a tokenizer is trained on, and where it is or will be."""
     assert isinstance(job.model.tokenizer, NewTokenizer)
+    sources = [open_source(source, job.corpus) for source in job.corpus.sources.values()]
     inputs = {
         "vocab_size": job.model.tokenizer.train.vocab_size,
         "sample_bytes": SAMPLE_BYTES,
         "holdout": job.corpus.holdout,
         "sources": [source.identity() for source in sources],
     }
-    return storage / "tokenizers" / fingerprint(inputs)
+    return sources, storage / "tokenizers" / fingerprint(inputs)
 
 
 def _sample(sources: Sequence[SourceFiles], holdout: float) -> Iterator[str]:

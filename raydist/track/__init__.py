@@ -3,6 +3,7 @@
     metrics.jsonl ──> records ──┬──> progress    a live line for people
                                 ├──> mlflow      parameters, curves and files
     job, status, data, ledger ──┴──> report      one self-contained page
+    job, trials of a sweep ────────> sweep_page  another
 
 Reading a run needs neither Ray nor torch.
 """

@@ -1,187 +1,139 @@
-"""The report's curves as inline SVG: text stays text, and colours are the page's (light, dark, print)."""
+"""Curves and points as inline SVG: text stays text, and colours are the page's (light, dark, print)."""
 
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from raydist.track.records import Record, evaluations
+from raydist.track.words import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, RULE = "#0a0b0c", "#0d0e0f"
+INK, MUTED, RULE = "#0a0b0a", "#0a0b0c", "#0d0e0f"
 SERIES = ("#1a0001", "#1a0002", "#1a0003", "#1a0004", "#1a0005", "#1a0006")
-COLOURS = {INK: "var(--muted)", RULE: "var(--rule)"} | {c: f"var(--series-{i})" for i, c in enumerate(SERIES)}
+COLOURS = {INK: "ink", MUTED: "muted", RULE: "rule"} | {c: f"series-{i}" for i, c in enumerate(SERIES)}
 """Colours that stand for the page's variables while matplotlib draws."""
 
-MOST_POINTS = 2000
-
-
-@dataclass(frozen=True)
-class Plot:
-    """`legend`: (name, CSS colour) of each curve, if there are several."""
-
-    title: str
-    unit: str
-    legend: list[tuple[str, str]]
-    svg: str
+MOST_MARKED = 40
+"""Of that many values each is marked."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """x in steps; `y` is NaN where a value is missing."""
+    """`y` is None or NaN where a value is missing; `style`: matplotlib's for a line.
+
+    x may be text: each value is a place on the axis. Curves without a name are not in the legend.
+    """
 
     name: str
-    x: list[float]
-    y: list[float]
+    x: Sequence[float] | Sequence[str]
+    y: Sequence[float | None]
+    style: dict[str, Any] = field(default_factory=dict)
 
 
-def plots(records: Sequence[Record]) -> list[Plot]:
-    """One for each thing that was recorded at all."""
-    train = [r | {"data_wait": _data_wait(r)} for r in records if r["kind"] == "train"]
-    perplexity = [_curve(of, "perplexity", source) for source, of in evaluations(records).items()]
-    rate = "tokens per second"
-    drawn = [
-        _plot("Loss", "nats per token", [_curve(train, "loss")], smooth=True),
-        _plot("Held-out perplexity", "", perplexity, marks=True),
-        _plot("Throughput", rate, [_curve(train, "tokens_per_second")], zero=True, smooth=True),
-        _plot("Waiting for data", "% of step time", [_curve(train, "data_wait")], zero=True, smooth=True),
-        _plot("Learning rate", "", [_curve(train, "learning_rate")], zero=True),
-        _plot("Gradient norm", "before clipping", [_curve(train, "grad_norm")], zero=True, smooth=True),
-    ]
-    return [plot for plot in drawn if plot]
-
-
-def _curve(records: Sequence[Record], key: str, name: str = "") -> Curve:
-    thin = records[:: max(1, len(records) // MOST_POINTS)]
-    return Curve(name or key, [r["step"] for r in thin], [_finite(r.get(key)) for r in thin])
-
-
-def _data_wait(record: Record) -> float | None:
-    """Percent of the step's time."""
-    wait, seconds = record.get("data_wait_seconds"), record.get("step_seconds")
-    return 100 * wait / seconds if wait is not None and seconds else None
-
-
-def _plot(
-    title: str,
-    unit: str,
-    curves: Sequence[Curve],
-    *,
-    zero: bool = False,
-    marks: bool = False,
-    smooth: bool = False,
-) -> Plot | None:
-    """None when no curve has a value. `zero`: the scale begins there.
-
-    `marks`: few points are marked, and a wide range is shown on a log scale.
-    """
-    known = [y for c in curves for y in c.y if math.isfinite(y)]
+def draw(
+    title: str, unit: str, curves: Sequence[Curve], x_label: str, *, zero: bool = False, log: str = ""
+) -> str:
+    """An <svg>, or "" when no curve has a value. `zero`: y begins there. `log`: axes that may be log."""
+    known = [y for curve in curves for y in _finite(curve.y) if math.isfinite(y)]
     if not known:
-        return None
-    log = marks and max(known) >= 20 * min(known) > 0
+        return ""
     import matplotlib
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "raydist", "font.size": 9}):
-        figure = Figure(figsize=(5.2, 2.7), layout="constrained")
+    with matplotlib.rc_context(_quiet()):
+        figure = Figure(figsize=(5.2, 2.8), layout="constrained")
         FigureCanvasSVG(figure)
-        axes = figure.add_subplot()
-        for curve, colour in zip(curves, itertools.cycle(SERIES), strict=False):
-            _draw(axes, curve, colour, marks=marks, smooth=smooth)
-        _dress(axes, log=log, top=max(known) if zero else 0)
+        axes = figure.add_subplot(xlabel=x_label)
+        for curve in curves:
+            _line(axes, curve)
+        _scale(axes, "x", [x for curve in curves for x in curve.x], log="x" in log)
+        log_y = _scale(axes, "y", known, log="y" in log)
+        if zero and max(known) > 0:
+            axes.set_ylim(0, 1.12 * max(known))
+        axes.set_title(title, loc="left", weight="bold")
+        axes.set_title("log scale" if log_y else unit, loc="right", color=MUTED)
+        if sum(bool(curve.name) for curve in curves) > 1:
+            figure.legend(loc="outside lower left", ncols=4)
         stream = io.StringIO()
-        figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    named = zip(curves, itertools.cycle(SERIES), strict=False)
-    legend = [(curve.name, COLOURS[colour]) for curve, colour in named] if len(curves) > 1 else []
-    return Plot(title, "log scale" if log else unit, legend, _inline(stream.getvalue(), title))
+        unsigned = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=unsigned)
+    return _inline(stream.getvalue(), title)
 
 
-def _draw(axes: Axes, curve: Curve, colour: str, *, marks: bool, smooth: bool) -> None:
-    """The series has the SVG id `series-<name>`; a noisy one is drawn faint under its moving mean."""
-    y = curve.y
-    sparse = (marks and len(y) <= 40) or sum(map(math.isfinite, y)) == 1
-    averaged = smooth and len(y) >= 40
-    (line,) = axes.plot(
-        curve.x,
-        y,
-        color=colour,
-        linewidth=1.0 if averaged else 1.6,
-        alpha=0.35 if averaged else 1,
-        marker="o" if sparse else None,
-        markersize=3.2,
-        solid_joinstyle="round",
-    )
-    line.set_gid("series-" + re.sub(r"\W+", "-", curve.name))
-    if averaged:
-        axes.plot(curve.x, _moving_mean(y, max(2, len(y) // 50)), color=colour, linewidth=1.8)
-
-
-def _moving_mean(values: Sequence[float], most: int) -> list[float]:
-    """Mean of the known values within `most` places of each; fewer near the ends, so that it does not lag."""
+def smoothed(curve: Curve) -> list[Curve]:
+    """A noisy curve faint under its moving mean; a short one as it is."""
+    if len(curve.y) <= MOST_MARKED:
+        return [curve]
+    y, most = _finite(curve.y), max(2, len(curve.y) // 50)
     means = []
-    for i in range(len(values)):
-        reach = min(most, i, len(values) - 1 - i)
-        window = [v for v in values[i - reach : i + reach + 1] if math.isfinite(v)]
+    for i in range(len(y)):
+        reach = min(most, i, len(y) - 1 - i)  # fewer near the ends, so that it does not lag
+        window = [v for v in y[i - reach : i + reach + 1] if math.isfinite(v)]
         means.append(sum(window) / len(window) if window else math.nan)
-    return means
+    faint = {"color": SERIES[0], "linewidth": 1.0, "alpha": 0.35}
+    return [Curve(curve.name, curve.x, y, faint), Curve("", curve.x, means, {"color": SERIES[0]})]
 
 
-def _dress(axes: Axes, *, log: bool, top: float) -> None:
-    """Quiet axes. `top` above 0: the scale begins at 0 and has room above `top`."""
+def _quiet() -> Any:
+    """matplotlib's settings."""
+    from cycler import cycler
+
+    return (
+        {"svg.fonttype": "none", "svg.hashsalt": "raydist", "text.parse_math": False, "font.size": 9}
+        | dict.fromkeys(("axes.spines.top", "axes.spines.right", "axes.spines.left"), False)
+        | dict.fromkeys(("axes.edgecolor", "grid.color"), RULE)
+        | dict.fromkeys(("xtick.color", "ytick.color", "axes.labelcolor", "legend.labelcolor"), MUTED)
+        | {f"{axis}tick.{kind}.size": 0 for axis in "xy" for kind in ("major", "minor")}
+        | {"axes.grid": True, "axes.grid.axis": "y", "axes.axisbelow": True, "axes.titlecolor": INK}
+        | {"lines.linewidth": 1.6, "lines.markersize": 3.2, "lines.solid_joinstyle": "round"}
+        | {"axes.titlesize": 10, "legend.frameon": False, "axes.prop_cycle": cycler(color=SERIES)}
+    )
+
+
+def _line(axes: Axes, curve: Curve) -> None:
+    """Draw it with the SVG id `series-<name>`."""
+    y = _finite(curve.y)
+    few = sum(map(math.isfinite, y)) <= MOST_MARKED
+    (line,) = axes.plot(curve.x, y, **{"marker": "o" if few else None, **curve.style})
+    if curve.name:
+        line.set(label=curve.name, gid="series-" + re.sub(r"\W+", "-", curve.name))
+
+
+def _scale(axes: Axes, name: str, values: Sequence[Any], *, log: bool) -> bool:
+    """Few ticks in short numbers; text keeps its places. True if the scale is logarithmic."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(RULE)
-    axes.grid(axis="y", color=RULE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=INK, length=0)
-    axes.set_xlabel("step", color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-    axes.xaxis.set_major_formatter(_tick)
-    if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=7))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-        axes.tick_params(which="minor", length=0)
+    axis = getattr(axes, f"{name}axis")
+    if any(isinstance(value, str) for value in values):
+        axes.margins(x=0.2)
+        return False
+    if wide := log and max(values) > 20 * min(values) > 0:
+        axes.set(**{f"{name}scale": "log"})
+        between = (1, 2, 5) if max(values) < 1e4 * min(values) else (1,)
+        axis.set_major_locator(LogLocator(subs=between, numticks=7))
+        axis.set_minor_formatter(NullFormatter())
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(_tick)
-    if top > 0:
-        axes.set_ylim(0, 1.12 * top)
-    axes.set_xlim(left=0)
-
-
-def _tick(value: float, _place: float) -> str:
-    """12000 -> 12k, 0.0006 -> 6e-4."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    if value and abs(value) < 1e-2:
-        mantissa, _, power = f"{value:.2e}".partition("e")
-        return f"{float(mantissa):g}e{int(power)}"
-    return f"{value:.3g}"
+        whole = all(isinstance(value, int) for value in values)
+        axis.set_major_locator(MaxNLocator(6 if name == "x" else 4, integer=whole, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_formatter(lambda value, _: short(value) if abs(value) >= 1000 else f"{value:.3g}")
+    return wide
 
 
 def _inline(svg: str, title: str) -> str:
     """Only the <svg> element; ids made unique within the page; colours left to the page."""
     prefix = re.sub(r"\W+", "-", title.lower())
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'(?<=\bid=")|(?<=href="#)|(?<=url\(#)', f"{prefix}-", svg)
-    head = rf'<svg \1 role="img" aria-label="{title}">'
-    svg = re.sub(r'<svg\b[^>]*?(viewBox="[^"]*")[^>]*>', head, svg, count=1)
+    svg = re.sub(r'(?<=\bid=")|(?<=href="#)|(?<=url\(#)', f"{prefix}-", svg[svg.index("<svg") :])
     for colour, variable in COLOURS.items():
-        svg = svg.replace(colour, variable)
+        svg = svg.replace(colour, f"var(--{variable})")
     return svg.replace("xlink:href", "href")
 
 
-def _finite(value: float | None) -> float:
-    return value if value is not None and math.isfinite(value) else math.nan
+def _finite(values: Iterable[float | None]) -> list[float]:
+    return [math.nan if value is None or not math.isfinite(value) else value for value in values]

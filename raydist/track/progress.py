@@ -2,79 +2,71 @@
 
 from __future__ import annotations
 
-import itertools
-import re
 import statistics
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
-from rich.padding import Padding
-from rich.progress_bar import ProgressBar
-from rich.spinner import Spinner
-from rich.table import Table
+from rich import progress
+from rich.console import Console, RenderableType
 from rich.text import Text
 
 from raydist.track.records import Record
+from raydist.track.words import clean, duration, number, workers
 
 PREPARE_SECONDS = 5.0
 """Least time between plain lines of preparation."""
 
 RECENT_RECORDS = 20
-CURVE_POINTS = 24
-LONGEST_NAME = 24
-_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.|[\x00-\x08\x0b-\x1f\x7f]")
+COLUMNS = (
+    progress.TextColumn("{task.description}", markup=False),
+    progress.BarColumn(None, style="bright_black", complete_style="cyan", finished_style="cyan"),
+    progress.TextColumn("{task.fields[count]}", markup=False),
+    progress.TimeElapsedColumn(),
+    progress.TextColumn("{task.fields[expected]}", style="dim"),
+)
 
 
-class Progress:
+class Progress(progress.Progress):
     """Use as a context manager. With a terminal, whatever else is printed appears above the live view.
 
-    `total_steps` is set when it is known.
+    The view is a line of progress, then figures. `total_steps` is set when it is known.
     """
 
     def __init__(
         self, stream: TextIO | None = None, *, name: str = "", clock: Callable[[], float] = time.monotonic
     ) -> None:
-        self.total_steps, self._clock = 0, clock
+        self.total_steps, self._name, self._clock = 0, name, clock
+        self._figures: dict[str, str] = {}
+        self._first_perplexity: dict[str, float] = {}
+        self._seconds: deque[float] = deque(maxlen=RECENT_RECORDS)
+        self._last_prepared = -float("inf")
         self._stream = stream or sys.stderr
-        self._view = View(name, clock)
         console = Console(file=self._stream, highlight=False)
         fits = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
-        # catches what else is printed to this terminal, but not what is piped elsewhere
+        # also catches what else is printed to this terminal, but not what is piped elsewhere
         out, err = sys.stdout.isatty(), sys.stderr.isatty()
-        live = Live(
-            self._view, console=console, refresh_per_second=4, redirect_stdout=out, redirect_stderr=err
+        super().__init__(
+            *COLUMNS, console=console, redirect_stdout=out, redirect_stderr=err, disable=not fits
         )
-        self._live = live if fits else None
-        self._last_prepared = -float("inf")
-
-    def __enter__(self) -> Progress:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._view.mark = Text("✓", "green") if error is None else Text("✗", "red")
-        if self._live:
-            self._live.stop()
+        self.expand, self.live.refresh_per_second = True, 4
+        self._begin("starting")
 
     def phase(self, name: str, detail: str = "") -> None:
         """Say what is done now: planning, preparing, training, ..."""
-        self._view.begin(name, detail)
+        self._begin(name, detail)
         self._plain(f"{name}: {detail}" if detail else name)
 
     def prepare(self, done: int, total: int, documents: int, tokens: int) -> None:
         """`done` of `total` slices; what is in them so far."""
-        facts = f"{documents:,} documents  {tokens:,} tokens"
-        self._view.advance(done, total, f"slice {done:,}/{total:,}", [facts])
+        count, facts = f"slice {done:,}/{total:,}", f"{documents:,} documents  {tokens:,} tokens"
+        self._advance(done, total, count, facts)
         now = self._clock()
         if done == total or now - self._last_prepared >= PREPARE_SECONDS:
             self._last_prepared = now
-            self._plain(f"slice {done:,}/{total:,}  {facts}")
+            self._plain(f"{count}  {facts}")
 
     def record(self, record: Record) -> None:
         """Show one record of metrics.jsonl."""
@@ -82,115 +74,54 @@ class Progress:
         if kind == "train":
             self._train(record)
         elif kind == "eval":
-            self._view.evaluated(record)
-            shown = f"perplexity {number(record['perplexity'])}"
-            self._plain(f"eval  step {record['step']:,}  {record['source']}  {shown}")
+            self._evaluation(record["step"], record["source"], record["perplexity"])
         elif kind == "incident":
             self.message(f"incident: {record.get('what', '')}")
         elif kind == "resume":
-            self._view.rewind(record["step"])
+            self._seconds.clear()
             self.message(f"resumed at step {record['step']:,} with {workers(record.get('world_size', 1))}")
 
     def message(self, text: str) -> None:
         """A lasting line."""
-        if self._live:
-            self._live.console.print(clean(text), markup=False, soft_wrap=True)
+        if not self.disable:
+            self.print(clean(text), markup=False, soft_wrap=True)
         self._plain(text)
 
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield from (Text(f"  {clean(figure)}") for figure in list(self._figures.values()) if figure)
+
+    def _begin(self, phase: str, detail: str = "") -> None:
+        for task in self.task_ids:
+            self.remove_task(task)
+        self._figures[""] = detail
+        self._task = self.add_task(f"{self._name} {phase}".strip(), total=None, count="", expected="")
+
+    def _advance(self, done: int, total: int, count: str, facts: str, expected: str = "") -> None:
+        self._figures[""] = facts
+        self.update(self._task, completed=done, total=total, count=count, expected=expected)
+
     def _train(self, record: Record) -> None:
+        """The end is expected by the median of the recent steps' seconds."""
         step, total = record["step"], max(self.total_steps, record["step"])
-        self._view.trained(record, total)
-        remaining = self._view.remaining_seconds()
-        facts = [f"step {step:,}/{total:,}", f"loss {number(record['loss'])}", *rates(record)]
-        self._plain("  ".join(facts if remaining is None else [*facts, f"ETA {duration(remaining)}"]))
+        self._seconds.append(record["step_seconds"])
+        count, loss = f"step {step:,}/{total:,}", f"loss {number(record['loss'])}"
+        expected = f"ETA {duration((total - step) * statistics.median(self._seconds))}"
+        facts = "  ".join([loss, *rates(record)])
+        self._advance(step, total, count, facts, expected)
+        self._plain(f"{count}  {facts}  {expected}")
+
+    def _evaluation(self, step: int, source: str, last: float) -> None:
+        first = self._first_perplexity.setdefault(source, last)
+        change = f"{number(first)} → {number(last)}  {100 * (last / first - 1):+.1f} %" if first else ""
+        shown = number(last) if last == first else change
+        self._figures[source] = f"perplexity  {source}  {shown}"
+        self._plain(f"eval  step {step:,}  {source}  perplexity {number(last)}")
 
     def _plain(self, text: str) -> None:
-        if self._live is None:
+        if self.disable:
             self._stream.write(clean(text) + "\n")
             self._stream.flush()
-
-
-class View:
-    """The live view: a line of progress, then figures. Holds the state that is drawn."""
-
-    def __init__(self, name: str, clock: Callable[[], float]) -> None:
-        self._name, self._clock = name if len(name) <= LONGEST_NAME else name[: LONGEST_NAME - 1] + "…", clock
-        self._seconds: deque[float] = deque(maxlen=RECENT_RECORDS)
-        self._losses: list[tuple[int, float]] = []
-        self._perplexity: dict[str, tuple[float, float]] = {}
-        self.mark: Spinner | Text = Spinner("dots", style="cyan")
-        self.begin("starting", "")
-
-    def begin(self, phase: str, detail: str) -> None:
-        self._phase, self._began, self._facts = phase, self._clock(), [detail] if detail else []
-        self._done, self._total, self._count = 0, 0, ""
-        self._expected_end: float | None = None
-
-    def advance(self, done: int, total: int, count: str, facts: list[str]) -> None:
-        self._done, self._total, self._count, self._facts = done, total, count, facts
-
-    def trained(self, record: Record, total: int) -> None:
-        """The end is expected by the median of the recent steps' seconds."""
-        self._seconds.append(record["step_seconds"])
-        left = (total - record["step"]) * statistics.median(self._seconds)
-        self._expected_end = self._clock() + left
-        if record["loss"] is not None:
-            self._losses.append((record["step"], record["loss"]))
-        count = f"step {record['step']:>{len(f'{total:,}')},}/{total:,}"
-        self.advance(record["step"], total, count, rates(record))
-
-    def evaluated(self, record: Record) -> None:
-        first = self._perplexity.get(record["source"], (record["perplexity"],))[0]
-        self._perplexity[record["source"]] = first, record["perplexity"]
-
-    def rewind(self, step: int) -> None:
-        """The steps after `step` are taken back."""
-        self._losses = [(at, loss) for at, loss in self._losses if at <= step]
-        self._seconds.clear()
-        self._expected_end = None
-
-    def remaining_seconds(self) -> float | None:
-        return None if self._expected_end is None else max(0.0, self._expected_end - self._clock())
-
-    def __rich__(self) -> RenderableType:
-        lines: list[RenderableType] = []
-        if self._losses:
-            loss, curve = number(self._losses[-1][1]), sparkline([loss for _, loss in self._losses])
-            lines.append(Text.assemble(("loss ", "dim"), (loss, "bold"), "  ", (curve, "cyan")))
-        if self._facts:
-            lines.append(Text("  ".join(self._facts), style="dim"))
-        if self._perplexity:
-            lines.append(self._evaluations())
-        return Group(self._head(), Padding(Group(*lines), (0, 0, 0, 2)))
-
-    def _head(self) -> RenderableType:
-        title = Text.assemble((self._name, "bold"), " " if self._name else "", self._phase)
-        row = Table.grid(padding=(0, 1), expand=bool(self._total))
-        row.add_column(no_wrap=True)
-        row.add_column(no_wrap=True, overflow="ellipsis")
-        cells: list[RenderableType] = [self.mark, title]
-        if self._total:
-            row.add_column(ratio=1)
-            cells.append(ProgressBar(self._total, self._done, complete_style="cyan", finished_style="cyan"))
-        for text in (Text(self._count), Text(self._clock_text(), style="dim")):
-            row.add_column(no_wrap=True, justify="right")
-            cells.append(text)
-        row.add_row(*cells)
-        return row
-
-    def _clock_text(self) -> str:
-        remaining = None if isinstance(self.mark, Text) else self.remaining_seconds()
-        elapsed = duration(self._clock() - self._began)
-        return elapsed if remaining is None else f"{elapsed}  ETA {duration(remaining)}"
-
-    def _evaluations(self) -> RenderableType:
-        table = Table.grid(padding=(0, 2))
-        for source, (first, last) in self._perplexity.items():
-            change = f"{100 * (last / first - 1):+.1f} %" if first and last != first else ""
-            shown = f"{number(first)} → {number(last)}" if change else number(last)
-            colour = "green" if last < first else "yellow"
-            table.add_row(Text("perplexity", "dim"), Text(source), Text(shown, "bold"), Text(change, colour))
-        return table
 
 
 def rates(record: Record) -> list[str]:
@@ -203,39 +134,3 @@ def rates(record: Record) -> list[str]:
         f"memory {record['memory_bytes'] / 1e9:.1f} GB",
         f"lr {record['learning_rate']:.1e}",
     ]
-
-
-def sparkline(values: list[float]) -> str:
-    """The whole curve in at most CURVE_POINTS characters, each the mean of its part."""
-    count = min(len(values), CURVE_POINTS)
-    edges = [len(values) * i // count for i in range(count + 1)]
-    means = [statistics.fmean(values[a:b]) for a, b in itertools.pairwise(edges)]
-    low, high = min(means), max(means)
-    return "".join("▁▂▃▄▅▆▇█"[int(7 * (mean - low) / (high - low or 1))] for mean in means)
-
-
-def duration(seconds: float) -> str:
-    """1:02 for 62 seconds, 1:01:02, 2 d 03:04."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    if hours >= 24:
-        return f"{hours // 24} d {hours % 24:02}:{minute:02}"
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
-
-
-def number(value: float | None) -> str:
-    """Four figures or so: 4012, 45.21, 3.142."""
-    if value is None or value != value:
-        return "n/a"
-    if abs(value) >= 1000:
-        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def workers(count: int) -> str:
-    return f"{count} worker" if count == 1 else f"{count} workers"
-
-
-def clean(text: str) -> str:
-    """Without escape sequences and control characters: a message may quote anything."""
-    return _CONTROL.sub("", text)

@@ -9,14 +9,10 @@ from raydist.training.spec import TrainSpec
 
 def model_card(spec: TrainSpec, weights: Commit) -> str:
     """Markdown with a Hub header. weights: the commit, made or not, of the weights beside the card."""
-    job = spec.job
-    origin = f"base_model: {job.model.base}\n" if job.model.base else ""
-    adapter = "library_name: peft\n" if job.adapter else "library_name: transformers\n"
-    start = (
-        f"`{job.model.base}`"
-        if job.model.base
-        else f"random weights ({(job.model.config or {})['model_type']})"
-    )
+    job, base = spec.job, spec.job.model.base
+    origin = f"base_model: {base}\n" if base else ""
+    library = "peft" if job.adapter else "transformers"
+    start = f"`{base}`" if base else f"random weights ({(job.model.config or {})['model_type']})"
     method = f"LoRA, rank {job.adapter.r}" if job.adapter else "all weights"
     method += f" on the frozen base quantized to {job.quantization}" if job.quantization else ""
     rows = "".join(
@@ -26,7 +22,8 @@ def model_card(spec: TrainSpec, weights: Commit) -> str:
     )
     logs = "".join(f"- {name}: `{path.name}`\n" for name, path in spec.logs.items())
     return f"""---
-{origin}{adapter}pipeline_tag: text-generation
+{origin}library_name: {library}
+pipeline_tag: text-generation
 tags: [raydist]
 ---
 

@@ -10,7 +10,7 @@ import pytest
 
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
-from raydist.track.mlflow import MlflowTracker
+from raydist.track.mlflow import MlflowTracker, finish_parent, start_parent, tracking_uri
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # MLflow's and SQLAlchemy's own
 
@@ -104,3 +104,55 @@ def test_a_server_that_does_not_answer_is_one_warning_without_secrets(run: Path)
     (warning,) = mirror(job, run, "finished")
     assert f"http://***@127.0.0.1:{port}" in warning and "hunter2" not in warning
     assert time.monotonic() - started < 60
+
+
+def test_the_trials_of_a_sweep_stand_under_its_run(tmp_path: Path) -> None:
+    from mlflow import MlflowClient
+
+    sweep = tmp_path / "runs" / "sweep"
+    trial = sweep / "trials" / "0"
+    trial.mkdir(parents=True)
+    uri = tracking_uri(a_job(), sweep)
+    parent = start_parent(a_job(), sweep, on_warning=pytest.fail)
+    assert parent and start_parent(a_job(), sweep, on_warning=pytest.fail) == parent
+    append(trial, train(1))
+    tracker = MlflowTracker(a_job(mlflow=uri), trial, on_warning=pytest.fail, parent=parent)
+    tracker.finish("finished")
+    for name in ("job.yaml", "sweep.html", "best.yaml"):
+        (sweep / name).write_text(name)
+    for lr in (3e-4, 5e-4):  # the second time after a resumption that found a better trial
+        finish_parent(
+            a_job(), sweep, "finished", {"best bits": lr}, {"train.lr": str(lr)}, on_warning=pytest.fail
+        )
+
+    client = MlflowClient(uri)
+    found = client.get_run(parent)
+    assert found.info.status == "FINISHED" and found.data.metrics == {"best bits": 5e-4}
+    assert found.data.params["train.lr"] == "0.001" and found.data.params["best.train.lr"] == "0.0003"
+    assert found.data.tags["resumed.best.train.lr"] == "0.0005"
+    assert {a.path for a in client.list_artifacts(parent)} == {"job.yaml", "sweep.html", "best.yaml"}
+    (child,) = client.search_runs([found.info.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
+    assert child.data.metrics["loss"] == 9.0 and child.info.run_id != parent
+
+
+def test_a_run_that_was_deleted_from_the_server_is_made_anew(run: Path) -> None:
+    from mlflow import MlflowClient
+
+    append(run, train(1))
+    assert mirror(a_job(), run, "stopped") == []
+    first = json.loads((run / "mlflow.json").read_text())["run_id"]
+    client = MlflowClient(tracking_uri(a_job(), run))
+    client.delete_run(first)
+    assert mirror(a_job(), run, "finished") == []
+    second = json.loads((run / "mlflow.json").read_text())["run_id"]
+    assert second != first and client.get_run(second).data.metrics["loss"] == 9.0
+
+
+def test_a_sweep_without_its_server_is_warned(run: Path) -> None:
+    warnings: list[str] = []
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        job = a_job(mlflow=f"http://127.0.0.1:{unused.getsockname()[1]}")
+    assert start_parent(job, run, on_warning=warnings.append) is None
+    finish_parent(job, run, "finished", {}, {}, on_warning=warnings.append)
+    assert len(warnings) == 2

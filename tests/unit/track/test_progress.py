@@ -2,7 +2,8 @@ import io
 import re
 from typing import Any
 
-from raydist.track.progress import Progress, duration, number, sparkline
+from raydist.track.progress import Progress
+from raydist.track.words import duration, number
 
 
 class Terminal(io.StringIO):
@@ -109,5 +110,3 @@ def test_numbers_and_durations() -> None:
         "n/a", "n/a", "4,012", "45.21", "3.142",
     ]  # fmt: skip
     assert [duration(s) for s in (5, 62, 3662, 183840)] == ["0:05", "1:02", "1:01:02", "2 d 03:04"]
-    assert sparkline([8.0, 4.0, 1.0]) == "█▄▁"
-    assert len(sparkline([float(i) for i in range(1000)])) == 24

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from raydist.track.report import render, short, wall_seconds, write_report
+from raydist.track.report import render, wall_seconds, write_report
+from raydist.track.words import short
 
 
 def run_folder(run: Path, steps: int = 60) -> Path:
@@ -123,7 +124,10 @@ def test_runs_that_hardly_began_have_a_page(tmp_path: Path) -> None:
         "failed" in told and "no file matches data/*.parquet" in told and "No step has been recorded" in told
     )
     (tmp_path / "metrics.jsonl").write_text(json.dumps(_eval(0, 1, 5.0)) + "\n")
-    assert render(tmp_path).count("<svg") == 1
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"kind": "start"}\n{"kind": "incident"}\n')
+    page = render(tmp_path)
+    assert page.count("<svg") == 1 and "Attempt 1 started with 1 worker" in text_of(page)
 
 
 def test_time_between_attempts_is_not_wall_time() -> None:

@@ -1,0 +1,95 @@
+"""sweep.html: one self-contained page of a sweep: its trials best first, and what the parameters do."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raydist import files
+from raydist.track.plots import MUTED, SERIES, Curve, draw
+from raydist.track.report import page
+from raydist.track.words import shown
+
+STATES = ("finished", "pruned", "running", "failed")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial. tokens: trained so far.  curve: (tokens, bits per byte) of each evaluation.
+
+    parameters: dotted key -> value.  bits_per_byte: the last evaluation's; less is better.
+    state: running, finished, pruned (ended early by the scheduler) or failed.
+    """
+
+    name: str
+    parameters: dict[str, Any]
+    state: str
+    bits_per_byte: float | None
+    tokens: int
+    curve: list[tuple[int, float]]
+    error: str = ""
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Best first: finished by bits per byte, then pruned, running, failed."""
+    return sorted(trials, key=lambda trial: (STATES.index(trial.state), _bits(trial)))
+
+
+def write_sweep_page(folder: Path, trials: Sequence[Trial], *, state: str = "", error: str = "") -> Path:
+    """Write `folder`/sweep.html, with the job of `folder`/job.yaml."""
+    trials = ranked(trials)
+    best = trials[0] if trials and math.isfinite(_bits(trials[0])) else None
+    keys = list(dict.fromkeys(key for trial in trials for key in trial.parameters))
+    counts = Counter(trial.state for trial in trials)
+    text = page(
+        "sweep.html.j2",
+        folder,
+        state=state,
+        error=error,
+        trials=trials,
+        best=best,
+        keys=keys,
+        states=", ".join(f"{n} {state}" for state, n in counts.items()),
+        plots=[_curves(trials, best), *(_scatter(key, trials, best) for key in keys)],
+    )
+    files.write_text(folder / "sweep.html", text)
+    return folder / "sweep.html"
+
+
+def _curves(trials: Sequence[Trial], best: Trial | None) -> str:
+    """A line for each trial; the best one is drawn last, over the others."""
+    faint = {"color": MUTED, "linewidth": 1.0, "alpha": 0.5, "markersize": 2.0}
+    strong = {"color": SERIES[0], "linewidth": 2.2}
+    curves = []
+    for trial in reversed(trials):
+        x, y = [tokens for tokens, _ in trial.curve], [bits for _, bits in trial.curve]
+        is_best = trial is best
+        curves.append(Curve("best" if is_best else "", x, y, strong if is_best else faint))
+    return draw("All trials", "best emphasized", curves, "tokens")
+
+
+def _scatter(key: str, trials: Sequence[Trial], best: Trial | None) -> str:
+    """A dot for each trial that was evaluated; a ring for one that did not finish."""
+    found = [trial for trial in trials if key in trial.parameters and math.isfinite(_bits(trial))]
+    values = [trial.parameters[key] for trial in found]
+    numeric = all(type(value) in (int, float) for value in values)
+    places = values if numeric else [shown(value) for value in values]
+    # without a value, only to put the categories in order
+    curves = [] if numeric else [Curve("", sorted(set(places)), [None] * len(set(places)))]
+    dot = {"linestyle": "none", "marker": "o", "markersize": 5.0, "color": MUTED}
+    ring, big = dot | {"fillstyle": "none"}, dot | {"markersize": 8.0, "color": SERIES[0]}
+    groups = ["best" if t is best else "finished" if t.state == "finished" else "not finished" for t in found]
+    for name, style in (("finished", dot), ("not finished", ring), ("best", big)):
+        of = [i for i, group in enumerate(groups) if group == name]
+        curves.append(Curve(name, [places[i] for i in of], [_bits(found[i]) for i in of], style))
+    return draw(key, "", curves, "", log="x")
+
+
+def _bits(trial: Trial) -> float:
+    """Infinite where there is none, so that it comes last."""
+    bits = trial.bits_per_byte
+    return bits if bits is not None and math.isfinite(bits) else math.inf

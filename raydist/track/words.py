@@ -1,0 +1,59 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+from raydist.track.records import redact
+
+_CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.|[\x00-\x08\x0b-\x1f\x7f]")
+
+
+def number(value: float | None) -> str:
+    """Four figures or so: 4012, 45.21, 3.142."""
+    if value is None or value != value:
+        return "n/a"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}" if abs(value) < 1e7 else f"{value:.3g}"
+    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def short(count: float) -> str:
+    """1.97M, 12.6k, 840: three figures."""
+    for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= unit:
+            return f"{count / unit:.3g}{letter}" if count < 999.5 * unit else f"{count / unit:,.0f}{letter}"
+    return f"{count:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """1:02 for 62 seconds, 1:01:02, 2 d 03:04."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24:02}:{minute:02}"
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def date(seconds: float | None) -> str:
+    """UTC, to the second."""
+    return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def workers(count: int) -> str:
+    return f"{count} worker" if count == 1 else f"{count} workers"
+
+
+def clean(text: str) -> str:
+    """Without escape sequences and control characters: a message may quote anything."""
+    return _CONTROL.sub("", text)
+
+
+def shown(value: Any) -> str:
+    """The value of a key of the job: a number with four figures, text as it is, else JSON."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return redact(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
