@@ -13,11 +13,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from raydist.api import blocks, load_job, open_feed, open_log, prepare, submit, train
+    from raydist.api import blocks, load_job, open_feed, open_log, prepare, submit, train, tune
     from raydist.job.schema import Job
     from raydist.run import RunResult
 
-__all__ = ["Job", "RunResult", "blocks", "load_job", "open_feed", "open_log", "prepare", "submit", "train"]
+__all__ = [
+    "Job",
+    "RunResult",
+    "blocks",
+    "load_job",
+    "open_feed",
+    "open_log",
+    "prepare",
+    "submit",
+    "train",
+    "tune",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     import ray.data
 
     from raydist.feed.feed import Feed
+    from raydist.sweep.sweep import SweepResult
 
-__all__ = ["blocks", "load_job", "open_feed", "open_log", "prepare", "submit", "train"]
+__all__ = ["blocks", "load_job", "open_feed", "open_log", "prepare", "submit", "train", "tune"]
 
 BLOCKS_PER_TASK = 256
 
@@ -45,6 +46,16 @@ def submit(job: Job, *, address: str | None = None) -> int:
     from raydist.cluster.submit import submit_and_follow
 
     return submit_and_follow(job, cluster, print)
+
+
+def tune(job: Job, *, address: str | None = None) -> SweepResult:
+    """Run the sweep of `job`, or go on with the one of that name; its trials, best first.
+
+    Raises TrainingError if trials failed; the sweep's folder has the others.
+    """
+    from raydist.sweep.sweep import run_sweep
+
+    return run_sweep(job, address=ray_address(address))
 
 
 def prepare(job: Job, *, address: str | None = None) -> Prepared:

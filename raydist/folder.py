@@ -18,7 +18,8 @@ from typing import Any
 from raydist import files
 from raydist.errors import RunBusy, RunError
 
-STATES = ("planning", "preparing", "training", "finished", "failed", "stopped")
+LIVE = ("planning", "preparing", "training")
+STATES = (*LIVE, "finished", "failed", "stopped")
 
 
 class RunFolder:
@@ -41,6 +42,16 @@ class RunFolder:
         """{} for a run that was never started."""
         return files.read_record(self.status_file)
 
+    def state(self) -> str:
+        """One of STATES; `interrupted` where a driver is said to be at work and is dead."""
+        said = str(self.status().get("state", "planning"))
+        return "interrupted" if said in LIVE and not self.driver() else said
+
+    def driver(self) -> str:
+        """The process that holds the run, as "process 12 on host"; empty while none does."""
+        lease = self.path / ".lease"
+        return lease.read_text() if lease.exists() and _is_held(lease) else ""
+
     def set_status(self, state: str, **more: Any) -> None:
         assert state in STATES, state
         since = datetime.now(UTC).isoformat(timespec="seconds")
@@ -51,7 +62,12 @@ class RunFolder:
         return files.read_record(self.data_file)
 
     def committed(self) -> bool:
-        return any(self.checkpoints.glob("step-*/COMMIT.json"))
+        return bool(self.committed_steps())
+
+    def committed_steps(self) -> list[int]:
+        """Of the checkpoints that are whole, in order."""
+        found = self.checkpoints.glob("step-*/COMMIT.json")
+        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
 
     def next_attempt(self) -> int:
         """Attempts count from 1 over the whole life of the run."""
@@ -60,15 +76,16 @@ class RunFolder:
 
     def lease(self) -> AbstractContextManager[None]:
         """Hold the run for this driver. Raises RunBusy, naming the holder, while another one lives."""
-        return exclusive(self.path / ".lease", wait_seconds=0)
+        return exclusive(self.path / ".lease", wait_seconds=1)  # while somebody looks at `driver`
 
     def writer(self) -> AbstractContextManager[None]:
         """Hold the run's records for this attempt's rank 0.
 
         A driver can die before its workers do: the next attempt waits here until the last writer is
-        gone, so that two attempts never write checkpoints or records side by side.
+        gone, so that two attempts never write checkpoints or records side by side. One on a host that
+        is cut off from the network is gone when its collective times out, 300 s after the cut.
         """
-        return exclusive(self.path / ".writer", wait_seconds=60)
+        return exclusive(self.path / ".writer", wait_seconds=280)
 
 
 @contextmanager
@@ -95,6 +112,15 @@ def _locked(handle: int) -> bool:
     return True
 
 
+def _is_held(path: Path) -> bool:
+    with path.open() as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def _busy(path: Path) -> RunBusy:
     return RunBusy(
         f"another process is writing the run {path.parent.name}",
@@ -104,12 +130,17 @@ def _busy(path: Path) -> RunBusy:
     )
 
 
+def runs_in(storage: str) -> list[RunFolder]:
+    """By name."""
+    return [RunFolder(path.parent) for path in sorted(Path(storage).expanduser().glob("*/job.yaml"))]
+
+
 def find_run(run: str | Path, storage: str = "runs") -> RunFolder:
     """The folder of RUN, given as a folder or as a name within `storage`."""
     for path in (Path(run), Path(storage) / run):
         if (path / "job.yaml").exists():
             return RunFolder(path)
-    known = sorted(p.parent.name for p in Path(storage).glob("*/job.yaml"))
+    known = [folder.path.name for folder in runs_in(storage)]
     raise RunError(
         f"no run {run}",
         where=f"neither {run} nor {Path(storage) / run} holds a job.yaml",

@@ -6,6 +6,8 @@ run keeps its tokens.
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,7 @@ from raydist.job.schema import Job, Source
 from raydist.track.progress import Progress
 
 if TYPE_CHECKING:
+    from raydist.corpus.pipeline import Share
     from raydist.feed.feed import Feed
     from raydist.folder import RunFolder
     from raydist.job.plan import Plan
@@ -36,6 +39,10 @@ class Prepared:
     tokenizer: TokenizerSpec
     logs: dict[str, TokenLog]
     eval_logs: dict[str, TokenLog]
+
+    @property
+    def complete(self) -> bool:
+        return all(log.complete for log in self.logs.values())
 
     def pins(self) -> dict[str, Any]:
         """What a resumed run opens again instead of planning anew."""
@@ -92,6 +99,7 @@ class Prepared:
             tokenizer=Path(self.tokenizer.folder),
             plan=plan,
             attempt=attempt,
+            growing=not self.complete,
         )
 
     def sample(self, folder: RunFolder) -> dict[str, str] | None:
@@ -121,18 +129,61 @@ def prepare_logs(
 
     pinned: what `Prepared.pins` gave when the run began. stop: called between logs; raises to stop.
     """
-    if pinned:
+    if pinned and _complete(job, pinned):
         prepared = _open_pinned(job, pinned)
         _tell_what_changed(prepared, progress)
         return prepared
     progress.phase("planning")
-    tokenizer = resolve_tokenizer(job, _storage(job))
 
     def made(name: str, plan: LogPlan) -> TokenLog:
         stop()
         return _make(name, plan, job.corpus.on_error, progress)
 
-    return _of_plans(job, tokenizer, made)
+    return _of_plans(job, _tokenizer(job, pinned), made, pinned)
+
+
+def can_begin_early(job: Job) -> bool:
+    """Whether the order of samples is known before the logs end: not of epochs, nor of merged sources."""
+    weighted = all(source.weight is not None for source in job.corpus.sources.values())
+    known = weighted or len(job.corpus.sources) == 1
+    return job.prepare.wait == "auto" and job.train.epochs is None and known
+
+
+def prepare_first(
+    job: Job, progress: Progress, share: Share, *, pinned: dict[str, Any] | None = None
+) -> tuple[Prepared, Callable[[], Prepared]] | None:
+    """The logs as far as their first window, and what makes the rest of them; None if that is all there is.
+
+    The rest is made a window of each source at a time, so that training never waits for one source alone.
+    """
+    if pinned and _complete(job, pinned):
+        return None
+    window, tokenizer = job.packing.window_shards, _tokenizer(job, pinned)
+    plans, eval_plans = _plans(job, tokenizer, pinned)
+    if all(plan.complete or plan.n_slices <= window for plan in plans.values()):
+        return None
+
+    def made(plan: LogPlan, slices: int) -> TokenLog:
+        stop = None if plan.complete or slices >= plan.n_slices else slices
+        return build_log(plan, on_error=job.corpus.on_error, stop=stop, share=share)
+
+    def up_to(slices: int) -> Prepared:
+        logs = {name: made(plan, slices) for name, plan in plans.items()}
+        return Prepared(job, tokenizer, logs, eval_logs)
+
+    def rest() -> Prepared:
+        longest = max(plan.n_slices for plan in plans.values())
+        for slices in range(2 * window, longest, window):
+            up_to(slices)
+        return up_to(longest)
+
+    progress.phase("preparing", f"the first {window} slices of each source; the others while it trains")
+    eval_logs = {name: made(plan, sys.maxsize) for name, plan in eval_plans.items()}
+    for slices in itertools.count(window, window):  # a slice may hold no document, and so no shard
+        prepared = up_to(slices)
+        if all(log.complete or len(log.shards) >= window for log in prepared.logs.values()):
+            return prepared, rest
+    raise AssertionError("unreachable: the last slice makes a log complete")
 
 
 def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
@@ -171,10 +222,52 @@ def _plan(source: Source, job: Job, tokenizer: TokenizerSpec) -> LogPlan:
     return plan_log(source, job.corpus, tokenizer, _storage(job) / "tokens")
 
 
-def _of_plans(job: Job, tokenizer: TokenizerSpec, log_of: Callable[[str, LogPlan], TokenLog]) -> Prepared:
-    logs = {name: log_of(name, _plan(s, job, tokenizer)) for name, s in job.corpus.sources.items()}
-    eval_logs = {name: log_of(name, _plan(s, job, tokenizer)) for name, s in job.eval.sources.items()}
+def _tokenizer(job: Job, pinned: dict[str, Any] | None) -> TokenizerSpec:
+    return TokenizerSpec.from_json(pinned["tokenizer"]) if pinned else resolve_tokenizer(job, _storage(job))
+
+
+def _plans(
+    job: Job, tokenizer: TokenizerSpec, pinned: dict[str, Any] | None
+) -> tuple[dict[str, LogPlan], dict[str, LogPlan]]:
+    """Of the sources to train on and of those to evaluate on. pinned: what they must come to, if given."""
+
+    def plan(kind: str, name: str, source: Source) -> LogPlan:
+        planned = _plan(source, job, tokenizer)
+        if pinned and planned.fingerprint != pinned[kind][name]:
+            raise LogError(
+                f"{name}: its source files changed before its token log was complete",
+                where=str(_storage(job) / "tokens" / pinned[kind][name]),
+                why="the run began with tokens of the files as they were",
+                fix="restore the files, or give the job a new name",
+            )
+        return planned
+
+    return (
+        {name: plan("logs", name, source) for name, source in job.corpus.sources.items()},
+        {name: plan("eval_logs", name, source) for name, source in job.eval.sources.items()},
+    )
+
+
+def _of_plans(
+    job: Job,
+    tokenizer: TokenizerSpec,
+    log_of: Callable[[str, LogPlan], TokenLog],
+    pinned: dict[str, Any] | None = None,
+) -> Prepared:
+    logs, eval_logs = (
+        {name: log_of(name, plan) for name, plan in plans.items()} for plans in _plans(job, tokenizer, pinned)
+    )
     return Prepared(job, tokenizer, logs, eval_logs)
+
+
+def _complete(job: Job, pins: dict[str, Any]) -> bool:
+    """Whether all pinned logs are, or are gone altogether, which `_open_pinned` tells."""
+    folders = [
+        _storage(job) / "tokens" / pin for kind in ("logs", "eval_logs") for pin in pins[kind].values()
+    ]
+    return not any(
+        (path / "plan.json").exists() and not (path / "manifest.json").exists() for path in folders
+    )
 
 
 def _make(name: str, plan: LogPlan, on_error: str, progress: Progress) -> TokenLog:

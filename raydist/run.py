@@ -20,18 +20,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raydist import files
 from raydist.cluster.connect import ray_session
-from raydist.errors import RunChanged, Stopped, TrainingError, WorkerLost
+from raydist.cluster.room import spare
+from raydist.errors import JobError, RunChanged, Stopped, TrainingError, WorkerLost
 from raydist.folder import RunFolder
 from raydist.job.identity import differences
 from raydist.job.load import job_yaml, load_job
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
-from raydist.prepared import Prepared, prepare_logs
+from raydist.prepared import Prepared, can_begin_early, prepare_first, prepare_logs
 from raydist.track.progress import Progress
 from raydist.track.records import Tail, effective, read_metrics
 
 if TYPE_CHECKING:
-    from raydist.feed.feed import Feed
     from raydist.training.spec import TrainSpec
 
 T = TypeVar("T")
@@ -57,26 +57,34 @@ class RunResult:
         return load_trained(self.model_path)
 
 
-def run_job(job: Job, *, address: str | None = None, progress: Progress | None = None) -> RunResult:
-    """Run `job` to its end, or resume the run of that name.
+def run_job(
+    job: Job, *, address: str | None = None, progress: Progress | None = None, parent: str | None = None
+) -> RunResult:
+    """Run `job` to its end, or resume the run of that name. parent: the MLflow run that it is part of.
 
     Raises a RaydistError; the run's status.json then says failed, or stopped after a checkpoint.
     """
-    folder = RunFolder(Path(job.storage).expanduser() / job.name)
+    if job.tune is not None:
+        raise JobError(f"{job.name} is a sweep: it has a tune section", fix="raydist tune, or tune: null")
+    folder = folder_of(job)
     progress = progress or Progress(name=job.name)
     with progress, folder.lease():
         if _already_finished(job, folder):
             progress.message(f"run {job.name} is finished already; nothing to do")
             return _result(folder)
-        with _status_of(folder), _stop_signals(folder, progress):
+        with status_of(folder), stop_signals(folder, progress):
             _claim(job, folder)
             _check(job)
             with (
                 ray_session(job.scaling.num_workers, job.scaling.cpus_per_worker, address),
-                _stop_signals(folder, progress),  # again: joining a cluster puts Ray's own handlers in place
+                stop_signals(folder, progress),  # again: joining a cluster puts Ray's own handlers in place
             ):
-                _prepare_and_train(job, folder, progress)
+                _prepare_and_train(job, folder, progress, parent)
         return _result(folder)
+
+
+def folder_of(job: Job) -> RunFolder:
+    return RunFolder(Path(job.storage).expanduser() / job.name)
 
 
 def _check(job: Job) -> None:
@@ -86,17 +94,19 @@ def _check(job: Job) -> None:
     check_model(job)
 
 
-def _prepare_and_train(job: Job, folder: RunFolder, progress: Progress) -> None:
-    prepared = _prepare(job, folder, progress)
-    feed = prepared.feed()
-    plan = make_plan(job, job.scaling.num_workers, feed.samples_per_epoch)
-    _write_data(job, folder, prepared, feed)
-    _stop_if_asked(folder)
-    with _reported(job, folder, progress):
-        stopped = _attempts(job, folder, prepared, plan, progress)
-        _conclude(folder, prepared, feed)
+def _prepare_and_train(job: Job, folder: RunFolder, progress: Progress, parent: str | None) -> None:
+    prepared, rest = _prepare(job, folder, progress)
+    plan = make_plan(job, job.scaling.num_workers, prepared.feed().samples_per_epoch)
+    _write_data(folder, prepared)
+    stop_if_asked(folder)
+    with _reported(job, folder, progress, parent):
+        stopped = _attempts(job, folder, prepared, rest, plan, progress)
+        if not (stopped and rest is not None and not rest.done()):
+            prepared = prepared if rest is None else _awaited(rest, progress)
+            _write_data(folder, prepared)
+            _conclude(folder, prepared)
         if stopped:
-            raise _stopped(folder)
+            raise stopped_error(folder)
 
 
 # --- the run folder ------------------------------------------------------------------------------
@@ -132,7 +142,7 @@ def _claim(job: Job, folder: RunFolder) -> None:
 
 
 @contextlib.contextmanager
-def _status_of(folder: RunFolder) -> Iterator[None]:
+def status_of(folder: RunFolder) -> Iterator[None]:
     """status.json says how the run ended, however it ends."""
     try:
         yield
@@ -146,7 +156,7 @@ def _status_of(folder: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stop_signals(folder: RunFolder, progress: Progress) -> Iterator[None]:
+def stop_signals(folder: RunFolder, progress: Progress) -> Iterator[None]:
     """SIGTERM and Ctrl-C ask for a checkpoint and a clean end; a second one ends at once."""
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -154,7 +164,7 @@ def _stop_signals(folder: RunFolder, progress: Progress) -> Iterator[None]:
             raise KeyboardInterrupt
         folder.stop_flag.touch()
         if folder.status()["state"] != "training":
-            raise _stopped(folder)
+            raise stopped_error(folder)
         progress.message("stopping after a checkpoint; once more to stop at once")
 
     if threading.current_thread() is not threading.main_thread():
@@ -173,12 +183,12 @@ def _handling(number: signal.Signals, handler: Callable[[int, FrameType | None],
         signal.signal(number, before)
 
 
-def _stop_if_asked(folder: RunFolder) -> None:
+def stop_if_asked(folder: RunFolder) -> None:
     if folder.stop_flag.exists():
-        raise _stopped(folder)
+        raise stopped_error(folder)
 
 
-def _stopped(folder: RunFolder) -> Stopped:
+def stopped_error(folder: RunFolder) -> Stopped:
     return Stopped(
         f"run {folder.path.name} was stopped", where=str(folder.path), fix="submit the job again to go on"
     )
@@ -187,20 +197,42 @@ def _stopped(folder: RunFolder) -> Stopped:
 # --- data ----------------------------------------------------------------------------------------
 
 
-def _prepare(job: Job, folder: RunFolder, progress: Progress) -> Prepared:
+def _prepare(job: Job, folder: RunFolder, progress: Progress) -> tuple[Prepared, Future[Prepared] | None]:
+    """The token logs; or their first windows, while the rest is made beside the training."""
     folder.set_status("preparing")
     pinned = folder.data().get("pins")
-    return prepare_logs(job, progress, pinned=pinned, stop=lambda: _stop_if_asked(folder))
+    share = spare(job) if can_begin_early(job) else None
+    first = prepare_first(job, progress, share, pinned=pinned) if share else None
+    if first is None:
+        return prepare_logs(job, progress, pinned=pinned, stop=lambda: stop_if_asked(folder)), None
+    prepared, rest = first
+    return prepared, _in_thread(rest)
 
 
-def _write_data(job: Job, folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
-    files.write_json(folder.data_file, {**folder.data(), "pins": prepared.pins(), **prepared.describe(feed)})
+def _awaited(rest: Future[Prepared], progress: Progress) -> Prepared:
+    if not rest.done():
+        progress.phase(
+            "preparing", "training has ended; the rest of the token logs, to account for every token"
+        )
+    return rest.result()
+
+
+def _write_data(folder: RunFolder, prepared: Prepared) -> None:
+    described = prepared.describe(prepared.feed()) if prepared.complete else {}
+    files.write_json(folder.data_file, {**folder.data(), "pins": prepared.pins(), **described})
 
 
 # --- attempts ------------------------------------------------------------------------------------
 
 
-def _attempts(job: Job, folder: RunFolder, prepared: Prepared, plan: Plan, progress: Progress) -> bool:
+def _attempts(
+    job: Job,
+    folder: RunFolder,
+    prepared: Prepared,
+    rest: Future[Prepared] | None,
+    plan: Plan,
+    progress: Progress,
+) -> bool:
     """Train until an attempt ends by itself; True when it was stopped on request.
 
     A lost worker starts the next attempt from the newest checkpoint; an exception in the training
@@ -212,7 +244,7 @@ def _attempts(job: Job, folder: RunFolder, prepared: Prepared, plan: Plan, progr
     for lost in range(job.scaling.max_failures + 1):
         spec = prepared.train_spec(folder, plan, folder.next_attempt())
         try:
-            return _watch(spec, folder, progress)
+            return _watch(spec, rest, folder, progress)
         except WorkerLost as error:
             if lost == job.scaling.max_failures:
                 raise TrainingError(
@@ -225,17 +257,22 @@ def _attempts(job: Job, folder: RunFolder, prepared: Prepared, plan: Plan, progr
     raise AssertionError("unreachable: the last loop returns or raises")
 
 
-def _watch(spec: TrainSpec, folder: RunFolder, progress: Progress) -> bool:
-    """Run one attempt in a thread, so that this one can show its records and receive signals."""
+def _watch(spec: TrainSpec, rest: Future[Prepared] | None, folder: RunFolder, progress: Progress) -> bool:
+    """Run one attempt in a thread, so that this one can show its records and receive signals.
+
+    rest: the preparation that goes on beside it; what it raises is raised here.
+    """
     from raydist.training.ray_trainer import run_attempt
 
     tail = Tail(folder.metrics_file, offset=_size(folder.metrics_file))
-    attempt = _in_thread(lambda: run_attempt(spec))
+    attempt = _in_thread(lambda: run_attempt(spec, progress.message))
     done = False
     while not done:
         done = attempt.done()  # before the poll, so that the last records are not missed
         for record in tail.poll():
             progress.record(record)
+        if rest is not None and rest.done():
+            rest.result()
         time.sleep(0 if done else POLL_SECONDS)
     return attempt.result().stopped
 
@@ -261,13 +298,13 @@ def _size(path: Path) -> int:
 # --- the end -------------------------------------------------------------------------------------
 
 
-def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
+def _conclude(folder: RunFolder, prepared: Prepared) -> None:
     """What became of every token up to the newest checkpoint, and a sample of the model's text."""
     from raydist.feed.audit import audit
     from raydist.training.checkpoint import newest_valid
 
     commit = newest_valid(folder.path)
-    counted = audit(feed, commit.samples if commit else 0)
+    counted = audit(prepared.feed(), commit.samples if commit else 0)
     sample = prepared.sample(folder) if folder.model.exists() else None
     began = next(r for r in reversed(read_metrics(folder.path)) if r["kind"] in ("start", "resume"))
     known = {
@@ -279,12 +316,14 @@ def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
 
 
 @contextlib.contextmanager
-def _reported(job: Job, folder: RunFolder, progress: Progress) -> Iterator[None]:
+def _reported(job: Job, folder: RunFolder, progress: Progress, parent: str | None) -> Iterator[None]:
     """MLflow follows the run; both it and the report say how it ended, however it ends."""
     from raydist.track.mlflow import MlflowTracker
     from raydist.track.report import write_report
 
-    tracker = MlflowTracker(job, folder.path, on_warning=progress.message) if job.tracking.mlflow else None
+    tracker = None
+    if job.tracking.mlflow:
+        tracker = MlflowTracker(job, folder.path, parent=parent, on_warning=progress.message)
     state, told = "failed", ""
     try:
         yield

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import click
 
-from raydist.cli import jobs, runs
+from raydist.cli import clusters, jobs, runs
 from raydist.errors import RaydistError
 
 
@@ -31,8 +31,9 @@ def group() -> None:
 
 
 for command in (
-    *(jobs.init, jobs.validate, jobs.plan, jobs.prepare, jobs.train, jobs.submit),
-    *(runs.stop, runs.export),
+    *(jobs.init, jobs.validate, jobs.plan, jobs.prepare, jobs.train, jobs.submit, jobs.tune),
+    *(runs.ls, runs.status, runs.logs, runs.stop, runs.resume, runs.export),
+    *(clusters.doctor, clusters.cluster),
 ):
     group.add_command(command)
 

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 @click.argument("path", metavar="JOB.yaml", type=click.Path(dir_okay=False, path_type=Path))
 @click.option(
     "--kind",
-    type=click.Choice(["pretrain", "continue", "fsdp", "zero3", "qlora"]),
+    type=click.Choice(["pretrain", "continue", "fsdp", "zero3", "qlora", "sweep"]),
     default="continue",
     show_default=True,
-    help="From random weights, or on from a pretrained model; the last three for one that does not fit.",
+    help="From random weights, or on from a pretrained model; for one that does not fit; a sweep.",
 )
 @click.option("--force", is_flag=True, help="Replace JOB.yaml if it exists.")
 def init(path: Path, kind: str, force: bool) -> None:
@@ -142,3 +142,29 @@ def _run_here(job: Job, address: str | None, as_json: bool) -> None:
         show.as_json({"run": str(result.folder), "state": result.state, "evaluations": result.metrics})
     else:
         show.result(result)
+
+
+@click.command(short_help="Run a sweep over learning rate, block size or any other key.")
+@of_a_job
+@address
+@as_json
+def tune(job_file: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+    """Run the sweep that the job's `tune` section describes, here or on a cluster; resumes it if it began."""
+    from raydist.cluster.connect import ray_address
+    from raydist.job.load import load_job
+
+    job = load_job(job_file, overrides)
+    cluster = ray_address(address, job.cluster.address)
+    if cluster is not None and "://" in cluster:
+        from raydist.cluster.submit import submit_and_follow
+
+        raise SystemExit(submit_and_follow(job, cluster, click.echo, "tune"))
+    from raydist.run import folder_of
+    from raydist.sweep.sweep import read_sweep, run_sweep
+
+    try:
+        run_sweep(job, address=cluster)
+    finally:
+        if (folder_of(job).path / "trials.jsonl").exists():
+            result = read_sweep(job)
+            show.as_json(result) if as_json else show.sweep(result)

@@ -26,8 +26,15 @@ def of_a_job(command: Command) -> Command:
     return click.argument("job_file", metavar="JOB.yaml", type=JOB)(overrides(command))
 
 
+storage = click.option(
+    "--storage", default="runs", show_default=True, help="Where runs are looked up by name."
+)
+at_cluster = click.option(
+    "--address",
+    metavar="URL",
+    help="Ask the cluster at this dashboard address instead, where --storage is not to be seen from here.",
+)
+
+
 def of_a_run(command: Command) -> Command:
-    storage = click.option(
-        "--storage", default="runs", show_default=True, help="Where RUN is looked up by name."
-    )
     return click.argument("run", metavar="RUN")(storage(command))

@@ -2,26 +2,170 @@
 
 from __future__ import annotations
 
+import io
+import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from raydist.cli.options import of_a_run
-from raydist.errors import RunError
+from raydist import errors
+from raydist.cli import jobs, show
+from raydist.cli.options import address as of_job
+from raydist.cli.options import as_json, at_cluster, of_a_run, storage
+
+if TYPE_CHECKING:
+    from raydist.folder import RunFolder
+
+POLL_SECONDS = 0.5
+
+
+@click.command(short_help="List runs: state, step, last loss.")
+@storage
+@at_cluster
+@as_json
+def ls(storage: str, address: str | None, as_json: bool) -> None:
+    """List the runs in a storage folder, or the jobs of a cluster; the newest first."""
+    from raydist.cli.summary import summary
+    from raydist.cluster import remote
+    from raydist.folder import runs_in
+
+    if address is not None:
+        rows = [remote.job_summary(job) for job in remote.jobs_of(remote.connect(address))]
+    else:
+        rows = [summary(folder) for folder in runs_in(storage)]
+        rows.sort(key=lambda row: str(row["since"]), reverse=True)
+    if as_json:
+        show.as_json(rows)
+    elif rows:
+        show.runs(rows)
+    else:
+        click.echo(f"no runs in {address or storage}", err=True)
+
+
+@click.command(short_help="Say how a run stands.")
+@of_a_run
+@at_cluster
+@as_json
+def status(run: str, storage: str, address: str | None, as_json: bool) -> None:
+    """Say how RUN stands: state, step, loss, perplexity, checkpoints, and where things are."""
+    from raydist.cli.summary import summary
+    from raydist.cluster import remote
+    from raydist.folder import find_run
+
+    if address is not None:
+        known = remote.job_summary(remote.find_job(remote.connect(address), run))
+    else:
+        known = summary(find_run(run, storage))
+    if as_json:
+        show.as_json(known)
+    else:
+        show.run(known)
+
+
+@click.command(short_help="Print what a run has done, or does.")
+@of_a_run
+@click.option("--follow", is_flag=True, help="Go on until the run ends.")
+@at_cluster
+def logs(run: str, storage: str, follow: bool, address: str | None) -> None:
+    """Print RUN's records as lines. The exit status is that of the run, once it has ended."""
+    from raydist.folder import find_run
+
+    if address is not None:
+        raise SystemExit(_logs_of_job(run, address, follow))
+    folder = find_run(run, storage)
+    _print_records(folder, follow)
+    _end_as(folder)
+
+
+def _end_as(folder: RunFolder) -> None:
+    state, known = folder.state(), folder.status()
+    name = folder.path.resolve().name
+    if state == "failed":
+        click.secho(f"run {name} failed: {known.get('error')}", fg="red", err=True)
+        raise SystemExit(getattr(errors, str(known.get("kind")), errors.RaydistError).exit_code)
+    if state == "interrupted":
+        raise errors.RunError(f"run {name} was interrupted", why="its driver is dead", fix="raydist resume")
+    if state == "stopped":
+        raise SystemExit(errors.Stopped.exit_code)
+
+
+def _print_records(folder: RunFolder, follow: bool) -> None:
+    from raydist.folder import LIVE
+    from raydist.track.progress import Progress
+    from raydist.track.records import Tail
+
+    lines, tail = Progress(_Lines()), Tail(folder.metrics_file)
+    while True:
+        live = follow and folder.state() in LIVE  # before the poll, so that the last records are not missed
+        for record in tail.poll():
+            lines.total_steps = record.get("steps", lines.total_steps)
+            lines.record(record)
+        if not live:
+            return
+        time.sleep(POLL_SECONDS)
+
+
+class _Lines(io.StringIO):
+    """Never a terminal, so that Progress prints plain lines."""
+
+    def write(self, text: str) -> int:
+        click.echo(text, nl=False)
+        return len(text)
+
+
+def _logs_of_job(run: str, address: str, follow: bool) -> int:
+    from raydist.cluster import remote
+
+    client = remote.connect(address)
+    submission = remote.find_job(client, run).submission_id or ""
+    if follow:
+        return remote.follow_job(client, submission, click.echo)
+    click.echo(client.get_job_logs(submission), nl=False)
+    return remote.exit_status(client.get_job_info(submission))
 
 
 @click.command(short_help="Ask a run for a checkpoint and a clean end.")
 @of_a_run
-def stop(run: str, storage: str) -> None:
+@at_cluster
+def stop(run: str, storage: str, address: str | None) -> None:
     """Ask RUN (a folder or a name) for a checkpoint and a clean end."""
-    from raydist.folder import find_run
+    from raydist.folder import LIVE, find_run
 
+    if address is not None:
+        _stop_job(run, address)
+        return
     folder = find_run(run, storage)
-    state = folder.status().get("state", "unknown")
-    if state not in ("planning", "preparing", "training"):
-        raise RunError(f"run {folder.path.name} is not running: it is {state}", where=str(folder.path))
+    if (state := folder.state()) not in LIVE:
+        raise errors.RunError(f"run {folder.path.name} is not running: it is {state}", where=str(folder.path))
     folder.stop_flag.touch()
     click.echo(f"asked {folder.path} to stop; it ends at its next step, after a checkpoint")
+
+
+def _stop_job(run: str, address: str) -> None:
+    from raydist.cluster import remote
+
+    client = remote.connect(address)
+    job = remote.find_job(client, run)
+    if job.status.is_terminal():
+        raise errors.RunError(f"run {run} is not running: its job is {job.status.name}", where=address)
+    client.stop_job(job.submission_id or "")
+    click.echo(f"asked {job.submission_id} to stop; it ends at its next step, after a checkpoint")
+
+
+@click.command(short_help="Submit a run's job again: it goes on.")
+@of_a_run
+@of_job
+@as_json
+@click.pass_context
+def resume(context: click.Context, run: str, storage: str, address: str | None, as_json: bool) -> None:
+    """Submit RUN's own job again: it goes on from its last checkpoint."""
+    from raydist.folder import find_run
+    from raydist.job.load import load_job
+
+    file = find_run(run, storage).job_file
+    command = jobs.submit if load_job(file).tune is None else jobs.tune
+    context.invoke(command, job_file=str(file), overrides=(), address=address, as_json=as_json)
 
 
 @click.command(short_help="Write a run's model in another form.")

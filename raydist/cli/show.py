@@ -8,6 +8,7 @@ import click
 
 if TYPE_CHECKING:
     from raydist.run import RunResult
+    from raydist.sweep.sweep import SweepResult
 
 
 def as_json(value: Any) -> None:
@@ -67,6 +68,56 @@ def prepared(described: dict[str, Any]) -> None:
     )
 
 
+def runs(rows: list[dict[str, Any]]) -> None:
+    """One line each; dates in this machine's time."""
+    facts = ([row["name"], row["state"], _step(row), _figure(row.get("loss")), _date(row)] for row in rows)
+    _table([["NAME", "STATE", "STEP", "LOSS", "SINCE"], *facts])
+
+
+def _table(rows: list[list[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for cells in rows:
+        padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
+        click.echo("  ".join(padded).rstrip())
+
+
+def run(known: dict[str, Any]) -> None:
+    """How a run stands, a fact a line; what is not known is left out."""
+    facts = [
+        ("", f"{known['name']}: {known['state']} since {_date(known)}"),
+        ("error", known.get("error")),
+        ("driver", known.get("driver")),
+        ("step", _step(known)),
+        ("tokens", f"{known['tokens']:,}" if known.get("tokens") else None),
+        ("loss", _figure(known.get("loss"))),
+        *(
+            ("perplexity", f"{name}: {_figure(of['first'])} -> {_figure(of['last'])}")
+            for name, of in known.get("perplexity", {}).items()
+        ),
+        ("attempts", known.get("attempts")),
+        ("checkpoints", ", ".join(f"step {step:,}" for step in known.get("checkpoints", ()))),
+        *((name, known.get(name)) for name in ("folder", "job", "model", "report")),
+    ]
+    for name, fact in facts:
+        if fact:
+            click.echo(f"  {name:<12} {fact}" if name else fact)
+
+
+def _step(known: dict[str, Any]) -> str:
+    return f"{known.get('step') or 0:,}/{known['steps']:,}" if known.get("steps") else ""
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:,.4g}"
+
+
+def _date(known: dict[str, Any]) -> str:
+    from datetime import datetime
+
+    since = known.get("since")
+    return f"{datetime.fromisoformat(since).astimezone():%Y-%m-%d %H:%M:%S}" if since else ""
+
+
 def result(result: RunResult) -> None:
     """Perplexity before and after, where every token went, a sample, and where things are."""
     from raydist.folder import RunFolder
@@ -91,3 +142,18 @@ def result(result: RunResult) -> None:
     if sample := data.get("sample"):
         click.echo(f"prompt        {sample['prompt']!r}\ncontinuation  {sample['continuation']!r}")
     click.echo(f"model   {folder.model}\nreport  {folder.report}")
+
+
+def sweep(result: SweepResult) -> None:
+    """Every trial, best first."""
+    searched = list(result.trials[0].parameters) if result.trials else []
+    rows = [["TRIAL", *searched, "BITS PER BYTE", "TOKENS", "STATE"]]
+    for trial in result.trials:
+        bits = "" if trial.bits_per_byte is None else f"{trial.bits_per_byte:.4f}"
+        values = (f"{v:.4g}" if isinstance(v, float) else str(v) for v in trial.parameters.values())
+        rows.append([trial.name, *values, bits, f"{trial.tokens:,}", trial.state])
+    click.echo()
+    _table(rows)
+    click.echo(f"report  {result.folder / 'sweep.html'}")
+    if result.best is not None:
+        click.echo(f"next: raydist submit {result.best}")

@@ -27,6 +27,15 @@ ENVIRONMENT = {
 }
 
 
+NO_TOKEN = (
+    "couldn't find an authentication token",
+    "cannot be opened or is empty",
+    "no authentication token was found",
+    "Authentication required",
+)
+"""How Ray says that there is none; whatever else it says of tokens is about a wrong one."""
+
+
 def ray_address(asked: str | None, in_job: str | None = None) -> str | None:
     """The cluster's address: the command line's, else RAY_ADDRESS, else the job's; None for embedded."""
     return asked or os.environ.get("RAY_ADDRESS") or in_job
@@ -66,12 +75,30 @@ def _join(address: str) -> None:
 
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, OSError) as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address}",
-            why=f"{type(error).__name__}: {error}",
-            fix="start it, mend the address, or unset RAY_ADDRESS to run on an embedded local Ray",
-        ) from error
+    except (ConnectionError, RuntimeError, OSError, ray.exceptions.AuthenticationError) as error:
+        fix = "start it, mend the address, or unset RAY_ADDRESS to run on an embedded local Ray"
+        raise no_way_in(address, error, fix) from error
+
+
+def no_way_in(address: str, error: BaseException | None, fix: str) -> ClusterError:
+    """What kept us out of the cluster at `address`: no token, a wrong one, or, with `fix`, nobody there."""
+    told, cause = "", error
+    while cause is not None:
+        told, cause = f"{told} {type(cause).__name__}: {cause}", cause.__cause__ or cause.__context__
+    if "AuthenticationError" not in told:
+        why = f"{type(error).__name__}: {error}"
+        return ClusterError(f"no Ray cluster answers at {address}", why=why, fix=fix)
+    places = "RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
+    if any(said in told for said in NO_TOKEN):
+        return ClusterError(
+            f"no token is here for the cluster at {address}",
+            fix=f"put the head's into {places}; or set RAY_AUTH_MODE=disabled for a cluster without one",
+        )
+    return ClusterError(
+        f"the cluster at {address} does not accept the token that is given here",
+        where=places,
+        fix="take the head's, which `ray get-auth-token` prints there",
+    )
 
 
 def _embed(training_cpus: int) -> None:

@@ -1,110 +1,119 @@
-"""Send a job to a cluster through Ray's Jobs API, follow its log, and bring back its exit status."""
+"""Send a job to a cluster: itself, this version of raydist, and the modules of the user that it names."""
 
 from __future__ import annotations
 
-import asyncio
 import os
+import shutil
+import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from raydist import files
-from raydist.cluster.connect import ENVIRONMENT, set_environment
-from raydist.errors import ClusterError, JobError
+from raydist.cluster.connect import ENVIRONMENT
+from raydist.cluster.doctor import require_healthy
+from raydist.cluster.remote import RUN, connect, follow_job, jobs_of, run_of, send
+from raydist.errors import JobError
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobDetails, JobSubmissionClient
+    from ray.job_submission import JobSubmissionClient
 
-READY_SECONDS = 60
 STOP_WAIT_SECONDS = "120"
 """Between Ray's SIGTERM and its SIGKILL: time for a checkpoint. Ray's own default is 3 s."""
 
 
-def submit_and_follow(job: Job, address: str, say: Callable[[str], None]) -> int:
-    """Submit `job`, or attach to it where it is running already; returns the exit status of its driver.
+def submit_and_follow(job: Job, address: str, say: Callable[[str], None], command: str = "train") -> int:
+    """Submit `raydist COMMAND job.yaml`, or attach where this run is running already.
 
-    Ctrl-C detaches; the job goes on. Raises ClusterError where nothing answers at `address`.
+    Returns the exit status of its driver. Ctrl-C detaches; the job goes on. Raises ClusterError with all
+    that `raydist doctor` finds wrong at `address`, JobError for a module that is not found here.
     """
-    client = _connect(address)
-    submission = _running(client, job) or _submit(client, _absolute(job, address))
+    job, modules = with_absolute_paths(job, address), own_modules(job)
+    client = connect(address)
+    submission = _running(client, job)
+    if submission is None:
+        require_healthy(address, job)
+        submission = _submit(client, job, modules, command)
     say(f"job {submission} on {address}")
     try:
-        asyncio.run(_follow(client, submission, say))
+        return follow_job(client, submission, say)
     except KeyboardInterrupt:
-        say(f"detached; the job goes on. Submit it again to follow it, or: ray job stop {submission}")
+        at = f"{run_key(job)} --address {address}"
+        say(f"detached; the job goes on.  raydist logs --follow {at}  attaches,  raydist stop {at}  stops it")
         return 0
-    return _exit_status(client, submission, say)
-
-
-def _connect(address: str) -> JobSubmissionClient:
-    set_environment()
-    from ray.job_submission import JobSubmissionClient
-
-    try:
-        client = JobSubmissionClient(address)
-        client.list_jobs()
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise ClusterError(
-            f"no Ray cluster answers at {address}",
-            why=f"{type(error).__name__}: {error}",
-            fix="give the dashboard's address, such as http://head:8265, and its token in RAY_AUTH_TOKEN",
-        ) from error
-    return client
 
 
 def _running(client: JobSubmissionClient, job: Job) -> str | None:
     """The submission that is running this very run."""
-    for details in client.list_jobs():
-        mine = (details.metadata or {}).get("raydist_run") == _run_key(job)
-        if mine and details.submission_id and not details.status.is_terminal():
-            return str(details.submission_id)
+    for details in jobs_of(client):
+        if run_of(details) == run_key(job) and not details.status.is_terminal():
+            return details.submission_id
     return None
 
 
-def _run_key(job: Job) -> str:
-    return f"{job.storage}/{job.name}"
+def run_key(job: Job) -> str:
+    return os.path.normpath(f"{job.storage}/{job.name}")
 
 
-def _submit(client: JobSubmissionClient, job: Job) -> str:
-    """Ships the resolved job and this version of raydist; the cluster has the libraries."""
+def _submit(client: JobSubmissionClient, job: Job, modules: list[Path], command: str) -> str:
+    """The cluster has the libraries. The token stays here: the cluster's own processes have theirs."""
     import raydist
 
     package = str(Path(raydist.__file__).parent)
     with tempfile.TemporaryDirectory() as folder:
         files.write_text(Path(folder) / "job.yaml", job_yaml(job))
-        runtime_env: dict[str, Any] = {
-            "working_dir": folder,
-            "py_modules": [package],
-            "env_vars": {**ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_SECONDS},
-        }
-        return _once_ready(
-            lambda: client.submit_job(
-                entrypoint="python -m raydist train job.yaml",
-                runtime_env=runtime_env,
-                submission_id=f"raydist-{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-                metadata={"raydist_run": _run_key(job)},
-            )
+        for path in modules:
+            copy = shutil.copytree if path.is_dir() else shutil.copy2
+            copy(path, Path(folder) / path.name)
+        mode = os.environ.get("RAY_AUTH_MODE", ENVIRONMENT["RAY_AUTH_MODE"])  # `disabled` must hold there too
+        variables = {**ENVIRONMENT, "RAY_AUTH_MODE": mode, "RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_SECONDS}
+        runtime_env = {"working_dir": folder, "py_modules": [package], "env_vars": variables}
+        return send(
+            client,
+            entrypoint=f"python -m raydist {command} job.yaml",
+            runtime_env=runtime_env,
+            submission_id=f"raydist-{job.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
+            metadata={RUN: run_key(job)},
         )
 
 
-def _once_ready(submit: Callable[[], str]) -> str:
-    """A head that has just started has no agent for jobs yet."""
-    deadline = time.monotonic() + READY_SECONDS
-    while True:
-        try:
-            return str(submit())
-        except RuntimeError as error:
-            if "No available agent" not in str(error) or time.monotonic() > deadline:
-                raise ClusterError("the cluster did not take the job", why=str(error)) from error
-            time.sleep(1)
+def own_modules(job: Job) -> list[Path]:
+    """Files and packages of the user's, named in the job as module:function; installed ones stay here."""
+    installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
+    found = []
+    for index, step in enumerate(job.corpus.clean):
+        if isinstance(step, str) and ":" in step:
+            path = _find_module(step.partition(":")[0].partition(".")[0], step, index)
+            if path is not None and installed.isdisjoint(path.resolve().parents) and path not in found:
+                found.append(path)
+    return found
 
 
-def _absolute(job: Job, address: str) -> Job:
+def _find_module(name: str, step: str, index: int) -> Path | None:
+    """In the working folder, else where Python looks. None for one without a file: it is built in."""
+    here = str(Path.cwd())
+    spec = PathFinder.find_spec(name, [here, *sys.path])
+    if spec is None and name not in sys.builtin_module_names:
+        raise JobError(
+            f"no module {name} is found for {step}",
+            where=f"corpus.clean[{index}]",
+            why=f"it is neither in {here} nor where Python looks, and could not go to the cluster",
+            fix=f"run the command in the folder that holds {name}.py, or add that to PYTHONPATH",
+        )
+    if spec is None:
+        return None
+    folders = spec.submodule_search_locations
+    return Path(next(iter(folders))) if folders else Path(spec.origin or "")
+
+
+def with_absolute_paths(job: Job, address: str) -> Job:
     """Relative paths mean this machine's folder: true of a cluster on this machine, refused elsewhere."""
     values = job.model_dump(mode="json")
     relative: list[str] = []
@@ -139,30 +148,3 @@ def _absolute(job: Job, address: str) -> Job:
 
 def _is_relative(path: str) -> bool:
     return "://" not in path and not path.startswith(("/", "~", "${"))
-
-
-async def _follow(client: JobSubmissionClient, submission: str, say: Callable[[str], None]) -> None:
-    """Print the log from its start; after a broken connection, go on behind what was printed."""
-    printed = 0
-    while True:
-        seen = 0
-        try:
-            async for text in client.tail_job_logs(submission):
-                seen += len(text)
-                if seen > printed:
-                    say(text[max(0, len(text) - (seen - printed)) :].rstrip("\n"))
-                    printed = seen
-        except RuntimeError:
-            await asyncio.sleep(1)
-        if client.get_job_status(submission).is_terminal():
-            return
-
-
-def _exit_status(client: JobSubmissionClient, submission: str, say: Callable[[str], None]) -> int:
-    details: JobDetails = client.get_job_info(submission)
-    code = details.driver_exit_code
-    if code is None:
-        code = 0 if details.status.name == "SUCCEEDED" else 1
-    if code != 0:
-        say(f"job {submission}: {details.status.name}, exit status {code}. {details.message or ''}")
-    return code % 256

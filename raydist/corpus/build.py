@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raydist.corpus.identity import fingerprint
 from raydist.corpus.log import FORMAT, TokenLog, commit_name, has_size, open_log, quarantine_name, token_dtype
@@ -21,6 +21,9 @@ from raydist.corpus.tokenizer import TokenizerSpec, open_tokenizer
 from raydist.errors import ClusterError, EmptyCorpus, LogError, RaydistError
 from raydist.files import read_json, read_jsonl, write_bytes, write_json
 from raydist.job.schema import Corpus, Source
+
+if TYPE_CHECKING:
+    from raydist.corpus.pipeline import Share
 
 SAMPLE_TEXTS = 64
 SAMPLE_CHARACTERS = 4096
@@ -64,6 +67,13 @@ class LogPlan:
     def n_slices(self) -> int:
         return len(self.slices)
 
+    @functools.cached_property
+    def backend(self) -> str:
+        """The tokenizer's, found once by a sample of the text."""
+        assert self.tokenizer is not None
+        sample = [text[:SAMPLE_CHARACTERS] for text in islice(self.source.texts(self.slices), SAMPLE_TEXTS)]
+        return open_tokenizer(self.tokenizer, sample).backend
+
     @property
     def complete(self) -> bool:
         return (self.path / "manifest.json").exists()
@@ -102,20 +112,29 @@ def plan_log(source: Source, corpus: Corpus, tokenizer: TokenizerSpec | None, to
 
 
 def build_log(
-    plan: LogPlan, *, on_error: str, on_progress: Callable[[Progress], None] = lambda now: None
+    plan: LogPlan,
+    *,
+    on_error: str,
+    on_progress: Callable[[Progress], None] = lambda now: None,
+    stop: int | None = None,
+    share: Share | None = None,
 ) -> TokenLog:
     """The log of `plan`, of which only what is missing is made, on the Ray that the caller has started.
 
     on_error: "fail" raises BadRecords for unreadable records, "quarantine" leaves them out. Either way
     finished slices are kept. Raises EmptyCorpus if no document is left, ClusterError without a free CPU.
+    stop: make only the slices before this number, and give the log as far as it goes.
     """
     slices = _Slices(plan)
     slices.begin()
     _refuse_bad(slices, on_error)
-    if slices.missing:
+    if wanted := [number for number in slices.missing if stop is None or number < stop]:
         with _reporting(slices, on_progress):
-            _make(slices, on_error)
+            _make(slices, wanted, on_error, share)
     slices.poll()
+    if stop is not None and slices.missing:
+        _refuse_bad(slices, on_error)
+        return open_log(plan.path, growing=True)
     if slices.missing:
         raise LogError(f"{len(slices.missing)} slices of the token log were not made", where=str(plan.path))
     _refuse_bad(slices, on_error)
@@ -137,7 +156,8 @@ class _Slices:
         """Write the plan, first of all files."""
         path = self.plan.path / "plan.json"
         if not path.exists():
-            write_json(path, {"identity": self.plan.identity, "slices": to_json(self.plan.slices)})
+            slices = to_json(self.plan.slices)
+            write_json(path, {"identity": self.plan.identity, "log": _head(self.plan), "slices": slices})
 
     def poll(self) -> None:
         """Take in the slices that were committed since; those whose files are not all there do not count."""
@@ -188,18 +208,16 @@ def _refuse_bad(slices: _Slices, on_error: str) -> None:
         raise bad_records(list(islice(first, BAD_SHOWN)), slices.total("n_quarantined"), log)
 
 
-def _make(slices: _Slices, on_error: str) -> None:
-    from raydist.corpus.pipeline import LogDatasink, write_slices
+def _make(slices: _Slices, wanted: Sequence[int], on_error: str, share: Share | None) -> None:
+    from raydist.corpus.pipeline import WHOLE_CLUSTER, LogDatasink, write_slices
 
     plan = slices.plan
     assert plan.tokenizer is not None
     _require_cpu()
-    sample = islice(plan.source.texts(plan.slices), SAMPLE_TEXTS)
-    backend = open_tokenizer(plan.tokenizer, [text[:SAMPLE_CHARACTERS] for text in sample]).backend
-    missing = {number: plan.slices[number] for number in slices.missing}
+    missing = {number: plan.slices[number] for number in wanted}
     sink = LogDatasink(plan.path, fail_on_bad=on_error == "fail")
     try:
-        write_slices(plan.source, missing, plan.tokenizer, backend, sink)
+        write_slices(plan.source, missing, plan.tokenizer, plan.backend, sink, share or WHOLE_CLUSTER)
     except RaydistError:
         if not plan.complete:  # else another process finished this log first, and tidied it under our hands
             raise
@@ -249,7 +267,6 @@ def _reporting(slices: _Slices, on_progress: Callable[[Progress], None]) -> Iter
 def _finish(slices: _Slices) -> None:
     """Refuse an empty log, tidy the folder and write the manifest, last."""
     plan = slices.plan
-    assert plan.tokenizer is not None
     n_documents, n_bad = slices.shard_total("n_documents"), slices.total("n_quarantined")
     if n_documents == 0:
         raise EmptyCorpus(
@@ -266,12 +283,7 @@ def _finish(slices: _Slices) -> None:
     write_json(
         plan.path / "manifest.json",
         {
-            "format": FORMAT,
-            "fingerprint": plan.fingerprint,
-            "dtype": token_dtype(plan.tokenizer.vocab_size).name,
-            "vocab_size": plan.tokenizer.vocab_size,
-            "eos_token_id": plan.tokenizer.eos_token_id,
-            "tokenizer": plan.tokenizer.fingerprint,
+            **_head(plan),
             "shards": slices.shards,
             "n_documents": n_documents,
             "n_tokens": slices.shard_total("n_tokens"),
@@ -280,6 +292,19 @@ def _finish(slices: _Slices) -> None:
             "n_empty": slices.total("n_empty"),
         },
     )
+
+
+def _head(plan: LogPlan) -> dict[str, Any]:
+    """What is known of a log before its first token is made."""
+    assert plan.tokenizer is not None
+    return {
+        "format": FORMAT,
+        "fingerprint": plan.fingerprint,
+        "dtype": token_dtype(plan.tokenizer.vocab_size).name,
+        "vocab_size": plan.tokenizer.vocab_size,
+        "eos_token_id": plan.tokenizer.eos_token_id,
+        "tokenizer": plan.tokenizer.fingerprint,
+    }
 
 
 def _tidy(slices: _Slices) -> None:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import xxhash
 
 from raydist.errors import LogError
-from raydist.files import read_json, replacing, write_bytes, write_json
+from raydist.files import read_json, read_record, replacing, write_bytes, write_json
 
 FORMAT = 1
 SHARD_BYTES = 128 * 2**20
@@ -226,7 +226,10 @@ def _int64(array: pa.Array) -> Ints:
 
 @dataclass(frozen=True)
 class TokenLog:
-    """A complete log. `shards` stand in their planned order, which is the order of the documents."""
+    """`shards` stand in their planned order, which is the order of the documents.
+
+    complete: false for one that is being made, of which these are the first shards.
+    """
 
     path: Path
     fingerprint: str
@@ -240,6 +243,7 @@ class TokenLog:
     n_bytes: int
     n_quarantined: int
     n_empty: int
+    complete: bool = True
 
     def documents(self, start: int = 0) -> Iterator[dict[str, Any]]:
         """Documents from number `start` on: {input_ids, hash, n_bytes, file, row}."""
@@ -265,9 +269,13 @@ class TokenLog:
                 )
 
 
-def open_log(path: Path) -> TokenLog:
-    """The complete log in folder `path`; LogError if it is incomplete or its files have not their sizes."""
-    manifest = _read_manifest(path)
+def open_log(path: Path, *, growing: bool = False) -> TokenLog:
+    """The log in folder `path`; LogError if it is incomplete or its files have not their sizes.
+
+    growing: one that is being made will do.
+    """
+    begun = growing and not (path / "manifest.json").exists()
+    manifest = _read_begun(path) if begun else _read_manifest(path)
     shards = tuple(Shard(path=path / "shards" / shard["name"], **shard) for shard in manifest["shards"])
     for shard in shards:
         if not has_size(shard.path, shard.size):
@@ -279,6 +287,20 @@ def open_log(path: Path) -> TokenLog:
             )
     same = {key: value for key, value in manifest.items() if key not in ("format", "dtype", "shards")}
     return TokenLog(path=path, dtype=np.dtype(manifest["dtype"]), shards=shards, **same)
+
+
+def _read_begun(path: Path) -> dict[str, Any]:
+    """A manifest of the slices that are committed, up to the first that is not."""
+    head = read_record(path / "plan.json").get("log")
+    if head is None:
+        raise LogError("the token log is not begun", where=str(path), fix="run `raydist prepare` on its job")
+    records: list[dict[str, Any]] = []
+    while (file := path / commit_name(len(records))).exists():
+        records.append(read_json(file))
+    shards = [shard for record in records for shard in record["shards"]]
+    sums = {key: sum(shard[key] for shard in shards) for key in ("n_documents", "n_tokens", "n_bytes")}
+    sums |= {key: sum(record[key] for record in records) for key in ("n_quarantined", "n_empty")}
+    return {**head, **sums, "shards": shards, "complete": False}
 
 
 def has_size(path: Path, size: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import orjson
 import pandas as pd
 import ray.data
 import xxhash
-from ray.data import Datasource, ReadTask
+from ray.data import Datasource, ExecutionResources, ReadTask
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink
 from ray.exceptions import RayTaskError
@@ -41,6 +42,17 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 4 * 2**20
 """Text that is tokenized at once: fits the caches, and is enough to make the cost per call vanish."""
 BAD_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Share:
+    """The part of a cluster that tasks may use: so many CPUs, on these nodes (by Ray's ids; none: on any)."""
+
+    cpus: float = math.inf
+    nodes: tuple[str, ...] = ()
+
+
+WHOLE_CLUSTER = Share()
 
 
 class SliceDatasource(Datasource):
@@ -218,10 +230,15 @@ def bad_records(first: Sequence[dict[str, Any]], n_bad: int, log: Path) -> BadRe
 
 
 def write_slices(
-    source: SourceFiles, slices: Mapping[int, Slice], spec: TokenizerSpec, backend: str, sink: LogDatasink
+    source: SourceFiles,
+    slices: Mapping[int, Slice],
+    spec: TokenizerSpec,
+    backend: str,
+    sink: LogDatasink,
+    share: Share,
 ) -> None:
     """Make `slices` (by number) on Ray. An error of a task arrives as the RaydistError it was there."""
-    with settings():
+    with settings(share):
         try:
             dataset(source, slices, spec, backend).write_datasink(sink)
         except Exception as error:
@@ -229,7 +246,7 @@ def write_slices(
 
 
 @contextmanager
-def settings() -> Iterator[None]:
+def settings(share: Share = WHOLE_CLUSTER) -> Iterator[None]:
     """Ray Data's context for this pipeline, silent about errors, which are raised anyway."""
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = BLOCK_BYTES
@@ -239,6 +256,9 @@ def settings() -> Iterator[None]:
     context.print_on_execution_start = False
     # Reserving for other operators, of which there are none, held all CPUs but one idle for a second.
     context.op_resource_reservation_enabled = False
+    context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=share.cpus)
+    if share.nodes:
+        context.execution_options.label_selector = {"ray.io/node-id": f"in({','.join(share.nodes)})"}
     context.execution_no_progress_timeout_s = -1  # a slice of a file that cannot be split may take hours
     logger = logging.getLogger("ray.data")
     level = logger.level

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
@@ -12,7 +14,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from raydist.corpus.log import Ints, TokenLog
+from raydist.corpus.log import Ints, TokenLog, open_log
 from raydist.errors import EmptyCorpus, LogError
 from raydist.feed.mixture import Mixture
 from raydist.feed.order import Span, Stream
@@ -22,6 +24,9 @@ from raydist.job.schema import Job, Packing
 
 if TYPE_CHECKING:
     from raydist.feed.loader import Step
+
+
+POLL_SECONDS = 1.0
 
 
 class Counts(NamedTuple):
@@ -71,8 +76,46 @@ class Feed:
 
     @property
     def samples_per_epoch(self) -> int | None:
-        """Samples in which every document occurs once; None for a weighted mixture."""
-        return None if self.mixture else self.streams[0].n_blocks
+        """Samples in which every document occurs once; None for a weighted mixture, or while a log grows."""
+        return None if self.mixture or not self.complete else self.streams[0].n_blocks
+
+    @property
+    def complete(self) -> bool:
+        """Whether every log is; else the streams end with the last whole window that is there."""
+        return all(source.log.complete for source in self.sources)
+
+    @property
+    def completed(self) -> bool:
+        """Whether every log is by now; a feed does not change, so open a new one."""
+        return all((source.log.path / "manifest.json").exists() for source in self.sources)
+
+    def covers(self, g: int) -> bool:
+        """Whether the logs are long enough for the first g samples of the run."""
+        growing = (
+            [not source.log.complete for source in self.sources] if self.mixture else [not self.complete]
+        )
+        known = zip(self.consumed(g), self.streams, growing, strict=True)
+        return all(n <= stream.n_blocks for n, stream, grows in known if grows)
+
+    def grown(self, g: int, while_waiting: Callable[[], None]) -> Feed:
+        """This feed once it covers the first g samples; waits for the logs to grow.
+
+        while_waiting: called every POLL_SECONDS of it; raises to end it.
+        """
+        feed, seen = self, -1
+        while not feed.covers(g):
+            while (there := feed._windows_there()) == seen:
+                while_waiting()
+                time.sleep(POLL_SECONDS)
+            sources = [replace(s, log=open_log(s.log.path, growing=True)) for s in feed._made_of[0]]
+            feed, seen = Feed(sources, self.packing, self.seed, self.holdout), there
+        return feed
+
+    def _windows_there(self) -> int:
+        """Grows whenever opening the logs anew may give another window."""
+        paths = [source.log.path for source in self.sources if not source.log.complete]
+        counts = [len(list(path.glob("slices/*.json"))) // self.packing.window_shards for path in paths]
+        return sum(counts) + sum((path / "manifest.json").exists() for path in paths)
 
     @property
     def fingerprint(self) -> str:
@@ -116,17 +159,23 @@ class Feed:
         *,
         global_batch_size: int,
         micro_batch_size: int,
+        while_waiting: Callable[[], None] = lambda: None,
     ) -> Iterator[Step]:
         """Steps (see `loader.Step`) of samples [start, stop) for one rank; without end if `stop` is None.
 
-        Closing the iterator, or dropping it, ends its thread.
+        Closing the iterator, or dropping it, ends its thread. while_waiting: see `grown`.
         """
         from raydist.feed.loader import ahead, global_batches, read_step  # torch is needed only here
 
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
-        bounds = global_batches(start, stop, global_batch_size)
-        return ahead(read_step(self, lo, hi, rank, world_size, micro_batch_size) for lo, hi in bounds)
+
+        def steps(feed: Feed) -> Iterator[Step]:
+            for lo, hi in global_batches(start, stop, global_batch_size):
+                feed = feed.grown(hi, while_waiting)
+                yield read_step(feed, lo, hi, rank, world_size, micro_batch_size)
+
+        return ahead(steps(self))
 
     def counts(self, start: int, stop: int) -> Counts:
         """Of samples [start, stop)."""
@@ -194,6 +243,8 @@ class Feed:
         return [(source, shard) for _, source, shard in sorted(spread)]
 
     def _stream(self, shards: list[tuple[int, int]]) -> Stream:
+        if not all(self.sources[source].log.complete for source, _ in shards):
+            shards = shards[: len(shards) // self.packing.window_shards * self.packing.window_shards]
         blocks = np.array([self.sources[source].totals.blocks[shard] for source, shard in shards], np.int64)
         logs = {self.sources[source].log.fingerprint: None for source, _ in sorted(shards)}
         return Stream("+".join(logs), self.seed, blocks, self.packing.window_shards)

@@ -24,6 +24,9 @@ from raydist.feed.packing import REVISION, PackIndex, pack
 from raydist.files import replacing
 from raydist.job.schema import Packing
 
+_TOTALS: dict[tuple[Path, str], list[int]] = {}
+"""Of shards whose totals this process has made, by folder and name."""
+
 
 class Totals(NamedTuple):
     """Sums of each shard, int64[S]. tokens: document tokens, without EOS."""
@@ -60,7 +63,9 @@ class PackedSource:
         identity = orjson.dumps([REVISION, parts, holdout], option=orjson.OPT_SORT_KEYS)
         name = f"{self.log.fingerprint}-{xxhash.xxh3_64_hexdigest(identity)}"
         self.folder = packs_folder(self.log) / name
-        rows = remember(self.folder / "totals", self._make_totals)
+        # those of a log that grows are not kept: there will be more of them
+        complete = self.log.complete
+        rows = remember(self.folder / "totals", self._make_totals) if complete else self._make_totals()
         self.totals = Totals(*rows.reshape(len(self.log.shards), len(Totals._fields)).T)
         sums = [int(column.sum()) for column in self.totals]
         self.n_blocks, self.n_tokens, self.n_eos = sums[:3]
@@ -81,7 +86,13 @@ class PackedSource:
         return np.array([self._totals_of(shard) for shard in range(len(self.log.shards))], np.int64).ravel()
 
     def _totals_of(self, shard: int) -> list[int]:
-        of, index = self.log.shards[shard], self.index(shard)
+        of = self.log.shards[shard]
+        key = self.folder, of.name
+        if key not in _TOTALS:  # a log that grows is opened again and again
+            _TOTALS[key] = self._count(of, self.index(shard))
+        return _TOTALS[key]
+
+    def _count(self, of: Shard, index: PackIndex) -> list[int]:
         out = held_out(of.hashes(), self.holdout)
         held_out_totals = [np.count_nonzero(out), of.lengths()[out].sum()]
         return [index.n_blocks, *index.counts.sum(axis=0).tolist(), *map(int, held_out_totals)]

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from raydist.errors import JobError
 from raydist.job.schema import Job
+from raydist.job.search import put, refusal, with_parameters
 
 KeyPath = tuple[str | int, ...]
 
@@ -42,7 +43,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
     """
     text, where = _read(Path(path)), str(path)
     try:
-        lines = dict(_lines(yaml.compose(text, Loader=_Loader), ()))
+        lines = dict(key_lines(yaml.compose(text, Loader=_Loader), ()))
         values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
     except yaml.YAMLError as error:
         raise JobError("not valid YAML", where=where, why=str(error)) from error
@@ -58,15 +59,39 @@ def build_job(
     values: Mapping[str, Any], places: Mapping[KeyPath, str] | None = None, where: str = "job"
 ) -> Job:
     """Validate plain values; `places` says where each key path was written."""
+    problems: list[str] = []
     try:
-        return Job.model_validate(values)
+        job = Job.model_validate(values)
+        problems = list(_search_problems(job, values, places or {}, where))
     except ValidationError as error:
         problems = list(_problems(error, values, places or {}, where))
+    if not problems:
+        return job
     raise JobError(
         f"{len(problems)} problem{'s' * (len(problems) > 1)} in the job\n"
         + "\n".join(f"  {p}" for p in problems),
         fix="mend these lines; raydist validate FILE checks without starting anything",
     )
+
+
+def _search_problems(
+    job: Job, values: Mapping[str, Any], places: Mapping[KeyPath, str], where: str
+) -> Iterator[str]:
+    """A job with an extreme value of each searched key must be a job."""
+    for key, distribution in job.tune.search.items() if job.tune else ():
+        place = places.get(("tune", "search", key), where)
+        if reason := refusal(key, job):
+            yield f"{place}: {key}: {reason}"
+            continue
+        for value in distribution.extremes:
+            tried = with_parameters(values, {key: value})
+            try:
+                Job.model_validate(tried)
+            except ValidationError as error:
+                at: dict[KeyPath, str] = {tuple(key.split(".")): place}
+                yield from (
+                    f"{problem} (searched: {value!r})" for problem in _problems(error, tried, at, place)
+                )
 
 
 def _apply_overrides(
@@ -78,12 +103,7 @@ def _apply_overrides(
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise JobError(f"--set {text} is not KEY=VALUE", fix="for example --set train.lr=1e-4")
-        section = values
-        for key in keys[:-1]:
-            if not isinstance(section.get(key), dict):
-                section[key] = {}
-            section = section[key]
-        section[keys[-1]] = yaml.load(value, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
+        put(values, keys, yaml.load(value, Loader=_Loader))  # noqa: S506 - a subclass of the safe loader
         places[tuple(keys)] = f"--set {dotted}"
     return values
 
@@ -102,7 +122,7 @@ def _read(path: Path) -> str:
         raise JobError(f"cannot read the job file {path}", why=str(error)) from error
 
 
-def _lines(node: yaml.Node | None, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
+def key_lines(node: yaml.Node | None, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
     """(key path, line) of every key; refuses a key given twice, of which YAML would keep the last."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
@@ -111,11 +131,11 @@ def _lines(node: yaml.Node | None, path: KeyPath) -> Iterator[tuple[KeyPath, int
                 raise JobError(f"the key {key.value} is given twice", where=f"line {key.start_mark.line + 1}")
             seen.add(key.value)
             yield (*path, key.value), key.start_mark.line + 1
-            yield from _lines(value, (*path, key.value))
+            yield from key_lines(value, (*path, key.value))
     elif isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
             yield (*path, index), item.start_mark.line + 1
-            yield from _lines(item, (*path, index))
+            yield from key_lines(item, (*path, index))
 
 
 def _problems(

@@ -40,7 +40,7 @@ class Plan:
 
 def make_plan(job: Job, world_size: int, samples_per_epoch: int | None) -> Plan:
     """`samples_per_epoch`: blocks in one pass over the corpus; None for a weighted mixture."""
-    batch, block = _batch(job), job.packing.block_size
+    batch, block = samples_per_step(job), job.packing.block_size
     if job.train.epochs is not None:
         if samples_per_epoch is None:
             raise JobError(
@@ -62,7 +62,7 @@ def make_plan(job: Job, world_size: int, samples_per_epoch: int | None) -> Plan:
     )
 
 
-def _batch(job: Job) -> int:
+def samples_per_step(job: Job) -> int:
     """Sequences per optimizer step."""
     tokens = job.train.global_batch_tokens
     if tokens is not None:

@@ -10,17 +10,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from raydist.job.deepspeed import deepspeed_config
+from raydist.job.section import Section
+from raydist.job.tune import Tune
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-class Section(BaseModel):
-    """Immutable, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class TrainTokenizer(Section):
@@ -97,6 +93,13 @@ class Corpus(Section):
         if given and abs(sum(given) - 1) > 1e-6:
             raise ValueError(f"the weights add up to {sum(given):g}, not 1")
         return self
+
+
+class Prepare(Section):
+    wait: Literal["auto", "all"] = Field(
+        "auto",
+        description="training waits for: auto, a window of shards, where CPUs are spare; all, every shard",
+    )
 
 
 class Packing(Section):
@@ -227,6 +230,9 @@ class Eval(Section):
     )
     max_tokens: Annotated[float, Field(gt=0)] = Field(100_000, description="tokens per source")
     sources: dict[str, Source] = Field(default_factory=dict, description="further text, for evaluation only")
+    block_size: Annotated[int, Field(ge=8)] | None = Field(
+        None, description="tokens of context at evaluation; null: packing.block_size"
+    )
 
 
 class Tracking(Section):
@@ -249,6 +255,7 @@ class Job(Section):
     )
     model: Model
     corpus: Corpus
+    prepare: Prepare = Prepare()
     packing: Packing = Packing()
     train: Train
     adapter: Lora | None = Field(None, description="null trains all weights; or a LoRA adapter")
@@ -261,6 +268,7 @@ class Job(Section):
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
     cluster: Cluster = Cluster()
+    tune: Tune | None = Field(None, description="a sweep, for raydist tune; null: one run")
 
     @model_validator(mode="after")
     def _fits_together(self) -> Job:
@@ -290,6 +298,14 @@ class Job(Section):
             raise ValueError(
                 f"storage {self.storage} is a URI: runs need a folder on a shared file system so far"
             )
+        if self.tune is not None and self.tune.max_tokens is not None:
+            if self.train.max_tokens is None:
+                raise ValueError("tune.max_tokens, a budget, needs the length of a trial in train.max_tokens")
+            if self.tune.max_tokens < self.train.max_tokens:
+                raise ValueError(
+                    f"tune.max_tokens {self.tune.max_tokens:g} does not pay for one trial"
+                    f" of train.max_tokens {self.train.max_tokens:g}"
+                )
         if self.name in ("tokens", "tokenizers"):
             raise ValueError(f"{self.name} is the folder that runs share, not a name for a run")
         return self

@@ -27,14 +27,15 @@ def open_data(spec: TrainSpec) -> Data:
     from raydist.feed import EvalSet, Feed, FeedSource
 
     job, limit = spec.job, spec.job.eval.max_tokens
-    logs = {name: open_log(path) for name, path in spec.logs.items()}
+    logs = {name: open_log(path, growing=spec.growing) for name, path in spec.logs.items()}
     eval_logs = {name: open_log(path) for name, path in spec.eval_logs.items()}
     sources = [FeedSource(name, log, job.corpus.sources[name].weight) for name, log in logs.items()]
     share = job.corpus.holdout
+    packing = job.packing.model_copy(update={"block_size": job.eval.block_size or job.packing.block_size})
     held_out = [
-        EvalSet(name, log, job.packing, holdout=share, max_tokens=limit)
+        EvalSet(name, log, packing, holdout=share, max_tokens=limit)
         for name, log in logs.items()
-        if share > 0  # else none was asked for
+        if share > 0 and log.complete  # without a share none was asked for; lowest hashes are of all
     ]
-    extra = [EvalSet(n, log, job.packing, holdout=None, max_tokens=limit) for n, log in eval_logs.items()]
+    extra = [EvalSet(n, log, packing, holdout=None, max_tokens=limit) for n, log in eval_logs.items()]
     return Data(Feed(sources, job.packing, job.seed, share), [*held_out, *extra])

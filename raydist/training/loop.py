@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,6 +134,7 @@ class Attempt:
             self.plan.samples,
             global_batch_size=self.plan.global_batch_size,
             micro_batch_size=self.plan.micro_batch_size,
+            while_waiting=self._end_with_the_run,
         )
 
     def _agree(self, batch: Step) -> tuple[int, Counts, bool]:
@@ -197,6 +199,9 @@ class Attempt:
             n_trainable=self.n_trainable,
             device=str(self.world.device.type),
         )
+        if not self.data.feed.complete:
+            told = "the token logs are still growing; evaluations begin when they are whole"
+            self.metrics.write("incident", self.step, what=told)
         for empty in (data.name for data in self.data.eval_sets if not data.n_documents):
             self.metrics.write(
                 "incident", self.step, what=f"{empty} has no held-out document, so it is not evaluated"
@@ -221,7 +226,30 @@ class Attempt:
         )
         self.clock.resume()
 
+    def _know_held_out(self) -> bool:
+        """The held-out documents of lowest hash are known once the log is whole; the last step waits."""
+        feed = self.data.feed
+        if feed.complete:
+            return True
+        while self.step == self.plan.steps and not feed.completed and not (self.run_folder / "stop").exists():
+            self._end_with_the_run()
+            time.sleep(1)
+        if not self.world.from_main(int(feed.completed)):
+            return False
+        while not feed.completed:  # another host may see a file later than rank 0 did
+            time.sleep(1)
+        self.data = open_data(self.spec)
+        return True
+
+    def _end_with_the_run(self) -> None:
+        """Called while the data does not go on: once the driver has given up, nothing more will come."""
+        state = RunFolder(self.run_folder).status().get("state")
+        if state != "training":
+            raise TrainingError(f"the run is {state}: its token logs do not grow any more")
+
     def _evaluate(self) -> None:
+        if not self._know_held_out():
+            return
         precision = self.job.train.mixed_precision
         results = evaluate(
             self.strategy.model, self.data.eval_sets, self.world, self.plan.micro_batch_size, precision

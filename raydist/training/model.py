@@ -137,13 +137,14 @@ def _unusable(job: Job, error: Exception) -> ModelError:
 def check_fits(config: PretrainedConfig, job: Job) -> None:
     """Raises JobError for what the model cannot do."""
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and job.packing.block_size > positions:
-        raise JobError(
-            f"block_size {job.packing.block_size} is above the model's {positions} positions",
-            where="packing.block_size",
-            why="the model has never seen, or cannot address, positions beyond that",
-            fix=f"packing.block_size: {positions} or less; or, for a new model, more max_position_embeddings",
-        )
+    for section, block_size in ("packing", job.packing.block_size), ("eval", job.eval.block_size or 0):
+        if positions is not None and block_size > positions:
+            raise JobError(
+                f"block_size {block_size} is above the model's {positions} positions",
+                where=f"{section}.block_size",
+                why="the model has never seen, or cannot address, positions beyond that",
+                fix=f"{positions} or less; or, for a new model, more max_position_embeddings",
+            )
     if job.adapter is not None and job.model.base is None:
         raise JobError(
             "an adapter on random weights",

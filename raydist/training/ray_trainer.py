@@ -6,44 +6,66 @@ be torn, and the run's own COMMIT.json files are the authority in any case.
 
 from __future__ import annotations
 
+import os
 import tempfile
+import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray.train
 import torch
 from ray.exceptions import RayActorError
 from ray.train import Checkpoint
 from ray.train.torch import TorchConfig, get_device
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from raydist import files
-from raydist.errors import ClusterError, RaydistError, TrainingError, WorkerLost
+from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost
+from raydist.folder import RunFolder
 from raydist.training.checkpoint import Commit
 from raydist.training.loop import TrainResult, train
 from raydist.training.spec import TrainSpec
 from raydist.training.world import backend_of
 
 COLLECTIVE_TIMEOUT_SECONDS = 300
+NODES_BACK_SECONDS = 600
+"""How long a run that had room for its workers once waits for nodes to come back."""
 
 
-def run_attempt(spec: TrainSpec) -> TrainResult:
+def run_attempt(spec: TrainSpec, say: Callable[[str], None] = lambda text: None) -> TrainResult:
     """Train `spec` on the Ray that this process is connected to, until it ends or stops.
 
     Raises WorkerLost when a worker process or its node went away, so that another attempt can go on
-    from the last checkpoint; ClusterError when the workers could not be started; what the training
-    function raised, if it is a RaydistError, else TrainingError with the worker's traceback.
+    from the last checkpoint; ClusterError when there was no room for the workers, in a later attempt
+    only after a wait for nodes, of which `say` is told; what the training function raised, if it is a
+    RaydistError, else TrainingError with the worker's traceback.
     """
+    deadline = time.monotonic() + (NODES_BACK_SECONDS if spec.attempt > 1 else 0)
+    if spec.attempt > 1 and (missing := _missing(spec)):
+        say(f"waiting up to {NODES_BACK_SECONDS // 60} minutes for nodes: {missing}")
+    while True:
+        try:
+            return _fit(spec)
+        except ClusterError:
+            if time.monotonic() >= deadline:
+                raise
+            if RunFolder(spec.run).stop_flag.exists():
+                raise Stopped("stopped while waiting for nodes", where=str(spec.run)) from None
+
+
+def _fit(spec: TrainSpec) -> TrainResult:
     scaling = _scaling(spec)
     backend = backend_of(torch.device("cuda" if scaling.use_gpu else "cpu"))
     trainer = TorchTrainer(
         _train_on_worker,
         train_loop_config={"spec": spec},
-        torch_config=TorchConfig(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        torch_config=BetweenHosts(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
         scaling_config=scaling,
         run_config=RunConfig(
             name=f"attempt-{spec.attempt}",
@@ -56,6 +78,8 @@ def run_attempt(spec: TrainSpec) -> TrainResult:
     try:
         fitted = trainer.fit()
     except TrainingFailedError as error:
+        # Its frames hold the controller, and that one the CPUs of workers that did not all start.
+        traceback.clear_frames(error.__traceback__)
         raise _explain(error, spec) from error
     result: TrainResult = fitted.return_value  # type: ignore[attr-defined]
     return result
@@ -72,7 +96,40 @@ def _scaling(spec: TrainSpec) -> ScalingConfig:
     )
 
 
+def _missing(spec: TrainSpec) -> str:
+    """What the cluster lacks to hold all workers, were it idle; empty if nothing."""
+    count, there = spec.plan.world_size, ray.cluster_resources()
+    asked = {"CPU": count * spec.job.scaling.cpus_per_worker, "GPU": count * bool(_scaling(spec).use_gpu)}
+    short = [name for name, least in asked.items() if there.get(name, 0) < least]
+    return ", ".join(f"{there.get(name, 0):g} of {asked[name]} {name}s are there" for name in short)
+
+
+class BetweenHosts(TorchConfig):
+    """PyTorch's process group on the network that Ray uses.
+
+    Left alone, gloo takes the interface that the host's name resolves to: on many systems the loopback,
+    where no other host can be reached.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _OnRaysNetwork
+
+
+class _OnRaysNetwork(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
 # --- on the worker -------------------------------------------------------------------------------
+
+
+def _choose_interface() -> None:
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _train_on_worker(config: dict[str, Any]) -> TrainResult:

@@ -14,7 +14,7 @@ from raydist.job.schema import Job
 class TrainSpec:
     """run: the run's folder.  logs, eval_logs: token logs by source.  tokenizer: a Hugging Face folder.
 
-    attempt counts from 1 over the life of the run.
+    attempt counts from 1 over the life of the run.  growing: the logs to train on are still being made.
     """
 
     job: Job
@@ -24,6 +24,7 @@ class TrainSpec:
     plan: Plan
     attempt: int = 1
     eval_logs: dict[str, Path] = field(default_factory=dict)
+    growing: bool = False
 
     def to_json(self) -> str:
         return json.dumps(
@@ -35,6 +36,7 @@ class TrainSpec:
                 "plan": asdict(self.plan),
                 "attempt": self.attempt,
                 "eval_logs": {name: str(path) for name, path in self.eval_logs.items()},
+                "growing": self.growing,
             },
             indent=2,
         )
@@ -50,4 +52,5 @@ class TrainSpec:
             plan=Plan(**raw["plan"]),
             attempt=raw["attempt"],
             eval_logs={name: Path(path) for name, path in raw["eval_logs"].items()},
+            growing=raw["growing"],
         )

@@ -97,7 +97,10 @@ def kill_a_worker(run: Path, step: int) -> None:
 
 
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize("name", ["fsdp", "zero3", "qlora"])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow), "qlora"],
+)
 def test_its_command_survives_a_kill_and_ends_as_two_undisturbed_ranks(
     name: str, base: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

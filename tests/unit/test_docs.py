@@ -35,9 +35,11 @@ def test_there_are_commands_to_check() -> None:
 
 
 def test_the_readmes_job_is_valid_and_short() -> None:
-    (text,) = [text for language, text in BLOCKS if language == "yaml"]
+    text, sweep = [text for language, text in BLOCKS if language == "yaml"]
     assert build_job(yaml.safe_load(text)).scaling.num_workers == 8
     assert len(text.splitlines()) <= 12
+    tune = build_job(yaml.safe_load(text + sweep)).tune
+    assert tune is not None and tune.n_trials == 16
 
 
 def test_the_readmes_python_compiles_and_names_what_exists() -> None:

@@ -63,3 +63,13 @@ def test_a_torn_last_line_is_no_record(tmp_path: Path) -> None:
     with path.open("ab") as stream:
         stream.write(b'{"step": 2')
     assert files.read_jsonl(path) == [{"step": 1}]
+
+
+def test_a_run_is_interrupted_when_its_driver_is_dead(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with folder.lease():
+        folder.set_status("training")
+        assert folder.state() == "training" and folder.driver().startswith("process ")
+    assert (folder.state(), folder.driver()) == ("interrupted", "")
+    folder.set_status("finished")
+    assert folder.state() == "finished"

@@ -34,7 +34,7 @@ def test_every_command_has_help(name: str) -> None:
     assert (group.commands[name].short_help or "").split()[0] in result.output
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "continue", "fsdp", "zero3", "qlora"])
+@pytest.mark.parametrize("kind", ["pretrain", "continue", "fsdp", "zero3", "qlora", "sweep"])
 def test_init_writes_a_valid_job_and_replaces_nothing(tmp_path: Path, kind: str) -> None:
     made = raydist("init", "job.yaml", "--kind", kind, cwd=tmp_path)
     assert made.returncode == 0 and "raydist submit job.yaml" in made.stdout

@@ -1,7 +1,7 @@
 """Every combination of strategy, adapter, quantization and precision, in one pair of processes.
 
-    torchrun --nproc-per-node 2 -m tests.unit.training.matrix FOLDER
-    python -m tests.unit.training.matrix FOLDER          afterwards: resumes what two ranks saved
+    torchrun --nproc-per-node 2 -m tests.unit.training.matrix FOLDER quick|rest
+    python -m tests.unit.training.matrix FOLDER quick|rest      afterwards: resumes what two ranks saved
 
 For each case: a run, the same resumed from its middle, and its results loaded and, for an adapter,
 merged. What was found goes to FOLDER/<case>/found.json and alone.json, to be judged by the tests.
@@ -52,6 +52,15 @@ REFUSED = {("fsdp", "int4"): "drops the scales", ("fsdp", "int8"): "drops the sc
 
 ALL = list(itertools.product(STRATEGIES, METHODS, PRECISIONS))
 CASES = [case for case in ALL if case[:2] not in REFUSED]
+QUICK = [
+    (strategy, method, precision)
+    for strategy, method, precision in CASES
+    if (precision == "fp32" and strategy not in ("zero-1-offload", "zero-2-offload"))
+    or strategy == "ddp"
+    or (strategy, method) in {("zero-3", "full"), ("fsdp", "lora"), ("zero-2", "int4")}
+]
+"""With every strategy but two, every method and both precisions; the others take a minute more."""
+
 STEPS = 4
 WITHIN = {
     "losses as DDP's": {"fp32": 1e-6, "bf16": 5e-3},
@@ -136,12 +145,12 @@ def alone(case: tuple[str, str, str], folder: Path) -> None:
     write_json(spec.run.with_name("alone.json"), {"losses": [*losses(spec.run).values()]})
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, part: str) -> None:
     torch.set_num_threads(1)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo")
-    for case in CASES:
+    for case in QUICK if part == "quick" else [case for case in CASES if case not in QUICK]:
         with told(folder / name_of(case)):
             with_two(case, folder, rank) if world_size > 1 else alone(case, folder)
     if dist.is_initialized():
@@ -168,4 +177,4 @@ def told(folder: Path) -> Any:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -25,7 +25,17 @@ from raydist.training import checkpoint
 from raydist.training.loop import train
 from raydist.training.model import weight_hash
 from raydist.training.spec import TrainSpec
-from tests.unit.training.matrix import ALL, CASES, METHODS, REFUSED, STRATEGIES, WITHIN, name_of, sections
+from tests.unit.training.matrix import (
+    ALL,
+    CASES,
+    METHODS,
+    QUICK,
+    REFUSED,
+    STRATEGIES,
+    WITHIN,
+    name_of,
+    sections,
+)
 from tests.unit.training.train_parts import (
     LLAMA,
     VOCABULARY,
@@ -157,9 +167,18 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The part of the matrix that runs in every test, with what the rest is compared with."""
+    return matrix(tmp_path_factory.mktemp("matrix"), "quick")
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return matrix(tmp_path_factory.mktemp("matrix"), "rest")
+
+
+def matrix(folder: Path, part: str) -> Path:
     """Run once for all: on two ranks by torchrun, then alone from what the two had saved."""
-    folder = tmp_path_factory.mktemp("matrix")
     write_log(folder / "tokens" / "log")
     write_tokenizer(folder / "words")
     torch.manual_seed(1)
@@ -167,7 +186,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config, vocab_size=VOCABULARY))
     model.save_pretrained(folder / "base")
     write_tokenizer(folder / "base")
-    program = ["tests.unit.training.matrix", str(folder)]
+    program = ["tests.unit.training.matrix", str(folder), part]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
     for command in ([*torchrun, *program], [sys.executable, "-m", *program]):
         done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
@@ -176,8 +195,8 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def found(matrix: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
-    folder = matrix / name_of(request.param)
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    folder = request.getfixturevalue("quick" if request.param in QUICK else "rest") / name_of(request.param)
     failed = folder / "error.txt"
     assert not failed.exists(), failed.read_text()
     return {**read_json(folder / "found.json"), "alone": read_json(folder / "alone.json")["losses"]}
@@ -185,14 +204,17 @@ def found(matrix: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @pytest.mark.timeout(900)  # the first of them runs the matrix
 @pytest.mark.parametrize(
-    ("case", "found"), [(c, c) for c in CASES], ids=map(name_of, CASES), indirect=["found"]
+    ("case", "found"),
+    [pytest.param(c, c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES],
+    ids=map(name_of, CASES),
+    indirect=["found"],
 )
 def test_it_trains_resumes_exports_and_merges(
-    case: tuple[str, str, str], found: dict[str, Any], matrix: Path
+    case: tuple[str, str, str], found: dict[str, Any], quick: Path
 ) -> None:
     """Against DDP; resumed at 2 ranks and at 1; its model, and merged, by plain transformers or peft."""
     within = {what: limits[case[2]] for what, limits in WITHIN.items()}
-    of_ddp = read_json(matrix / name_of(("ddp", *case[1:])) / "found.json")["losses"]
+    of_ddp = read_json(quick / name_of(("ddp", *case[1:])) / "found.json")["losses"]
     assert found["losses"] == pytest.approx(of_ddp, rel=within["losses as DDP's"])
     assert found["losses"][-1] < found["losses"][0]
     again = within["resumed with as many workers"]

@@ -1,0 +1,36 @@
+"""A run's folder in one dictionary: what `raydist ls` and `raydist status` print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from raydist.folder import RunFolder
+from raydist.track.records import evaluations, read_metrics, redact, supersede
+
+
+def summary(folder: RunFolder) -> dict[str, Any]:
+    """`step` of `steps`, `tokens` trained on and `loss` are the newest on record; None before the first."""
+    recorded, status = read_metrics(folder.path), folder.status()
+    records = supersede(recorded)
+    step = next((r for r in reversed(records) if r["kind"] == "train"), {})
+    begun = [r for r in recorded if r["kind"] in ("start", "resume")]
+    return {
+        "name": folder.path.resolve().name,
+        "state": folder.state(),
+        "since": status.get("since"),
+        "error": redact(status["error"]) if "error" in status else None,
+        "driver": folder.driver() or None,
+        "step": step.get("step"),
+        "steps": begun[-1]["steps"] if begun else None,
+        "tokens": step.get("tokens_seen"),
+        "loss": step.get("loss"),
+        "perplexity": {
+            name: {"first": of[0]["perplexity"], "last": of[-1]["perplexity"]}
+            for name, of in evaluations(records).items()
+        },
+        "attempts": len(begun),
+        "checkpoints": folder.committed_steps(),
+        "folder": str(folder.path),
+        "model": str(folder.model) if folder.model.exists() else None,
+        "report": str(folder.report) if folder.report.exists() else None,
+    }

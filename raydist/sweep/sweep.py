@@ -1,0 +1,296 @@
+"""All trials of a sweep: claim the folder, prepare the tokens once, search, and tell what was best."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
+
+from raydist import files
+from raydist.cluster.connect import ray_session
+from raydist.cluster.room import require_room
+from raydist.errors import JobError, RunChanged, Stopped, TrainingError
+from raydist.folder import RunFolder
+from raydist.job.identity import differences
+from raydist.job.load import job_yaml, load_job
+from raydist.job.schema import Job
+from raydist.job.search import trial_job, trial_name
+from raydist.job.tune import Tune
+from raydist.prepared import Prepared, prepare_logs
+from raydist.run import folder_of, status_of, stop_if_asked, stop_signals
+from raydist.sweep.suggest import METRIC, Journal, Parameters, read_parameters
+from raydist.sweep.trial import ENDED, SweepSpec, TrialRun, curve
+from raydist.track.mlflow import finish_parent, start_parent
+from raydist.track.progress import Progress
+from raydist.track.sweep_page import Trial, ranked, write_sweep_page
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """trials: best first.  best: a job file for `raydist submit`; None when no trial finished."""
+
+    folder: Path
+    trials: list[Trial]
+    best: Path | None
+
+
+def run_sweep(job: Job, *, address: str | None = None, progress: Progress | None = None) -> SweepResult:
+    """Run the sweep of `job`, or go on with the one of that name; no finished trial runs twice.
+
+    Raises TrainingError at the end if trials failed, each of which is recorded; the others count.
+    """
+    if job.tune is None:
+        raise JobError(f"{job.name} has no tune section", fix="raydist submit runs it, or say what to search")
+    folder, progress = folder_of(job), progress or Progress(name=job.name)
+    with progress, folder.lease():
+        _refuse_changed(job, folder)
+        with status_of(folder), stop_signals(folder, progress):
+            _claim(job, folder)
+            workers = job.scaling
+            with (
+                ray_session(workers.num_workers, workers.cpus_per_worker, address),
+                stop_signals(folder, progress),  # again: joining a cluster puts Ray's own handlers in place
+            ):
+                _prepare_and_search(job, folder, progress)
+    return read_sweep(job)
+
+
+def _refuse_changed(job: Job, folder: RunFolder) -> None:
+    """Once trials have begun, what they share may not change; how many there are may."""
+    if not (folder.path / "trials.jsonl").exists():
+        return
+    old = load_job(folder.job_file)
+    changed = differences(old, job)
+    if old.tune is None or job.tune is None or old.tune.search != job.tune.search:
+        changed.append("tune.search")
+    if changed:
+        raise RunChanged(
+            f"the job differs from the sweep {job.name} that it would go on with:\n  " + "\n  ".join(changed),
+            where=str(folder.path),
+            why="its trials would not be comparable",
+            fix="give the sweep a new name, undo the change, or remove the sweep's folder",
+        )
+
+
+def _claim(job: Job, folder: RunFolder) -> None:
+    from raydist.training.model import check_model
+
+    folder.stop_flag.unlink(missing_ok=True)
+    files.write_text(folder.job_file, job_yaml(job))
+    folder.set_status("planning")
+    for end in (0, -1):
+        check_model(_at_an_end(job, end))
+
+
+def _at_an_end(job: Job, end: int) -> Job:
+    """With the first (0) or the last (-1) value of every searched key."""
+    assert job.tune is not None
+    return trial_job(job, 0, {key: of.extremes[end] for key, of in job.tune.search.items()})
+
+
+def _prepare_and_search(job: Job, folder: RunFolder, progress: Progress) -> None:
+    assert job.tune is not None
+    room = require_room(job, "one trial")
+    folder.set_status("preparing")
+    pins = folder.data().get("pins")
+    prepared = prepare_logs(job, progress, pinned=pins, stop=lambda: stop_if_asked(folder))
+    _require_held_out(replace(prepared, job=_at_an_end(job, 0)))
+    files.write_json(folder.data_file, {"pins": prepared.pins()})
+    folder.set_status("training")
+    at_a_time = room if job.tune.concurrency == "auto" else min(room, job.tune.concurrency)
+    progress.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
+    with _concluded(job, folder, progress) as parent:
+        ended = {n: state for n, (state, _) in enumerate(_states(job, folder)) if state in ENDED}
+        spec = SweepSpec(job, folder.path.resolve(), prepared.pins(), parent, ended)
+        _search(spec, folder, at_a_time, progress)
+        stop_if_asked(folder)
+        _refuse_failed(folder, read_sweep(job))
+
+
+def _require_held_out(prepared: Prepared) -> None:
+    held_out = sum(source.held_out_documents for source in prepared.feed().sources)
+    if held_out + sum(log.n_documents for log in prepared.eval_logs.values()) == 0:
+        raise JobError(
+            "a sweep without held-out text",
+            where="corpus.holdout and eval.sources",
+            why="trials are compared by bits per byte of text that none was trained on",
+            fix="raise corpus.holdout or name a source in eval.sources",
+        )
+
+
+def _search(spec: SweepSpec, folder: RunFolder, at_a_time: int, progress: Progress) -> None:
+    """Tune keeps its own records in ray/attempt-N; nothing is ever read from there."""
+    os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1")
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one reports errors also where it was told to be silent
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is told by _Told
+    assert spec.job.tune is not None
+    journal = Journal(spec.job, folder.path / "trials.jsonl")
+    # no CPU, which is all for the workers; Ray refuses a request for nothing
+    trainable = tune.with_resources(tune.with_parameters(TrialRun, spec=spec), {"memory": 2**20})
+    tune.Tuner(
+        trainable,
+        tune_config=tune.TuneConfig(
+            search_alg=journal,
+            scheduler=_scheduler(spec.job.tune),
+            num_samples=spec.job.tune.n_trials,
+            max_concurrent_trials=at_a_time,
+        ),
+        run_config=tune.RunConfig(
+            name=f"attempt-{folder.next_attempt()}",
+            storage_path=str(folder.ray.resolve()),
+            stop=_Asked(folder),
+            callbacks=[_Told(spec, folder, progress)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+            failure_config=tune.FailureConfig(max_failures=spec.job.scaling.max_failures),
+            verbose=0,
+        ),
+    ).fit()
+
+
+def _scheduler(spec: Tune) -> TrialScheduler:
+    """Time is percent of a trial's own length, so that trials of any block size meet at the same rungs."""
+    if spec.scheduler == "none":
+        return FIFOScheduler()
+    return AsyncHyperBandScheduler(
+        time_attr="percent",
+        metric=METRIC,
+        mode="min",
+        max_t=100,
+        grace_period=math.ceil(100 * spec.grace_ratio),
+        reduction_factor=spec.reduction_factor,
+    )
+
+
+class _Asked(tune.Stopper):
+    """Ends every trial once the sweep is asked to stop."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._folder.stop_flag.exists()
+
+
+class _Told(tune.Callback):
+    """Writes down how trials end, and says so."""
+
+    def __init__(self, spec: SweepSpec, folder: RunFolder, progress: Progress) -> None:
+        self._spec, self._folder, self._progress = spec, folder, progress
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Tune writes its callbacks down, for a restoration that is never made; a stream cannot be."""
+        return {}
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        if _number(trial) in self._spec.ended:
+            return  # it only repeats what it said
+        shown = f"{result[METRIC]:.4f} bits per byte at {result['percent']:.0f}%"
+        self._progress.message(f"trial {_number(trial):03d}  {shown}")
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        result = trial.last_result
+        early = "stopped" if self._folder.stop_flag.exists() else "pruned"
+        self._end(_number(trial), result.get("state", early), result.get("error", ""))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._end(_number(trial), "failed", str(trial.get_error() or "its process died").splitlines()[0])
+
+    def _end(self, number: int, state: str, error: str) -> None:
+        if number in self._spec.ended:
+            return  # it was told when it happened
+        files.append_json(
+            self._folder.path / "trials.jsonl", {"number": number, "state": state, "error": error}, flush=True
+        )
+        self._progress.message(f"trial {number:03d}  {state}{': ' * bool(error)}{error}")
+
+
+def _number(trial: Any) -> int:
+    return int(trial.config["number"])
+
+
+def _states(job: Job, folder: RunFolder) -> list[tuple[str, str]]:
+    """State and error of each trial by number: finished where its own folder says so, else as told last."""
+    file = folder.path / "trials.jsonl"
+    last = {record["number"]: record for record in files.read_jsonl(file)}
+    told = [(last[n].get("state", "running"), last[n].get("error", "")) for n in sorted(last)]
+    finished = [RunFolder(_path(job, n)).status().get("state") == "finished" for n in sorted(last)]
+    return [("finished", "") if done else known for done, known in zip(finished, told, strict=True)]
+
+
+def _path(job: Job, number: int) -> Path:
+    return folder_of(job).path.with_name(trial_name(job, number))
+
+
+# --- the end -------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _concluded(job: Job, folder: RunFolder, progress: Progress) -> Iterator[str | None]:
+    """Gives the sweep's MLflow run; best.yaml, the page and MLflow tell how it ended, however it ends."""
+    told: Callable[[str], None] = progress.message
+    parent = start_parent(job, folder.path, on_warning=told) if job.tracking.mlflow else None
+    state, error = "failed", ""
+    try:
+        yield parent
+        state = "finished"
+    except BaseException as raised:
+        state, error = ("stopped", "") if isinstance(raised, Stopped) else ("failed", str(raised))
+        raise
+    finally:
+        result = read_sweep(job)
+        best = _write_best(job, folder, result.trials)
+        write_sweep_page(folder.path, result.trials, state=state, error=error)
+        if parent is not None:
+            metrics = {METRIC: best.bits_per_byte} if best and best.bits_per_byte else {}
+            finish_parent(job, folder.path, state, metrics, best.parameters if best else {}, on_warning=told)
+
+
+def _write_best(job: Job, folder: RunFolder, trials: Sequence[Trial]) -> Trial | None:
+    """best.yaml is a job of its own name: it trains the best trial's job anew."""
+    best = next((trial for trial in trials if trial.state == "finished"), None)
+    if best is not None:
+        kept = {"checkpoint.save_total_limit": job.checkpoint.save_total_limit}
+        of_best = trial_job(job, "best", {**best.parameters, **kept})
+        head = f"# The best of {len(trials)} trials: {best.name}, {best.bits_per_byte:.4f} bits per byte\n"
+        files.write_text(folder.path / "best.yaml", head + job_yaml(of_best))
+    return best
+
+
+def _refuse_failed(folder: RunFolder, result: SweepResult) -> None:
+    failed = [trial for trial in result.trials if trial.state == "failed"]
+    if failed:
+        raise TrainingError(
+            f"{len(failed)} of {len(result.trials)} trials failed; the others are compared",
+            where="; ".join(str(folder.path.parent / trial.name) for trial in failed),
+            why="\n".join(f"{trial.name}: {trial.error}" for trial in failed),
+            fix="submit the sweep again to try these once more, and only these",
+        )
+
+
+def read_sweep(job: Job) -> SweepResult:
+    """What the folders of the sweep and its trials say."""
+    folder = folder_of(job)
+    known = zip(read_parameters(folder.path / "trials.jsonl"), _states(job, folder), strict=True)
+    trials = [_trial(job, number, *what) for number, what in enumerate(known)]
+    best = folder.path / "best.yaml"
+    return SweepResult(folder.path, ranked(trials), best if best.exists() else None)
+
+
+def _trial(job: Job, number: int, parameters: Parameters, known: tuple[str, str]) -> Trial:
+    of_trial = trial_job(job, number, parameters)
+    points = [(result["tokens"], result[METRIC]) for result in curve(of_trial, folder_of(of_trial))]
+    tokens, bits = points[-1] if points else (0, None)
+    return Trial(of_trial.name, parameters, known[0], bits, tokens, points, known[1])

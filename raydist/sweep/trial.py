@@ -1,0 +1,140 @@
+"""One trial under Ray Tune: an ordinary run, whose evaluations are the trial's results."""
+
+from __future__ import annotations
+
+import math
+import os
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from raydist import files
+from raydist.errors import RaydistError, Stopped
+from raydist.folder import RunFolder
+from raydist.job.plan import samples_per_step
+from raydist.job.schema import Job
+from raydist.job.search import trial_job
+from raydist.run import folder_of, run_job
+from raydist.sweep.suggest import METRIC, read_parameters
+from raydist.track.progress import Progress
+from raydist.track.records import Record, effective
+
+Result = dict[str, Any]
+ENDED = ("finished", "pruned")
+"""States of trials that never run again."""
+
+ROOM_SECONDS = "600"
+"""A trial's workers may wait so long for those of a trial that was ended to make their last checkpoint."""
+
+
+@dataclass(frozen=True)
+class SweepSpec:
+    """What all trials share.
+
+    pins: the token logs.  parent: the sweep's MLflow run.  ended: which ran before, and how they ended.
+    """
+
+    job: Job
+    folder: Path
+    pins: dict[str, Any]
+    parent: str | None
+    ended: dict[int, str]
+
+    def trial(self, number: int) -> Job:
+        parameters = read_parameters(self.folder / "trials.jsonl")[number]
+        return trial_job(self.job, number, parameters)
+
+
+class Evaluations(Progress):
+    """Turns a run's records into results: one for each step that was evaluated."""
+
+    def __init__(self, job: Job, tell: Callable[[Result], None]) -> None:
+        super().__init__(Path(os.devnull).open("w"))  # noqa: SIM115 - lives as long as the process
+        self._tokens_per_step, self._tell = samples_per_step(job) * job.packing.block_size, tell
+        self._steps = 1
+        self._held: list[Record] = []
+
+    def record(self, record: Record) -> None:
+        if record["kind"] in ("start", "resume"):
+            self._steps = record["steps"]
+        if record["kind"] == "eval":
+            self._held.append(record)
+        else:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._held:
+            step = self._held[0]["step"]
+            n_bytes = sum(r["n_bytes"] for r in self._held)
+            bits = sum(r["bits_per_byte"] * r["n_bytes"] for r in self._held) / n_bytes
+            percent, self._held = 100 * step / self._steps, []
+            self._tell({METRIC: bits, "percent": percent, "tokens": step * self._tokens_per_step})
+
+
+def curve(job: Job, folder: RunFolder) -> list[Result]:
+    """The results that a run's folder tells of."""
+    results: list[Result] = []
+    evaluations = Evaluations(job, results.append)
+    for record in effective(folder.path):
+        evaluations.record(record)
+    evaluations.flush()
+    return results
+
+
+class TrialRun(tune.Trainable):
+    """Steps are evaluations. Ended early, it asks its run for a checkpoint and waits for it."""
+
+    def setup(self, config: dict[str, Any], spec: SweepSpec) -> None:  # type: ignore[override]
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = ROOM_SECONDS
+        self._results: queue.Queue[Result] = queue.Queue()
+        self._last: Result = {METRIC: math.inf, "percent": 0.0, "tokens": 0}
+        self._cancelled = False
+        self._thread = threading.Thread(target=self._run, args=(spec, config["number"]), daemon=True)
+        self._thread.start()
+
+    def step(self) -> Result:
+        """The last evaluation is given once the run has ended, since Tune may end the trial by it."""
+        result = self._results.get()
+        if result.get("percent") == 100 and "done" not in result:
+            result |= self._results.get()
+        self._last |= result
+        return dict(self._last)
+
+    def cleanup(self) -> None:
+        self._cancelled = True
+        while self._thread.is_alive():
+            if self._folder is not None and self._folder.path.exists():
+                self._folder.stop_flag.touch()
+            self._thread.join(0.5)
+
+    _folder: RunFolder | None = None
+
+    def _run(self, spec: SweepSpec, number: int) -> None:
+        try:
+            state = self._train(spec, number)
+        except Stopped:
+            self._results.put({"done": True, "state": "stopped"})
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is recorded and the sweep goes on
+            text = str(error) if isinstance(error, RaydistError) else f"{type(error).__name__}: {error}"
+            self._results.put({"done": True, "state": "failed", "error": text})
+        else:
+            self._results.put({"done": True, "state": state})
+
+    def _train(self, spec: SweepSpec, number: int) -> str:
+        job = spec.trial(number)
+        self._folder = folder = folder_of(job)
+        for result in curve(job, folder):
+            self._results.put(result)
+        if number in spec.ended:
+            return spec.ended[number]
+        if self._cancelled:
+            raise Stopped(f"{job.name} was ended before it began")
+        if not folder.data_file.exists():
+            files.write_json(folder.data_file, {"pins": spec.pins})
+        run_job(job, progress=Evaluations(job, self._results.put), parent=spec.parent)
+        return "finished"

@@ -1,0 +1,131 @@
+"""Which parameters each trial has: a function of its number, or of what earlier trials showed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydist.errors import JobError
+from raydist.job.load import build_job
+from raydist.job.schema import Job
+from raydist.job.search import trial_job
+from raydist.sweep.suggest import METRIC, Journal, read_parameters
+
+LR = {"train.lr": {"loguniform": [1e-5, 1e-2]}}
+GRID = {"train.lr": {"grid": [1e-3, 1e-4]}, "packing.block_size": {"grid": [64, 128, 256]}}
+
+
+def sweep(search: dict[str, Any], **more: Any) -> Job:
+    tune = {"search": search, **more}
+    return build_job(
+        {
+            "name": "s",
+            "model": {"config": {"model_type": "llama"}, "tokenizer": {"train": {"vocab_size": 512}}},
+            "corpus": {"sources": {"words": {"path": "words.txt"}}},
+            "train": {"max_tokens": 1e6},
+            "tune": tune,
+        }
+    )
+
+
+def suggested(job: Job, file: Path, count: int) -> list[dict[str, Any]]:
+    """Of so many trials; each ends, the better the higher its learning rate."""
+    journal = Journal(job, file)
+    for number in range(count):
+        config = journal.suggest(f"t{number}")
+        if isinstance(config, str):
+            break
+        assert config == {"number": number}
+        lr = read_parameters(file)[number]["train.lr"]
+        journal.on_trial_complete(f"t{number}", {METRIC: 3 - 100 * lr, "tokens": 1e6})
+    return read_parameters(file)
+
+
+def test_random_trials_depend_on_the_seed_and_their_number_alone(tmp_path: Path) -> None:
+    job = sweep(LR, trials=6)
+    drawn = suggested(job, tmp_path / "a", 6)
+    assert len({p["train.lr"] for p in drawn}) == 6 and all(1e-5 <= p["train.lr"] <= 1e-2 for p in drawn)
+    assert suggested(job, tmp_path / "b", 3) == drawn[:3] and suggested(job, tmp_path / "b", 6) == drawn
+    other = job.model_copy(update={"seed": 1})
+    assert suggested(other, tmp_path / "c", 6) != drawn
+
+
+def test_a_grid_is_gone_through_once_and_ends(tmp_path: Path) -> None:
+    drawn = suggested(sweep(GRID), tmp_path / "a", 99)
+    assert [tuple(p.values()) for p in drawn] == [(lr, b) for lr in (1e-3, 1e-4) for b in (64, 128, 256)]
+
+
+def test_a_grid_is_combined_with_what_is_drawn(tmp_path: Path) -> None:
+    search = {"packing.block_size": {"grid": [64, 128]}, **LR}
+    drawn = suggested(sweep(search, trials=5), tmp_path / "a", 9)
+    assert [p["packing.block_size"] for p in drawn] == [64, 128, 64, 128, 64]
+    assert len({p["train.lr"] for p in drawn}) == 5
+
+
+def test_optuna_learns_from_trials_of_this_and_of_an_earlier_process(tmp_path: Path) -> None:
+    job = sweep(LR, trials=40, searcher="optuna")
+    first = suggested(job, tmp_path / "a", 20)
+    drawn = suggested(job, tmp_path / "a", 40)
+    assert drawn[:20] == first and len(drawn) == 40
+    mean = sum(p["train.lr"] for p in drawn[20:]) / 20
+    assert mean > 2 * sum(p["train.lr"] for p in drawn[:10]) / 10  # the first ten are drawn blindly
+
+
+def test_no_trial_begins_that_would_pass_the_budget(tmp_path: Path) -> None:
+    assert len(suggested(sweep(LR, trials=9, max_tokens=3.5e6), tmp_path / "a", 9)) == 3
+
+
+def test_what_was_pruned_leaves_tokens_for_others(tmp_path: Path) -> None:
+    journal = Journal(sweep(LR, trials=9, max_tokens=2e6), tmp_path / "a")
+    assert [journal.suggest(name) for name in "abc"] == [{"number": 0}, {"number": 1}, None]
+    journal.on_trial_complete("a", {METRIC: 4.0, "tokens": 2e5})
+    assert journal.suggest("d") is None  # 0.2 and 1 spent: no room for another whole one
+    journal.on_trial_complete("b", {METRIC: 4.0, "tokens": 2e5})
+    assert journal.suggest("e") == {"number": 2}
+    journal.on_trial_complete("e", {METRIC: 4.0, "tokens": 9e5})
+    assert journal.suggest("f") == journal.FINISHED
+
+
+def test_trials_of_every_block_size_are_evaluated_at_one_context() -> None:
+    job = sweep(GRID)
+    contexts = {trial_job(job, n, {"packing.block_size": n}).eval.block_size for n in (64, 128, 256)}
+    assert contexts == {64}
+    asked = job.model_copy(update={"eval": job.eval.model_copy(update={"block_size": 32})})
+    assert trial_job(asked, 0, {"packing.block_size": 128}).eval.block_size == 32
+
+
+@pytest.mark.parametrize(
+    ("search", "more", "told"),
+    [
+        ({"train.lr": {"loguniform": [1e-2, 1e-5]}}, {"trials": 2}, "inverted"),
+        ({"train.lr": {"uniform": [1, 1]}}, {"trials": 2}, "inverted or empty"),
+        ({"train.lr": {"loguniform": [0, 1]}}, {"trials": 2}, "above 0"),
+        ({"train.lr": {"choice": [1], "grid": [1]}}, {"trials": 2}, "exactly one"),
+        ({"train.lr": {"choice": []}}, {"trials": 2}, "at least 1 item"),
+        ({"train.lrr": {"choice": [1e-3]}}, {"trials": 2}, "did you mean lr?"),
+        ({"train.lr": {"choice": [1e-3, -1]}}, {"trials": 2}, "not -1 (searched: -1)"),
+        ({"corpus.holdout": {"choice": [0.1]}}, {"trials": 2}, "same held-out text"),
+        ({"name": {"choice": ["a"]}}, {"trials": 2}, "names its trials"),
+        (LR, {}, "say how many trials"),
+        (GRID, {"trials": 7}, "the grid has 6 points"),
+        (GRID, {"searcher": "optuna"}, "optuna has no grid"),
+        (LR, {"trials": 2, "max_tokens": 1e5}, "does not pay for one trial"),
+        (LR, {"trials": 2, "sheduler": "asha"}, "did you mean scheduler?"),
+    ],
+)
+def test_a_search_that_makes_no_sense_is_refused(
+    search: dict[str, Any], more: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(JobError) as refused:
+        sweep(search, **more)
+    assert told in str(refused.value)
+
+
+def test_equal_steps_of_unequal_batches_are_refused() -> None:
+    job = sweep(LR, trials=2).model_dump(mode="json")
+    job["train"] |= {"max_tokens": None, "max_steps": 10}
+    job["tune"]["search"] = {"packing.block_size": {"choice": [64, 128]}}
+    with pytest.raises(JobError, match=r"give train\.max_tokens instead"):
+        build_job(job)
