@@ -129,6 +129,7 @@ def _require_held_out(prepared: Prepared) -> None:
 def _search(spec: SweepSpec, folder: RunFolder, at_a_time: int, progress: Progress) -> None:
     """Tune keeps its own records in ray/attempt-N; nothing is ever read from there."""
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1")
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a job's relative paths are of this folder
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one reports errors also where it was told to be silent
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is told by _Told
     assert spec.job.tune is not None

@@ -47,7 +47,7 @@ class SweepSpec:
 
     def trial(self, number: int) -> Job:
         parameters = read_parameters(self.folder / "trials.jsonl")[number]
-        return trial_job(self.job, number, parameters)
+        return trial_job(self.job, number, {"storage": str(self.folder.parent), **parameters})
 
 
 class Evaluations(Progress):

@@ -122,10 +122,14 @@ def test_a_killed_sweep_runs_no_finished_trial_twice(
         "name": "killed",
         "tune": {"search": search, "trials": 2, "scheduler": "none", "concurrency": 1},
     }
-    command = [sys.executable, "-m", "raydist", "tune", written(job)]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, "-m", "raydist", "tune", written(job), "--set", "storage=."]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=job["storage"],
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     deadline = time.monotonic() + 90
     while not trial(job, 1).metrics_file.exists():
