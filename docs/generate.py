@@ -76,6 +76,7 @@ SUPPORT = """\
 Made from the tests by `make docs`. Each precision that stands in the table is a case of
 `tests/unit/training/test_strategies.py`: two workers train it, its checkpoint is resumed by two workers and by
 one, its `model/` is loaded by plain transformers or peft and, for an adapter, merged by `raydist export RUN --merge`.
+`make test` runs those of most use, `make test-all` every one.
 All that does not stand there is refused before anything starts.
 
 """

@@ -104,9 +104,9 @@ def exclusive(path: Path, wait_seconds: float) -> Iterator[None]:
         yield
 
 
-def _locked(handle: int) -> bool:
+def _locked(handle: int, how: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
@@ -114,11 +114,7 @@ def _locked(handle: int) -> bool:
 
 def _is_held(path: Path) -> bool:
     with path.open() as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+        return not _locked(lock.fileno(), fcntl.LOCK_SH)
 
 
 def _busy(path: Path) -> RunBusy:

@@ -22,17 +22,7 @@ def validate(paths: tuple[str, ...]) -> None:
     """Check cluster files without starting anything. Every problem of a file is told at once."""
     from raydist.cluster.launch import load_cluster
 
-    failed = False
-    for path in paths:
-        try:
-            load_cluster(path)
-        except ClusterError as error:
-            failed = True
-            click.secho(f"{path}: {error}", fg="red", err=True)
-        else:
-            click.echo(f"{path}: valid")
-    if failed:
-        raise SystemExit(ClusterError.exit_code)
+    show.checked(paths, load_cluster)
 
 
 @cluster.command(short_help="Start a cluster.")

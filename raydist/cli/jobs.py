@@ -45,17 +45,7 @@ def validate(job_files: tuple[str, ...], overrides: tuple[str, ...]) -> None:
     """Check job files without starting anything. Every problem of a file is told at once."""
     from raydist.job.load import load_job
 
-    failed = False
-    for path in job_files:
-        try:
-            load_job(path, overrides)
-        except JobError as error:
-            failed = True
-            click.secho(f"{path}: {error}", fg="red", err=True)
-        else:
-            click.echo(f"{path}: valid")
-    if failed:
-        raise SystemExit(JobError.exit_code)
+    show.checked(job_files, lambda path: load_job(path, overrides))
 
 
 @click.command(short_help="Print what a job would do: data, steps, memory, disk.")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from raydist.errors import RaydistError
 
 if TYPE_CHECKING:
     from raydist.run import RunResult
@@ -15,6 +18,20 @@ def as_json(value: Any) -> None:
     import orjson
 
     click.echo(orjson.dumps(value, option=orjson.OPT_INDENT_2, default=str).decode())
+
+
+def checked(paths: Sequence[str], load: Callable[[str], object]) -> None:
+    """Load every file and say which are valid. Exits with the status of the last error."""
+    code = 0
+    for path in paths:
+        try:
+            load(path)
+            click.echo(f"{path}: valid")
+        except RaydistError as error:
+            code = error.exit_code
+            click.secho(f"{path}: {error}", fg="red", err=True)
+    if code:
+        raise SystemExit(code)
 
 
 def planned(plan: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from raydist.cluster.room import places
+from raydist.cluster.room import workers_by_node
 from raydist.errors import ClusterError
 from raydist.job.schema import Job
 
@@ -140,9 +140,9 @@ def is_path(name: str) -> bool:
 
 def resources(job: Job, nodes: list[dict[str, float]], may_grow_to: float = 0) -> Finding:
     """A worker must fit on a node, and Ray Data needs a CPU besides. `may_grow_to`: CPUs, by autoscaling."""
-    workers, each, gpus = job.scaling.num_workers, job.scaling.cpus_per_worker, job.scaling.use_gpu is True
+    workers, each = job.scaling.num_workers, job.scaling.cpus_per_worker
     cpus, cards = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
-    room = places(job, nodes)
+    room, gpus = sum(workers_by_node(job, nodes)), job.scaling.on_gpus(sum(cards))
     needs = f"{workers} workers of {each} CPUs{' and a GPU' * gpus}, and 1 CPU for the data"
     has = f"nodes of {cpus} CPUs" + f" and {cards} GPUs" * gpus
     if room >= workers and sum(cpus) > workers * each:

@@ -13,24 +13,25 @@ if TYPE_CHECKING:
     from raydist.corpus.pipeline import Share
 
 
-def workers_that_fit(job: Job) -> int:
-    """On the cluster that this process is connected to, if nothing else ran there."""
-    return places(job, [node["Resources"] for node in _nodes()])
+Resources = dict[str, float]
 
 
-def places(job: Job, nodes: Sequence[dict[str, float]]) -> int:
-    """For workers of `job` on nodes of these resources; one that asks for a GPU needs it on its own node."""
-    each, gpus = job.scaling.cpus_per_worker, job.scaling.use_gpu is True
-    fitting = [(int(node.get("CPU", 0) // each), int(node.get("GPU", 0))) for node in nodes]
-    return sum(min(of_cpus, of_gpus) if gpus else of_cpus for of_cpus, of_gpus in fitting)
+def workers_by_node(job: Job, nodes: Sequence[Resources]) -> list[int]:
+    """How many workers of `job` each of these nodes holds, if nothing else runs there."""
+    each, gpus = job.scaling.cpus_per_worker, job.scaling.on_gpus(sum(node.get("GPU", 0) for node in nodes))
+    by_cpu = [int(node.get("CPU", 0) // each) for node in nodes]
+    by_gpu = [int(node.get("GPU", 0)) for node in nodes]
+    return [min(pair) for pair in zip(by_cpu, by_gpu, strict=True)] if gpus else by_cpu
 
 
 def require_room(job: Job, what: str) -> int:
     """How many runs of `job` fit at a time. Raises ClusterError, with the numbers, if not even one does."""
-    fitting, asked = workers_that_fit(job), job.scaling.num_workers
+    held, asked = _resources(_nodes()), job.scaling.num_workers
+    fitting = sum(workers_by_node(job, held))
     if fitting >= asked:
         return fitting // asked
-    each = f"{job.scaling.cpus_per_worker} CPUs" + (" and a GPU" if job.scaling.use_gpu is True else "")
+    gpus = job.scaling.on_gpus(sum(node.get("GPU", 0) for node in held))
+    each = f"{job.scaling.cpus_per_worker} CPUs" + " and a GPU" * gpus
     raise ClusterError(
         f"the cluster has no room for {what}: {asked} workers of {each}, of which it holds {fitting}",
         where="; ".join(f"{node['NodeManagerAddress']}: {_told(node['Resources'])}" for node in _nodes()),
@@ -43,11 +44,14 @@ def spare(job: Job) -> Share | None:
     """What training leaves free for preparing beside it: whole nodes, else CPUs; None if that is nothing."""
     from raydist.corpus.pipeline import Share
 
-    nodes = sorted(_nodes(), key=lambda node: places(job, [node["Resources"]]))
-    left = job.scaling.num_workers
-    while nodes and left > 0:
-        left -= places(job, [nodes.pop()["Resources"]])
-    if free := [node for node in nodes if _cpus(node)]:
+    nodes, left = _nodes(), job.scaling.num_workers
+    held = zip(workers_by_node(job, _resources(nodes)), nodes, strict=True)
+    free = []
+    for workers, node in sorted(held, key=lambda pair: pair[0], reverse=True):
+        if left <= 0 and _cpus(node):
+            free.append(node)
+        left -= workers
+    if free:
         return Share(sum(map(_cpus, free)), tuple(node["NodeID"] for node in free))
     cpus = sum(map(_cpus, _nodes())) - job.scaling.num_workers * job.scaling.cpus_per_worker
     # On nodes that it shares with training, tasks of one CPU could split the room of a larger worker.
@@ -66,5 +70,9 @@ def _nodes() -> list[dict[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]
 
 
-def _told(resources: dict[str, float]) -> str:
+def _resources(nodes: Sequence[dict[str, Any]]) -> list[Resources]:
+    return [node["Resources"] for node in nodes]
+
+
+def _told(resources: Resources) -> str:
     return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"

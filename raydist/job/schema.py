@@ -217,6 +217,10 @@ class Scaling(Section):
         3, description="lost workers survived by one submission"
     )
 
+    def on_gpus(self, gpus: float) -> bool:
+        """Whether each worker takes a GPU on a cluster that has so many."""
+        return gpus >= self.num_workers if self.use_gpu == "auto" else self.use_gpu
+
 
 class Checkpoint(Section):
     save_steps: PositiveInt = Field(100, description="steps between checkpoints")

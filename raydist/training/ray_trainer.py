@@ -87,8 +87,7 @@ def _fit(spec: TrainSpec) -> TrainResult:
 
 def _scaling(spec: TrainSpec) -> ScalingConfig:
     asked = spec.job.scaling
-    gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = gpus >= spec.plan.world_size if asked.use_gpu == "auto" else asked.use_gpu
+    use_gpu = asked.on_gpus(ray.cluster_resources().get("GPU", 0))
     return ScalingConfig(
         num_workers=spec.plan.world_size,
         use_gpu=use_gpu,
