@@ -188,6 +188,7 @@ class _Told(tune.Callback):
 
     def __init__(self, spec: SweepSpec, folder: RunFolder, progress: Progress) -> None:
         self._spec, self._folder, self._progress = spec, folder, progress
+        self._best, self._done = math.inf, 0
 
     def __getstate__(self) -> dict[str, Any]:
         """Tune writes its callbacks down, for a restoration that is never made; a stream cannot be."""
@@ -196,6 +197,8 @@ class _Told(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
+        self._best = min(self._best, result[METRIC])
+        self._show()
         if _number(trial) in self._spec.ended:
             return  # it only repeats what it said
         shown = f"{result[METRIC]:.4f} bits per byte at {result['percent']:.0f}%"
@@ -209,7 +212,13 @@ class _Told(tune.Callback):
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(_number(trial), "failed", str(trial.get_error() or "its process died").splitlines()[0])
 
+    def _show(self) -> None:
+        assert self._spec.job.tune is not None
+        self._progress.trials(self._done, self._spec.job.tune.n_trials, self._best)
+
     def _end(self, number: int, state: str, error: str) -> None:
+        self._done += 1
+        self._show()
         if number in self._spec.ended:
             return  # it was told when it happened
         files.append_json(

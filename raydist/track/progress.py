@@ -68,6 +68,10 @@ class Progress(progress.Progress):
             self._last_prepared = now
             self._plain(f"{count}  {facts}")
 
+    def trials(self, done: int, total: int, best: float) -> None:
+        """`done` of `total` trials of a sweep; the least bits per byte so far."""
+        self._advance(done, total, f"trial {done:,}/{total:,}", f"best {number(best)} bits per byte")
+
     def record(self, record: Record) -> None:
         """Show one record of metrics.jsonl."""
         kind = record.get("kind")
