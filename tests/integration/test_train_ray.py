@@ -45,6 +45,7 @@ def workers() -> list[psutil.Process]:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_a_loss_and_the_next_attempt_ends_bit_identical(tmp_path: Path) -> None:
     whole = make_spec(tmp_path, world_size=2, run="whole")
     run_ranks(whole)  # without Ray
