@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from raydist.cluster.connect import ray_address, ray_session
 from raydist.corpus.log import open_log
 from raydist.errors import RunError
-from raydist.folder import RunFolder, find_run
+from raydist.folder import find_run
 from raydist.job.load import load_job
 from raydist.job.schema import Job
 from raydist.prepared import Prepared, find_prepared, prepare_logs
-from raydist.run import RunResult, run_job
+from raydist.run import RunResult, folder_of, run_job
 from raydist.track.progress import Progress
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _feed_of(prepared: Prepared) -> Feed:
 def _prepared(job_or_run: Job | str | Path) -> Prepared:
     """The logs of a run are those it is pinned to; a job's are looked up, never made here."""
     if isinstance(job_or_run, Job):
-        folder, job = RunFolder(Path(job_or_run.storage).expanduser() / job_or_run.name), job_or_run
+        folder, job = folder_of(job_or_run), job_or_run
     else:
         folder = find_run(job_or_run)
         job = load_job(folder.job_file)

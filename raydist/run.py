@@ -32,6 +32,7 @@ from raydist.track.progress import Progress
 from raydist.track.records import Tail, effective, read_metrics
 
 if TYPE_CHECKING:
+    from raydist.feed.feed import Feed
     from raydist.training.spec import TrainSpec
 
 T = TypeVar("T")
@@ -96,15 +97,19 @@ def _check(job: Job) -> None:
 
 def _prepare_and_train(job: Job, folder: RunFolder, progress: Progress, parent: str | None) -> None:
     prepared, rest = _prepare(job, folder, progress)
-    plan = make_plan(job, job.scaling.num_workers, prepared.feed().samples_per_epoch)
-    _write_data(folder, prepared)
+    feed = prepared.feed()
+    plan = make_plan(job, job.scaling.num_workers, feed.samples_per_epoch)
+    _write_data(folder, prepared, feed)
     stop_if_asked(folder)
     with _reported(job, folder, progress, parent):
         stopped = _attempts(job, folder, prepared, rest, plan, progress)
-        if not (stopped and rest is not None and not rest.done()):
-            prepared = prepared if rest is None else _awaited(rest, progress)
-            _write_data(folder, prepared)
-            _conclude(folder, prepared)
+        if rest is not None:
+            if stopped and not rest.done():
+                raise stopped_error(folder)
+            prepared = _awaited(rest, progress)
+            feed = prepared.feed()
+            _write_data(folder, prepared, feed)
+        _conclude(folder, prepared, feed)
         if stopped:
             raise stopped_error(folder)
 
@@ -217,8 +222,8 @@ def _awaited(rest: Future[Prepared], progress: Progress) -> Prepared:
     return rest.result()
 
 
-def _write_data(folder: RunFolder, prepared: Prepared) -> None:
-    described = prepared.describe(prepared.feed()) if prepared.complete else {}
+def _write_data(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
+    described = prepared.describe(feed) if prepared.complete else {}
     files.write_json(folder.data_file, {**folder.data(), "pins": prepared.pins(), **described})
 
 
@@ -298,13 +303,13 @@ def _size(path: Path) -> int:
 # --- the end -------------------------------------------------------------------------------------
 
 
-def _conclude(folder: RunFolder, prepared: Prepared) -> None:
+def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
     """What became of every token up to the newest checkpoint, and a sample of the model's text."""
     from raydist.feed.audit import audit
     from raydist.training.checkpoint import newest_valid
 
     commit = newest_valid(folder.path)
-    counted = audit(prepared.feed(), commit.samples if commit else 0)
+    counted = audit(feed, commit.samples if commit else 0)
     sample = prepared.sample(folder) if folder.model.exists() else None
     began = next(r for r in reversed(read_metrics(folder.path)) if r["kind"] in ("start", "resume"))
     known = {

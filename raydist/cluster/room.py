@@ -44,24 +44,21 @@ def spare(job: Job) -> Share | None:
     """What training leaves free for preparing beside it: whole nodes, else CPUs; None if that is nothing."""
     from raydist.corpus.pipeline import Share
 
-    nodes, left = _nodes(), job.scaling.num_workers
-    held = zip(workers_by_node(job, _resources(nodes)), nodes, strict=True)
-    free = []
-    for workers, node in sorted(held, key=lambda pair: pair[0], reverse=True):
-        if left <= 0 and _cpus(node):
-            free.append(node)
+    nodes, scaling = _nodes(), job.scaling
+    cpus = [float(node["Resources"].get("CPU", 0)) for node in nodes]
+    if len(nodes) == 1:  # an embedded Ray may promise more than this machine has
+        cpus = [min(cpus[0], os.cpu_count() or 1)]
+    held = zip(workers_by_node(job, _resources(nodes)), cpus, nodes, strict=True)
+    left, free = scaling.num_workers, {}
+    for workers, n_cpus, node in sorted(held, key=lambda each: each[0], reverse=True):
+        if left <= 0 and n_cpus:
+            free[str(node["NodeID"])] = n_cpus
         left -= workers
     if free:
-        return Share(sum(map(_cpus, free)), tuple(node["NodeID"] for node in free))
-    cpus = sum(map(_cpus, _nodes())) - job.scaling.num_workers * job.scaling.cpus_per_worker
+        return Share(sum(free.values()), tuple(free))
+    rest = sum(cpus) - scaling.num_workers * scaling.cpus_per_worker
     # On nodes that it shares with training, tasks of one CPU could split the room of a larger worker.
-    return Share(cpus) if cpus >= 1 and (job.scaling.cpus_per_worker == 1 or len(_nodes()) == 1) else None
-
-
-def _cpus(node: dict[str, Any]) -> float:
-    """An embedded Ray may promise more than this machine has."""
-    promised: float = node["Resources"].get("CPU", 0)
-    return min(promised, os.cpu_count() or 1) if len(_nodes()) == 1 else promised
+    return Share(rest) if rest >= 1 and (scaling.cpus_per_worker == 1 or len(nodes) == 1) else None
 
 
 def _nodes() -> list[dict[str, Any]]:

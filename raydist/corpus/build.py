@@ -132,12 +132,11 @@ def build_log(
         with _reporting(slices, on_progress):
             _make(slices, wanted, on_error, share)
     slices.poll()
-    if stop is not None and slices.missing:
-        _refuse_bad(slices, on_error)
-        return open_log(plan.path, growing=True)
-    if slices.missing:
+    if stop is None and slices.missing:
         raise LogError(f"{len(slices.missing)} slices of the token log were not made", where=str(plan.path))
     _refuse_bad(slices, on_error)
+    if slices.missing:
+        return open_log(plan.path, growing=True)
     if not plan.complete or slices.repaired:
         _finish(slices)
     return open_log(plan.path)

@@ -25,7 +25,7 @@ from raydist.prepared import find_prepared
 from raydist.track.records import read_metrics
 from raydist.training.loop import train
 from tests.hosts import Host, Hosts, can_run
-from tests.integration.test_run import losses, reached, write_corpus
+from tests.integration.test_run import CONFIG, losses, reached, write_corpus
 
 pytestmark = pytest.mark.skipif(bool(can_run()), reason=can_run())
 
@@ -53,22 +53,13 @@ def hosts() -> Iterator[Hosts]:
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, Any]:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    }
     write_corpus(tmp_path / "text.jsonl")
     (tmp_path / "marks").mkdir()
     (tmp_path / "of_mine.py").write_text(MARKS.format(folder=str(tmp_path / "marks")))
     return {
         "name": "hosts",
         "storage": str(tmp_path / "runs"),
-        "model": {"config": config, "tokenizer": {"train": {"vocab_size": 512}}},
+        "model": {"config": CONFIG, "tokenizer": {"train": {"vocab_size": 512}}},
         "corpus": {
             "sources": {"words": {"path": str(tmp_path / "text.jsonl")}},
             "clean": ["of_mine:mark"],

@@ -33,6 +33,16 @@ from raydist.training.checkpoint import newest_valid
 Here = Callable[..., tuple[int, str]]
 Command = Callable[..., tuple[int, str]]
 STEPS = 60
+CONFIG = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+"""A model small enough to be quick."""
 SENTENCE = "the quick brown fox jumps over a lazy dog while rivers carry small stones toward some distant sea"
 
 
@@ -58,19 +68,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def job(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Small enough to be quick, slow enough (about 0.1 s a step) to be killed in the middle of one."""
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "intermediate_size": 192,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-    }
     return {
         "name": "whole",
         "storage": str(tmp_path_factory.mktemp("storage")),
-        "model": {"config": config, "tokenizer": {"train": {"vocab_size": 512}}},
+        "model": {"config": CONFIG, "tokenizer": {"train": {"vocab_size": 512}}},
         "corpus": {"sources": {"words": {"path": str(corpus)}}, "holdout": 0.05, "slice_bytes": 20000},
         "packing": {"block_size": 128},
         "train": {
