@@ -233,15 +233,15 @@ def _number(trial: Any) -> int:
 
 def _states(job: Job, folder: RunFolder) -> list[tuple[str, str]]:
     """State and error of each trial by number: finished where its own folder says so, else as told last."""
-    file = folder.path / "trials.jsonl"
-    last = {record["number"]: record for record in files.read_jsonl(file)}
-    told = [(last[n].get("state", "running"), last[n].get("error", "")) for n in sorted(last)]
-    finished = [RunFolder(_path(job, n)).status().get("state") == "finished" for n in sorted(last)]
-    return [("finished", "") if done else known for done, known in zip(finished, told, strict=True)]
+    last = {record["number"]: record for record in files.read_jsonl(folder.path / "trials.jsonl")}
+    return [_state(last[n], folder.path.with_name(trial_name(job, n))) for n in sorted(last)]
 
 
-def _path(job: Job, number: int) -> Path:
-    return folder_of(job).path.with_name(trial_name(job, number))
+def _state(told: dict[str, Any], path: Path) -> tuple[str, str]:
+    state = RunFolder(path).status().get("state")
+    if state == "finished":
+        return "finished", ""
+    return told.get("state", "stopped" if state == "stopped" else "running"), told.get("error", "")
 
 
 # --- the end -------------------------------------------------------------------------------------

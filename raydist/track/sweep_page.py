@@ -14,7 +14,7 @@ from raydist.track.plots import MUTED, SERIES, Curve, draw
 from raydist.track.report import page
 from raydist.track.words import shown
 
-STATES = ("finished", "pruned", "running", "failed")
+STATES = ("finished", "pruned", "running", "stopped", "failed")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Trial:
     """One trial. tokens: trained so far.  curve: (tokens, bits per byte) of each evaluation.
 
     parameters: dotted key -> value.  bits_per_byte: the last evaluation's; less is better.
-    state: running, finished, pruned (ended early by the scheduler) or failed.
+    state: running, finished, pruned (ended early by the scheduler), stopped (on request) or failed.
     """
 
     name: str
@@ -35,7 +35,7 @@ class Trial:
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Best first: finished by bits per byte, then pruned, running, failed."""
+    """Best first: finished by bits per byte, then the other STATES."""
     return sorted(trials, key=lambda trial: (STATES.index(trial.state), _bits(trial)))
 
 

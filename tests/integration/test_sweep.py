@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -143,8 +145,28 @@ def test_a_killed_sweep_runs_no_finished_trial_twice(
     assert attempts[0] == {1} and len(attempts[1]) <= 2
     after = files.read_jsonl(Path(job["storage"], "killed", "trials.jsonl"))
     assert after[: len(begun)] == begun and [r["number"] for r in after if "parameters" in r] == [0, 1]
+    _stop_one(job)
     changed = {**job, "tune": {**job["tune"], "search": {"train.lr": {"loguniform": [1e-4, 1e-1]}}}}
     assert tune(changed) == 6 and "tune.search" in "".join(capfd.readouterr())
+
+
+def _stop_one(job: dict[str, Any]) -> None:
+    """A trial that was stopped by itself is told as such, and goes on with the sweep."""
+    job = {**job, "name": "stopped", "train": {**job["train"], "max_tokens": 2e6}}
+
+    def stop() -> None:
+        while not trial(job, 0).metrics_file.exists():
+            time.sleep(0.05)
+        with contextlib.suppress(SystemExit):
+            main(["stop", str(trial(job, 0).path)])
+
+    search = {"train.lr": {"grid": [1e-3]}}
+    job = {**job, "tune": {"search": search, "scheduler": "none"}}
+    threading.Thread(target=stop, daemon=True).start()
+    assert tune(job) == 0
+    states = [r.get("state") for r in files.read_jsonl(Path(job["storage"], "stopped", "trials.jsonl"))]
+    assert states == [None, "stopped"] and trial(job, 0).status()["state"] == "stopped"
+    assert not Path(job["storage"], "stopped", "best.yaml").exists()
 
 
 def test_what_cannot_be_a_sweep_is_refused(
