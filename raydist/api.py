@@ -85,7 +85,15 @@ def blocks(job_or_run: Job | str | Path, start: int = 0, stop: int | None = None
     feed = prepared.feed()
     stop = feed.samples_per_epoch if stop is None else stop
     if stop is None:
-        raise RunError("a weighted mixture has no end", fix="say how many blocks: blocks(job, start, stop)")
+        raise RunError(
+            "a weighted mixture, or stages, have no end", fix="say how many blocks: blocks(job, start, stop)"
+        )
+    if start < stop and feed.stage_at(start) != feed.stage_at(stop - 1):
+        raise RunError(
+            f"blocks {start} to {stop} are of several stages",
+            why="their block sizes differ, and a Dataset's columns have one shape",
+            fix=f"ask for one stage at a time; they begin at {[s.start for s in feed.segments]}",
+        )
     tasks = max(1, -(-(stop - start) // BLOCKS_PER_TASK))
 
     def read(batch: dict[str, Any]) -> dict[str, Any]:

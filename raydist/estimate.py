@@ -25,7 +25,7 @@ def plan_job(job: Job) -> dict[str, Any]:
     tokens = sum(source["tokens"] for source in sources.values()) * (1 - job.corpus.holdout)
     documents = sum(source["documents"] for source in sources.values())
     eos = documents if job.packing.add_eos_token else 0
-    blocks = max(1, round((tokens + eos) / job.packing.block_size))
+    blocks = max(1, round((tokens + eos) / job.block_sizes[0]))
     weighted = any(source.weight is not None for source in job.corpus.sources.values())
     plan = make_plan(job, job.scaling.num_workers, None if weighted else blocks)
     config = load_config(job, tokenizer.vocab_size if tokenizer else _new_vocabulary(job))
@@ -62,15 +62,19 @@ def _source(job: Job, name: str, tokenizer: TokenizerSpec | None, storage: Path)
         "documents": guess.n_documents,
         "tokens": n_tokens,
         "text_bytes": guess.n_bytes,
+        "mean_tokens": n_tokens / max(1, guess.n_documents),
+        "mean_words": guess.mean_words,
+        "unique_share": guess.unique_share,
         "log": "complete" if tokenizer and plan.complete else "to be made",
     }
 
 
-def _steps(plan: Plan) -> dict[str, int]:
+def _steps(plan: Plan) -> dict[str, Any]:
     return {
         "optimizer_steps": plan.steps,
         "samples": plan.samples,
         "tokens_per_step": plan.tokens_per_step,
+        "stages": [{"block_size": stage.block_size, "steps": stage.steps} for stage in plan.stages],
         "workers": plan.world_size,
         "micro_batch_size": plan.micro_batch_size,
         "accumulation_steps": plan.accumulation_steps,
@@ -85,7 +89,7 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
     Large Transformer Models", section 4, without its attention-score term: the scores are never kept.
     """
     compute = BF16 if job.train.mixed_precision == "bf16" else FP32
-    tokens = plan.micro_batch_size * plan.block_size
+    tokens = max(stage.micro_batch_size * stage.block_size for stage in plan.stages)
     kept = 2 if job.train.gradient_checkpointing else 34 // 2
     strategy, sharded = job.strategy, 3 if job.strategy.name == "fsdp" else job.strategy.stage or 0
     master = 1 if strategy.name == "zero" else 0  # DeepSpeed steps a copy of the weights

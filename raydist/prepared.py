@@ -23,6 +23,7 @@ from raydist.track.progress import Progress
 if TYPE_CHECKING:
     from raydist.corpus.pipeline import Share
     from raydist.feed.feed import Feed
+    from raydist.feed.segment import Segment
     from raydist.folder import RunFolder
     from raydist.job.plan import Plan
     from raydist.training.spec import TrainSpec
@@ -66,26 +67,22 @@ class Prepared:
         return feed
 
     def describe(self, feed: Feed) -> dict[str, Any]:
-        """The data's numbers, as the report and `prepare` show them."""
-        packing = self.job.packing
-        blocks = sum(source.n_blocks for source in feed.sources)
-        tokens = sum(source.n_tokens + source.n_eos for source in feed.sources)
+        """The data's numbers, as the report and `prepare` show them; packing: of each stage."""
+        from raydist.feed.duplicates import unique_share
+
         return {
             "sources": {
                 source.name: {
                     **describe_log(self.logs[source.name]),
                     "held_out_documents": source.held_out_documents,
                     "held_out_tokens": source.held_out_tokens,
+                    "duplicate_documents": source.duplicate_documents,
                     "weight": source.weight,
                 }
                 for source in feed.sources
             },
-            "packing": {
-                "block_size": packing.block_size,
-                "strategy": packing.strategy,
-                "n_blocks": blocks,
-                "padding_share": 1 - tokens / (blocks * packing.block_size),
-            },
+            "unique_share": unique_share(list(self.logs.values())),
+            "packing": [_describe_packing(segment) for segment in feed.segments],
         }
 
     def train_spec(self, folder: RunFolder, plan: Plan, attempt: int) -> TrainSpec:
@@ -143,7 +140,12 @@ def prepare_logs(
 
 
 def can_begin_early(job: Job) -> bool:
-    """Whether the order of samples is known before the logs end: not of epochs, nor of merged sources."""
+    """Whether the order of samples is known before the logs end.
+
+    Not of epochs, nor of merged sources; duplicates are found and stages begun in whole logs.
+    """
+    if job.stages or job.corpus.dedup != "none":
+        return False
     weighted = all(source.weight is not None for source in job.corpus.sources.values())
     known = weighted or len(job.corpus.sources) == 1
     return job.prepare.wait == "auto" and job.train.epochs is None and known
@@ -201,6 +203,17 @@ def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
     return _of_plans(job, tokenizer, lambda name, plan: open_log(plan.path))
 
 
+def _describe_packing(segment: Segment) -> dict[str, Any]:
+    size, blocks = segment.packing.block_size, sum(source.n_blocks for source in segment.sources)
+    tokens = sum(source.n_tokens + source.n_eos for source in segment.sources)
+    return {
+        "block_size": size,
+        "strategy": segment.packing.strategy,
+        "n_blocks": blocks,
+        "padding_share": 1 - tokens / (blocks * size),
+    }
+
+
 def describe_log(log: TokenLog) -> dict[str, Any]:
     return {
         "log": log.fingerprint,
@@ -208,6 +221,7 @@ def describe_log(log: TokenLog) -> dict[str, Any]:
         "n_documents": log.n_documents,
         "n_tokens": log.n_tokens,
         "n_bytes": log.n_bytes,
+        "mean_tokens": log.n_tokens / max(1, log.n_documents),
         "n_shards": len(log.shards),
         "n_quarantined": log.n_quarantined,
         "n_empty": log.n_empty,

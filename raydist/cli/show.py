@@ -40,18 +40,26 @@ def planned(plan: dict[str, Any]) -> None:
         click.echo(
             f"  {name}: {source['files']:,} files, {_bytes(source['file_bytes'])},"
             f" {source['slices']:,} slices;"
-            f" about {source['documents']:,} documents, {source['tokens']:,} tokens; log {source['log']}"
+            f" about {source['documents']:,} documents, {source['tokens']:,} tokens; log {source['log']};"
+            f" {source['mean_tokens']:,.1f} tokens and {source['mean_words']:,.1f} words a document,"
+            f" {source['unique_share']:.2%} of those looked at are unique"
         )
     steps, parameters = plan["steps"], plan["parameters"]
     click.echo(
         f"  tokenizer {plan['data']['tokenizer']}; about {plan['data']['blocks']:,} blocks\n"
-        f"  {steps['optimizer_steps']:,} steps of {steps['tokens_per_step']:,} tokens"
+        f"  {steps['optimizer_steps']:,} steps of {steps['tokens_per_step']:,} tokens{_stages(steps)}"
         f" on {steps['workers']} workers:"
         f" {steps['accumulation_steps']} micro batches of {steps['micro_batch_size']} sequences each\n"
         f"  {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained\n"
         f"  memory per worker: {_parts(plan['memory_per_worker_bytes'])}\n"
         f"  disk: {_parts(plan['disk_bytes'])}"
     )
+
+
+def _stages(steps: dict[str, Any]) -> str:
+    """Empty where there is but one."""
+    stages = (f"{of['steps']:,} of {of['block_size']:,} tokens a block" for of in steps["stages"])
+    return f" ({', then '.join(stages)})" if len(steps["stages"]) > 1 else ""
 
 
 def _parts(parts: dict[str, int]) -> str:
@@ -71,18 +79,21 @@ def _bytes(count: int) -> str:
 def prepared(described: dict[str, Any]) -> None:
     for name, source in (described["sources"] | described["eval_sources"]).items():
         click.echo(
-            f"{name}: {source['n_documents']:,} documents, {source['n_tokens']:,} tokens,"
-            f" {source['n_shards']:,} shards in {source['path']}"
+            f"{name}: {source['n_documents']:,} documents, {source['n_tokens']:,} tokens"
+            f" ({source['mean_tokens']:,.1f} a document), {source['n_shards']:,} shards in {source['path']}"
         )
+        if n := source.get("duplicate_documents"):
+            click.echo(f"  {n:,} documents whose text occurred before, left out")
         if n := source["n_quarantined"]:
             click.echo(f"  {n:,} unreadable records or files: {source['path']}/quarantine.jsonl")
         if n := source["n_empty"]:
             click.echo(f"  {n:,} documents without text after cleaning, left out")
-    packing = described["packing"]
-    click.echo(
-        f"packed ({packing['strategy']}): {packing['n_blocks']:,} blocks of {packing['block_size']:,} tokens,"
-        f" {packing['padding_share']:.2%} padding"
-    )
+    click.echo(f"{described['unique_share']:.2%} of the documents are unique")
+    for packing in described["packing"]:
+        click.echo(
+            f"packed ({packing['strategy']}): {packing['n_blocks']:,} blocks of {packing['block_size']:,}"
+            f" tokens, {packing['padding_share']:.2%} padding"
+        )
 
 
 def runs(rows: list[dict[str, Any]]) -> None:
@@ -152,7 +163,9 @@ def result(result: RunResult) -> None:
     if audit := data.get("audit"):
         click.echo(
             f"tokens in {audit['n_in']:,} = trained {audit['n_trained']:,}"
-            f" + held out {audit['n_held_out']:,} + left {audit['n_left']:,}"
+            f" + held out {audit['n_held_out']:,}"
+            + (f" + duplicate {audit['n_duplicate']:,}" if audit["n_duplicate"] else "")
+            + f" + left {audit['n_left']:,}"
         )
         if audit["n_repeated"]:
             click.echo(f"  beside these, {audit['n_repeated']:,} tokens were trained again in later epochs")

@@ -92,11 +92,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Estimate:
-    """n_bytes is of cleaned UTF-8 text; n_tokens is 0 if there is no tokenizer yet."""
+    """n_bytes is of cleaned UTF-8 text; n_tokens is 0 if there is no tokenizer yet.
+
+    mean_words: words a document, and unique_share: of distinct texts, both among the documents looked at.
+    """
 
     n_documents: int
     n_tokens: int
     n_bytes: int
+    mean_words: float
+    unique_share: float
 
 
 def plan_log(source: Source, corpus: Corpus, tokenizer: TokenizerSpec | None, tokens_dir: Path) -> LogPlan:
@@ -322,14 +327,15 @@ def estimate(plan: LogPlan) -> Estimate:
 
     Slices stand in hashed order, so the first ones are a random sample.
     """
+    sample, covered = _sample(plan)
+    scale, looked_at = plan.n_bytes / max(covered, 1), max(1, len(sample))
+    numbers = sum(len(text.split()) for text in sample) / looked_at, len(set(sample)) / looked_at
     if plan.complete:
         log = open_log(plan.path)
-        return Estimate(log.n_documents, log.n_tokens, log.n_bytes)
-    sample, covered = _sample(plan)
-    scale = plan.n_bytes / max(covered, 1)
+        return Estimate(log.n_documents, log.n_tokens, log.n_bytes, *numbers)
     n_bytes = sum(len(text.encode()) for text in sample) * scale
     n_tokens = n_bytes * _tokens_per_byte(plan.tokenizer, sample) if plan.tokenizer else 0.0
-    return Estimate(round(len(sample) * scale), round(n_tokens), round(n_bytes))
+    return Estimate(round(len(sample) * scale), round(n_tokens), round(n_bytes), *numbers)
 
 
 def _sample(plan: LogPlan) -> tuple[list[str], float]:

@@ -215,8 +215,13 @@ class Shard:
 
     def hashes(self) -> npt.NDArray[np.uint64]:
         """uint64 [N], the first 8 bytes of each document's hash, big endian."""
+        return self.hash_halves()[0]
+
+    def hash_halves(self) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+        """uint64 [N] twice: the first and the last 8 bytes of each document's hash, big endian."""
         buffer = self.batch().column("hash").buffers()[1]
-        return np.frombuffer(buffer, ">u8", 2 * self.n_documents)[::2].astype(np.uint64)
+        words = np.frombuffer(buffer, ">u8", 2 * self.n_documents)
+        return words[::2].astype(np.uint64), words[1::2].astype(np.uint64)
 
 
 def _int64(array: pa.Array) -> Ints:

@@ -10,8 +10,9 @@ data is the integer g. torch is imported by the loader alone.
 """
 
 from raydist.feed.audit import Audit, audit
-from raydist.feed.feed import Counts, Feed, open_sources
+from raydist.feed.feed import Feed, open_sources
 from raydist.feed.holdout import EvalSet
 from raydist.feed.packs import FeedSource
+from raydist.feed.segment import Counts
 
 __all__ = ["Audit", "Counts", "EvalSet", "Feed", "FeedSource", "audit", "open_sources"]

@@ -1,7 +1,8 @@
-"""Where every document token of the logs is after a number of samples: trained, held out or left."""
+"""Where every document token of the logs is after a number of samples: trained, held out, dropped or left."""
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -9,14 +10,19 @@ import numpy as np
 from raydist.corpus.log import Ints
 from raydist.errors import LogError
 from raydist.feed.feed import Feed
-from raydist.feed.order import Stream
+from raydist.feed.order import HEAD
+from raydist.feed.packing import PackIndex
+
+Reads = list[tuple[PackIndex, Ints]]
+"""Of one shard: under which packing which of its blocks were read."""
 
 
 @dataclass(frozen=True)
 class Audit:
-    """Document tokens, without EOS: n_in = n_trained + n_held_out + n_left.
+    """Document tokens, without EOS: n_in = n_trained + n_held_out + n_duplicate + n_left.
 
     n_trained: input of a trained sample at least once.  n_repeated: further times that such were input.
+    n_duplicate: of documents dropped because their text occurred before, and not held out.
     Of the trained samples: n_samples, and their inputs n_eos (added) and n_padding.
     """
 
@@ -28,58 +34,82 @@ class Audit:
     n_samples: int
     n_eos: int
     n_padding: int
+    n_duplicate: int = 0
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
 
 
 def audit(feed: Feed, n_samples: int) -> Audit:
-    """After the first `n_samples` of a run. Each is counted by itself; LogError if they do not add up."""
-    trained = left = repeated = eos = padding = 0
-    for number, consumed in enumerate(feed.consumed(n_samples)):
-        stream = feed.streams[number]
-        for window in range(len(stream.window_ends)):
-            times, counts = _window(feed, number, window, _visits(stream, window, consumed))
-            tokens, seen = counts[:, 0], times > 0
-            trained += int(tokens[seen].sum())
-            left += int(tokens[~seen].sum())
-            repeated += int((tokens * (times - 1))[seen].sum())
-            eos += int((counts[:, 1] * times).sum())
-            padding += int((counts[:, 2] * times).sum())
+    """After the first `n_samples` of a run. Each is counted by itself; LogError if they do not add up.
+
+    A window that was always read whole is counted by the sums of its shards, any other token by token.
+    """
+    total = np.zeros(3, np.int64)
+    for number in range(len(feed.streams)):
+        whole, reads = _visits(feed, number, n_samples)
+        for window in range(len(feed.streams[number].window_ends)):
+            for source, shard in feed.segments[0].shards_of(number, window):
+                total += _shard(feed, source, shard, whole[window], reads.get((source, shard), []))
+    trained, left, repeated = total.tolist()
+    counts = feed.counts(0, n_samples)
     n_in = sum(source.log.n_tokens for source in feed.sources)
     held_out = sum(source.held_out_tokens for source in feed.sources)
-    result = Audit(n_in, trained, held_out, left, repeated, n_samples, eos, padding)
+    dropped = sum(source.duplicate_tokens for source in feed.sources)
+    result = Audit(
+        n_in, trained, held_out, left, repeated, n_samples, counts.n_eos, counts.n_padding, dropped
+    )
     _check(feed, result)
     return result
 
 
-def _visits(stream: Stream, window: int, consumed: int) -> Ints:
-    """How often each block of a window is among the first `consumed` samples of a stream."""
-    begin, end = stream.window_start(window), int(stream.window_ends[window])
-    epochs, within = divmod(consumed, stream.n_blocks)
-    visits = np.zeros(end - begin, np.int64)
-    for epoch in range(epochs + 1):
-        n = end - begin if epoch < epochs else min(max(within - begin, 0), end - begin)
-        if n:
-            visits += np.bincount(stream.order(epoch, window, np.arange(n)) - begin, minlength=end - begin)
-    return visits
+def _visits(feed: Feed, number: int, n_samples: int) -> tuple[Counter[int], dict[tuple[int, int], Reads]]:
+    """Of a stream: how often each window was read whole, and by shard all other reading."""
+    whole: Counter[int] = Counter()
+    reads: dict[tuple[int, int], Reads] = defaultdict(list)
+    for segment, lo, hi in feed.parts(0, n_samples):
+        for stream, span in segment.spans(lo, hi):
+            if stream != number:
+                continue
+            if span.window != HEAD and segment.is_whole(number, span):
+                whole[span.window] += 1
+                continue
+            for source, shard, index, blocks in segment.indexes(number, span):
+                reads[source, shard].append((index, blocks))
+    return whole, reads
 
 
-def _window(feed: Feed, number: int, window: int, visits: Ints) -> tuple[Ints, Ints]:
-    """Visits and Counts of a window's blocks; of its shards as wholes where all blocks were visited alike."""
-    stream = feed.streams[number]
-    if len(visits) and visits.min() == visits.max():
-        counts = feed.shard_counts(number, stream.shards_of(window))
-        return np.full(len(counts), visits[0]), counts
-    return visits, feed.block_counts(number, stream.window_start(window) + np.arange(len(visits)))
+def _shard(feed: Feed, source: int, shard: int, whole: int, reads: Reads) -> Ints:
+    """Tokens trained, left, and repeats, of the documents of a shard that are to be trained on."""
+    of = feed.sources[source]
+    n_tokens = int(of.totals.tokens[shard])
+    if not reads:
+        return np.array([n_tokens, 0, n_tokens * (whole - 1)] if whole else [0, n_tokens, 0], np.int64)
+    index, length = of.index(shard), of.log.shards[shard].n_tokens
+    eos = feed.packing.add_eos_token
+    to_train = _times([(index, np.arange(index.n_blocks))], length, eos)
+    times = whole * to_train + _times(reads, length, eos)
+    seen = times > 0
+    return np.array([seen.sum(), (to_train > 0).sum() - seen.sum(), (times - seen).sum()], np.int64)
+
+
+def _times(reads: Reads, n_tokens: int, eos: bool) -> Ints:
+    """How often each token of a shard was in the blocks read, int64[n_tokens]; an added EOS is none."""
+    steps = np.zeros(n_tokens + 1, np.int64)
+    for index, blocks in reads:
+        left = index.fragments(blocks)
+        ends = left.offset + left.length - ((left.rest == 0) & eos)
+        np.add.at(steps, left.offset, 1)
+        np.add.at(steps, ends, -1)
+    return np.cumsum(steps[:-1])
 
 
 def _check(feed: Feed, result: Audit) -> None:
-    accounted = result.n_trained + result.n_held_out + result.n_left
+    accounted = result.n_trained + result.n_held_out + result.n_duplicate + result.n_left
     if accounted != result.n_in:
         raise LogError(
             f"{result.n_in} tokens in, but {result.n_trained} trained + {result.n_held_out} held out "
-            f"+ {result.n_left} left = {accounted}",
+            f"+ {result.n_duplicate} duplicate + {result.n_left} left = {accounted}",
             where=", ".join(str(source.log.path) for source in feed.sources),
             why="the logs or their pack indexes are not what the feed was made of",
             fix=f"delete {feed.sources[0].folder.parent}, which is made again, and verify the logs",

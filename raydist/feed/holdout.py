@@ -10,9 +10,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from raydist.corpus.log import Ints, TokenLog, held_out
-from raydist.feed.feed import blocks_for
 from raydist.feed.packing import pack
 from raydist.feed.packs import packs_folder, remember
+from raydist.feed.segment import blocks_for
 from raydist.job.schema import Packing
 
 if TYPE_CHECKING:
@@ -23,19 +23,27 @@ class EvalSet:
     """Whole documents of one log, up to max_tokens of them and at least one, concatenated into blocks.
 
     holdout: share of the log's documents to choose from, those that a Feed with the same share leaves out;
-    None for a log that is for evaluation only: all of them. Which these are is found once and remembered.
+    None for a log that is for evaluation only: all of them. unique: each text once. Which these are is
+    found once and remembered.
     n_tokens: document tokens.  n_labels: predicted tokens, EOS among them.  n_bytes: of the documents' text.
     """
 
     def __init__(
-        self, name: str, log: TokenLog, packing: Packing, *, holdout: float | None, max_tokens: float
+        self,
+        name: str,
+        log: TokenLog,
+        packing: Packing,
+        *,
+        holdout: float | None,
+        max_tokens: float,
+        unique: bool = False,
     ) -> None:
         self.name = name
         self.blocks = blocks_for([log], packing)
-        selection = xxhash.xxh3_64_hexdigest(f"1/{holdout}/{max_tokens}".encode())
+        selection = xxhash.xxh3_64_hexdigest(f"1/{holdout}/{max_tokens}{'/unique' * unique}".encode())
         chosen = remember(
             packs_folder(log) / f"{log.fingerprint}-eval" / f"{selection}.pack",
-            lambda: select(log, 1.0 if holdout is None else holdout, max_tokens).ravel(),
+            lambda: select(log, 1.0 if holdout is None else holdout, max_tokens, unique).ravel(),
         ).reshape(-1, 4)
         self.n_documents = len(chosen)
         self.n_tokens, self.n_bytes = chosen[:, 2:].sum(axis=0).tolist()
@@ -57,10 +65,11 @@ class EvalSet:
             yield from micro_batches(batch, micro_batch_size)
 
 
-def select(log: TokenLog, share: float, max_tokens: float) -> Ints:
+def select(log: TokenLog, share: float, max_tokens: float, unique: bool = False) -> Ints:
     """Shard, row, tokens and bytes of each chosen document, int64[N, 4], by hash, equal ones by position.
 
-    Reads the hash, length and size columns, and holds no more candidates than max_tokens asks for.
+    unique: of documents with the same hash, the first alone. Reads the hash, length and size columns,
+    and holds no more candidates than max_tokens asks for.
     """
     chosen, hashes = np.zeros((0, 4), np.int64), np.zeros(0, np.uint64)
     for number, shard in enumerate(log.shards):
@@ -70,6 +79,9 @@ def select(log: TokenLog, share: float, max_tokens: float) -> Ints:
         hashes = np.concatenate([hashes, of_shard[rows]])
         order = np.argsort(hashes, kind="stable")
         chosen, hashes = np.concatenate([chosen, np.stack(columns, axis=1)])[order], hashes[order]
+        if unique and len(hashes):
+            first = np.append(True, hashes[1:] != hashes[:-1])
+            chosen, hashes = chosen[first], hashes[first]
         fitting = max(1, int(np.searchsorted(np.cumsum(chosen[:, 2]), max_tokens, side="right")))
         chosen, hashes = chosen[:fitting], hashes[:fitting]
     return chosen

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -20,7 +20,7 @@ from raydist.corpus.log import Ints
 from raydist.feed.packing import Batch
 
 if TYPE_CHECKING:
-    from raydist.feed.feed import Feed
+    from raydist.feed.segment import Segment
 
 Tensors = dict[str, torch.Tensor]
 
@@ -46,13 +46,22 @@ class Step:
     wait_seconds: float = 0.0
 
 
-def global_batches(start: int, stop: int | None, size: int) -> Iterator[tuple[int, int]]:
-    """Bounds of the global batches of samples [start, stop): multiples of `size`, but for the two ends."""
-    for batch in itertools.count(start // size):
-        lo, hi = max(start, batch * size), (batch + 1) * size
-        if stop is not None and lo >= stop:
-            return
-        yield lo, hi if stop is None else min(hi, stop)
+def global_batches(
+    begins: Sequence[int], start: int, stop: int | None, sizes: Sequence[int]
+) -> Iterator[tuple[int, int, int]]:
+    """Stage and bounds of the global batches of samples [start, stop).
+
+    begins, sizes: first sample of each stage, and samples per batch. Bounds are multiples of the size from
+    the stage's first sample on, but for the two ends and the end of a stage.
+    """
+    ends = [*begins[1:], stop]
+    for stage, (begin, end, size) in enumerate(zip(begins, ends, sizes, strict=True)):
+        end = stop if end is None or (stop is not None and stop < end) else end
+        for batch in itertools.count(max(start - begin, 0) // size):
+            lo, hi = max(start, begin + batch * size), begin + (batch + 1) * size
+            if end is not None and lo >= end:
+                break
+            yield stage, lo, hi if end is None else min(hi, end)
 
 
 def rank_samples(start: int, stop: int, rank: int, world_size: int) -> Ints:
@@ -61,8 +70,10 @@ def rank_samples(start: int, stop: int, rank: int, world_size: int) -> Ints:
     return np.concatenate([own, np.full(-(-(stop - start) // world_size) - len(own), -1)])
 
 
-def read_step(feed: Feed, start: int, stop: int, rank: int, world_size: int, micro_batch_size: int) -> Step:
-    batch, counts = feed.read(rank_samples(start, stop, rank, world_size))
+def read_step(
+    segment: Segment, start: int, stop: int, rank: int, world_size: int, micro_batch_size: int
+) -> Step:
+    batch, counts = segment.read(rank_samples(start, stop, rank, world_size))
     return Step(start, stop, list(micro_batches(batch, micro_batch_size)), *counts.sum(axis=0).tolist())
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,13 +27,25 @@ IGNORED = -100
 """The label of an input from which nothing is predicted; transformers and torch leave it out of the loss."""
 
 
+class Fragments(NamedTuple):
+    """Runs of inputs of documents of one shard, int64[F] each; whole documents, or what is left of them.
+
+    document: row in the shard; offset: flat position of the first token; length: inputs, the EOS among
+    them; rest: inputs of the document that follow.
+    """
+
+    document: Ints
+    offset: Ints
+    length: Ints
+    rest: Ints
+
+
 @dataclass(frozen=True)
 class PackIndex:
     """Blocks of one shard. Block b holds pieces [first[b], first[b+1]), from left to right.
 
     first: int64[B+1].  counts: int64[B, 4], document tokens, EOS, padding and labels of each block.
-    Of each piece, int64[P]: document: row in the shard; offset: flat position in the shard of its
-    first token; length: inputs, the EOS among them; rest: inputs of the document that follow it.
+    Of each piece, int64[P], what it is of `Fragments`.
     """
 
     first: Ints
@@ -45,6 +58,19 @@ class PackIndex:
     @property
     def n_blocks(self) -> int:
         return len(self.first) - 1
+
+    def fragments(self, blocks: Ints) -> Fragments:
+        """The pieces of these blocks; those that follow each other in their document are joined."""
+        chosen = np.zeros(self.n_blocks, bool)
+        chosen[blocks] = True
+        pieces = np.flatnonzero(np.repeat(chosen, np.diff(self.first)))
+        pieces = pieces[np.lexsort((self.offset[pieces], self.document[pieces]))]
+        document, offset, length = self.document[pieces], self.offset[pieces], self.length[pieces]
+        apart = (np.diff(document) != 0) | (offset[1:] != (offset + length)[:-1])
+        first = np.flatnonzero(np.concatenate([[True], apart])[: len(pieces)])
+        last = np.append(first[1:], len(pieces)) - 1 if len(first) else first
+        joined = np.add.reduceat(length, first) if len(first) else length
+        return Fragments(document[first], offset[first], joined, self.rest[pieces][last])
 
     def flat(self) -> Ints:
         """All arrays as one, for storage."""
@@ -62,14 +88,19 @@ class PackIndex:
 def pack(lengths: Ints, keep: NDArray[np.bool_], *, block_size: int, strategy: str, eos: bool) -> PackIndex:
     """Pack the kept documents of a shard. lengths: tokens of each, without the EOS that `eos` adds."""
     kept = np.flatnonzero(keep & (lengths + eos > 0))
-    inputs = lengths[kept] + int(eos)
+    offsets = (np.cumsum(lengths) - lengths)[kept]
+    whole = Fragments(kept, offsets, lengths[kept] + int(eos), np.zeros_like(kept))
+    return pack_fragments(whole, block_size=block_size, strategy=strategy, eos=eos)
+
+
+def pack_fragments(of: Fragments, *, block_size: int, strategy: str, eos: bool) -> PackIndex:
+    """Blocks that hold every input of the fragments once. eos: whether documents end with an added one."""
     cut = _best_fit if strategy == "best_fit" else _concat
-    row, start, length, block = cut(inputs, block_size)
-    document = kept[row]
-    offset = (np.cumsum(lengths) - lengths)[document] + start
-    rest = inputs[row] - start - length
+    row, start, length, block = cut(of.length, block_size)
+    rest = of.rest[row] + of.length[row] - start - length
     first = np.searchsorted(block, np.arange(int(block[-1]) + 2 if len(block) else 1))
-    return PackIndex(first, _counts(first, length, rest, block_size, eos), document, offset, length, rest)
+    counts = _counts(first, length, rest, block_size, eos)
+    return PackIndex(first, counts, of.document[row], of.offset[row] + start, length, rest)
 
 
 def _counts(first: Ints, length: Ints, rest: Ints, block_size: int, eos: bool) -> Ints:
@@ -81,11 +112,11 @@ def _counts(first: Ints, length: Ints, rest: Ints, block_size: int, eos: bool) -
     return np.stack([filled - added, added, block_size - filled, filled - ends], axis=1)
 
 
-Pieces = tuple[Ints, Ints, Ints, Ints]
-"""Row among the kept documents, start in the document, length and block of each piece, in order of blocks."""
+Cuts = tuple[Ints, Ints, Ints, Ints]
+"""Row among the fragments, start in the fragment, length and block of each piece, in order of blocks."""
 
 
-def _concat(inputs: Ints, block_size: int) -> Pieces:
+def _concat(inputs: Ints, block_size: int) -> Cuts:
     begins = np.cumsum(inputs) - inputs
     total = int(inputs.sum())
     starts = np.sort(np.concatenate([begins, np.arange(0, total, block_size)]), kind="stable")
@@ -94,7 +125,7 @@ def _concat(inputs: Ints, block_size: int) -> Pieces:
     return row, starts - begins[row], np.diff(starts, append=total), starts // block_size
 
 
-def _best_fit(inputs: Ints, block_size: int) -> Pieces:
+def _best_fit(inputs: Ints, block_size: int) -> Cuts:
     whole, left = np.divmod(inputs, block_size)
     n_whole = int(whole.sum())
     row = np.repeat(np.arange(len(inputs)), whole)

@@ -1,6 +1,6 @@
 """A token log under one packing: the index of each shard, made once and kept beside the logs.
 
-    <storage>/.packs/<log>-<packing>/totals          a row per shard; with it, a feed opens without any index
+    <storage>/.packs/<log>-<packing>/counts          a row per shard; with it, a feed opens without any index
                                      <shard>.pack    the shard's PackIndex
 
 The log itself is never touched: it is the same whoever trains on it. Everything here can be deleted;
@@ -18,8 +18,9 @@ from typing import NamedTuple
 import numpy as np
 import orjson
 import xxhash
+from numpy.typing import NDArray
 
-from raydist.corpus.log import Ints, Shard, TokenLog, held_out
+from raydist.corpus.log import Ints, TokenLog, held_out
 from raydist.feed.packing import REVISION, PackIndex, pack
 from raydist.files import replacing
 from raydist.job.schema import Packing
@@ -38,6 +39,8 @@ class Totals(NamedTuple):
     labels: Ints
     held_out_documents: Ints
     held_out_tokens: Ints
+    duplicate_documents: Ints
+    duplicate_tokens: Ints
 
 
 @dataclass(frozen=True)
@@ -52,35 +55,55 @@ class FeedSource:
 class PackedSource:
     """Opening reads one small file, or, the first time, the length and hash columns of every shard.
 
-    n_blocks, and in them n_tokens (without EOS) and n_eos; left out of them held_out_documents and _tokens.
+    n_blocks, and in them n_tokens (without EOS) and n_eos; left out of them held_out_documents and _tokens,
+    and duplicate_documents and _tokens of what is not held out.
+
+    repeats: None, or the numbers of the log's documents that are duplicates, ascending, and a name for them.
     """
 
-    def __init__(self, source: FeedSource, packing: Packing, holdout: float) -> None:
+    def __init__(
+        self, source: FeedSource, packing: Packing, holdout: float, repeats: tuple[Ints, str] | None = None
+    ) -> None:
         self.name, self.log, self.weight = source.name, source.log, source.weight
         self.packing, self.holdout = packing, holdout
+        self._repeats = repeats[0] if repeats else None
+        of = repeats[1] if repeats else ""
+        self._ends = np.cumsum([shard.n_documents for shard in self.log.shards], dtype=np.int64)
         # Named by all that decides which inputs are in which block.
         parts = packing.model_dump(include={"block_size", "strategy", "add_eos_token"})
-        identity = orjson.dumps([REVISION, parts, holdout], option=orjson.OPT_SORT_KEYS)
+        identity = orjson.dumps([REVISION, parts, holdout, *of.split()], option=orjson.OPT_SORT_KEYS)
         name = f"{self.log.fingerprint}-{xxhash.xxh3_64_hexdigest(identity)}"
         self.folder = packs_folder(self.log) / name
         # those of a log that grows are not kept: there will be more of them
         complete = self.log.complete
-        rows = remember(self.folder / "totals", self._make_totals) if complete else self._make_totals()
+        rows = remember(self.folder / "counts", self._make_totals) if complete else self._make_totals()
         self.totals = Totals(*rows.reshape(len(self.log.shards), len(Totals._fields)).T)
         sums = [int(column.sum()) for column in self.totals]
         self.n_blocks, self.n_tokens, self.n_eos = sums[:3]
-        self.held_out_documents, self.held_out_tokens = sums[5:]
+        self.held_out_documents, self.held_out_tokens = sums[5:7]
+        self.duplicate_documents, self.duplicate_tokens = sums[7:]
 
     def index(self, shard: int) -> PackIndex:
         """Memory-mapped; made again if it is missing or damaged."""
-        of = self.log.shards[shard]
-        path = self.folder / f"{Path(of.name).stem}.pack"
-        return PackIndex.from_flat(remember(path, lambda: self._pack(of).flat()))
+        path = self.folder / f"{Path(self.log.shards[shard].name).stem}.pack"
+        return PackIndex.from_flat(remember(path, lambda: self._pack(shard).flat()))
 
-    def _pack(self, shard: Shard) -> PackIndex:
-        keep = ~held_out(shard.hashes(), self.holdout)
+    def _pack(self, shard: int) -> PackIndex:
+        lengths, keep = self.log.shards[shard].lengths(), ~(self._held_out(shard) | self._repeated(shard))
         size, strategy, eos = self.packing.block_size, self.packing.strategy, self.packing.add_eos_token
-        return pack(shard.lengths(), keep, block_size=size, strategy=strategy, eos=eos)
+        return pack(lengths, keep, block_size=size, strategy=strategy, eos=eos)
+
+    def _held_out(self, shard: int) -> NDArray[np.bool_]:
+        return held_out(self.log.shards[shard].hashes(), self.holdout)
+
+    def _repeated(self, shard: int) -> NDArray[np.bool_]:
+        """Which documents of the shard are left out because their text occurred before."""
+        repeated = np.zeros(self.log.shards[shard].n_documents, bool)
+        if self._repeats is not None:
+            end = int(self._ends[shard])
+            first, last = np.searchsorted(self._repeats, [end - len(repeated), end])
+            repeated[self._repeats[first:last] - end] = True
+        return repeated
 
     def _make_totals(self) -> Ints:
         return np.array([self._totals_of(shard) for shard in range(len(self.log.shards))], np.int64).ravel()
@@ -89,13 +112,14 @@ class PackedSource:
         of = self.log.shards[shard]
         key = self.folder, of.name
         if key not in _TOTALS:  # a log that grows is opened again and again
-            _TOTALS[key] = self._count(of, self.index(shard))
+            _TOTALS[key] = self._count(shard)
         return _TOTALS[key]
 
-    def _count(self, of: Shard, index: PackIndex) -> list[int]:
-        out = held_out(of.hashes(), self.holdout)
-        held_out_totals = [np.count_nonzero(out), of.lengths()[out].sum()]
-        return [index.n_blocks, *index.counts.sum(axis=0).tolist(), *map(int, held_out_totals)]
+    def _count(self, shard: int) -> list[int]:
+        index, lengths, out = self.index(shard), self.log.shards[shard].lengths(), self._held_out(shard)
+        dropped = (out, self._repeated(shard) & ~out)
+        sums = [int(of) for rows in dropped for of in (np.count_nonzero(rows), lengths[rows].sum())]
+        return [index.n_blocks, *index.counts.sum(axis=0).tolist(), *sums]
 
 
 def packs_folder(log: TokenLog) -> Path:

@@ -12,7 +12,7 @@ NOT_IDENTITY = {
     "train.logging_steps",
     "train.micro_batch_size",
 }
-IDENTITY = ("seed", "model", "corpus", "packing", "train", "adapter", "quantization")
+IDENTITY = ("seed", "model", "corpus", "packing", "train", "stages", "adapter", "quantization")
 
 
 def identity(job: Job) -> dict[str, Any]:

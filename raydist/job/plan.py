@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from raydist.errors import JobError
 from raydist.job.schema import Job
@@ -14,19 +15,58 @@ CPU_MICRO_BATCH_TOKENS = 4096
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 
 
+class Stretch(NamedTuple):
+    """So many samples, in blocks of block_size tokens."""
+
+    block_size: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """samples in blocks of block_size tokens; the last step is short if they are no multiple of the batch."""
+
+    block_size: int
+    samples: int
+    global_batch_size: int
+    micro_batch_size: int
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.samples / self.global_batch_size)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch_size * self.block_size
+
+
 @dataclass(frozen=True)
 class Plan:
-    """world_size in workers; steps in optimizer steps; samples in blocks of block_size tokens.
-
-    `samples` is where the run ends: the last step is short when it is not a multiple of the batch.
-    """
+    """world_size in workers; the run's stages in order, most often one. What is of one is of the first."""
 
     world_size: int
-    micro_batch_size: int
-    global_batch_size: int
-    block_size: int
-    steps: int
-    samples: int
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def samples(self) -> int:
+        """Where the run ends."""
+        return sum(stage.samples for stage in self.stages)
+
+    @property
+    def block_size(self) -> int:
+        return self.stages[0].block_size
+
+    @property
+    def global_batch_size(self) -> int:
+        return self.stages[0].global_batch_size
+
+    @property
+    def micro_batch_size(self) -> int:
+        return self.stages[0].micro_batch_size
 
     @property
     def accumulation_steps(self) -> int:
@@ -35,43 +75,69 @@ class Plan:
 
     @property
     def tokens_per_step(self) -> int:
-        return self.global_batch_size * self.block_size
+        return self.stages[0].tokens_per_step
 
 
 def make_plan(job: Job, world_size: int, samples_per_epoch: int | None) -> Plan:
-    """`samples_per_epoch`: blocks in one pass over the corpus; None for a weighted mixture."""
-    batch, block = samples_per_step(job), job.packing.block_size
+    """`samples_per_epoch`: blocks in one pass over the corpus; None for a weighted mixture and for stages."""
+    return Plan(
+        world_size,
+        tuple(
+            StagePlan(
+                stretch.block_size,
+                stretch.samples,
+                samples_per_step(job, stretch.block_size),
+                _micro_batch_size(job, world_size, stretch.block_size),
+            )
+            for stretch in (stretches(job) if job.stages else [_stretch(job, samples_per_epoch)])
+        ),
+    )
+
+
+def stretches(job: Job) -> list[Stretch]:
+    """The stages of a job, each rounded up to whole steps."""
+    return [_of_tokens(job, stage.block_size, stage.max_tokens) for stage in job.stages]
+
+
+def _stretch(job: Job, samples_per_epoch: int | None) -> Stretch:
+    block = job.packing.block_size
     if job.train.epochs is not None:
         if samples_per_epoch is None:
             raise JobError(
                 "train.epochs needs a corpus without weights", fix="give train.max_steps or max_tokens"
             )
-        samples = job.train.epochs * samples_per_epoch
-    elif job.train.max_tokens is not None:
-        samples = math.ceil(job.train.max_tokens / (batch * block)) * batch
-    else:
-        assert job.train.max_steps is not None  # the schema gives exactly one of the three
-        samples = job.train.max_steps * batch
-    return Plan(
-        world_size,
-        _micro_batch_size(job, world_size, batch),
-        batch,
-        block,
-        math.ceil(samples / batch),
-        samples,
-    )
+        return Stretch(block, job.train.epochs * samples_per_epoch)
+    if job.train.max_tokens is not None:
+        return _of_tokens(job, block, job.train.max_tokens)
+    assert job.train.max_steps is not None  # the schema gives exactly one of the three
+    return Stretch(block, job.train.max_steps * samples_per_step(job, block))
 
 
-def samples_per_step(job: Job) -> int:
+def _of_tokens(job: Job, block_size: int, max_tokens: float) -> Stretch:
+    batch = samples_per_step(job, block_size)
+    return Stretch(block_size, math.ceil(max_tokens / (batch * block_size)) * batch)
+
+
+def samples_per_step(job: Job, block_size: int) -> int:
     """Sequences per optimizer step."""
     tokens = job.train.global_batch_tokens
     if tokens is not None:
-        return tokens // job.packing.block_size
+        return tokens // block_size
     return job.train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
 
 
-def _micro_batch_size(job: Job, world_size: int, global_batch_size: int) -> int:
-    per_worker = math.ceil(global_batch_size / world_size)
+def tokens_after(job: Job, steps: int) -> int:
+    """Inputs of the first `steps` steps, padding among them."""
+    known, tokens = stretches(job), 0
+    for size, samples in known[:-1]:
+        taken = min(steps, samples // samples_per_step(job, size))
+        tokens, steps = tokens + taken * samples_per_step(job, size) * size, steps - taken
+    size = job.block_sizes[-1]
+    return tokens + steps * samples_per_step(job, size) * size
+
+
+def _micro_batch_size(job: Job, world_size: int, block_size: int) -> int:
+    per_worker = math.ceil(samples_per_step(job, block_size) / world_size)
     asked = job.train.micro_batch_size
-    wanted = max(1, CPU_MICRO_BATCH_TOKENS // job.packing.block_size) if asked == "auto" else asked
+    wanted = max(1, CPU_MICRO_BATCH_TOKENS // block_size) if asked == "auto" else asked
     return min(wanted, per_worker)

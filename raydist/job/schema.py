@@ -79,6 +79,9 @@ class Corpus(Section):
         default_factory=list,
         description="cleaning steps in order: a name, {name: options} or module:function",
     )
+    dedup: Literal["none", "exact"] = Field(
+        "none", description="exact: of documents with the same text, in all sources, the first is trained on"
+    )
     on_error: Literal["fail", "quarantine"] = Field("fail", description="what unreadable records do")
     slice_bytes: Annotated[int, Field(ge=1024)] = Field(
         32 * 2**20, description="bytes of source files that one task turns into a shard"
@@ -110,6 +113,9 @@ class Packing(Section):
     document_mask: bool = Field(True, description="attention does not cross documents")
     add_eos_token: bool = Field(True, description="end every document with the end-of-sequence token")
     window_shards: PositiveInt = Field(16, description="shards whose blocks are shuffled together")
+
+
+ONE_LENGTH = "give exactly one of max_steps, max_tokens and epochs"
 
 
 class Train(Section):
@@ -153,9 +159,18 @@ class Train(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> Train:
-        if sum(value is not None for value in (self.max_steps, self.max_tokens, self.epochs)) != 1:
-            raise ValueError("give exactly one of max_steps, max_tokens and epochs")
+        if sum(value is not None for value in (self.max_steps, self.max_tokens, self.epochs)) > 1:
+            raise ValueError(ONE_LENGTH)
         return self
+
+    @property
+    def has_length(self) -> bool:
+        return any(value is not None for value in (self.max_steps, self.max_tokens, self.epochs))
+
+
+class Stage(Section):
+    block_size: Annotated[int, Field(ge=8)] = Field(description="tokens per sequence")
+    max_tokens: Annotated[float, Field(gt=0)] = Field(description="tokens, rounded up to whole steps")
 
 
 class Lora(Section):
@@ -235,7 +250,7 @@ class Eval(Section):
     max_tokens: Annotated[float, Field(gt=0)] = Field(100_000, description="tokens per source")
     sources: dict[str, Source] = Field(default_factory=dict, description="further text, for evaluation only")
     block_size: Annotated[int, Field(ge=8)] | None = Field(
-        None, description="tokens of context at evaluation; null: packing.block_size"
+        None, description="tokens of context at evaluation; null: the (last) block size of training"
     )
 
 
@@ -262,6 +277,10 @@ class Job(Section):
     prepare: Prepare = Prepare()
     packing: Packing = Packing()
     train: Train
+    stages: list[Stage] = Field(
+        default_factory=list,
+        description="a curriculum: block sizes one after another, each for so many tokens, in one schedule",
+    )
     adapter: Lora | None = Field(None, description="null trains all weights; or a LoRA adapter")
     quantization: Literal["int4", "int8"] | None = Field(
         None, description="of the frozen base, by bitsandbytes; needs an adapter"
@@ -276,12 +295,19 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Job:
-        tokens = self.train.global_batch_tokens
-        if tokens is not None and tokens % self.packing.block_size:
+        if not self.train.has_length and not self.stages:
+            raise ValueError(f"train: {ONE_LENGTH}")
+        if self.train.has_length and self.stages:
             raise ValueError(
-                f"train.global_batch_tokens {tokens} is not a multiple"
-                f" of packing.block_size {self.packing.block_size}"
+                "stages have lengths of their own: give no train.max_steps, max_tokens or epochs"
             )
+        tokens = self.train.global_batch_tokens
+        for size in self.block_sizes:
+            if tokens is not None and tokens % size:
+                raise ValueError(
+                    f"train.global_batch_tokens {tokens} is not a multiple of"
+                    f" {'a block_size of stages,' if self.stages else 'packing.block_size'} {size}"
+                )
         if self.quantization is not None and self.adapter is None:
             raise ValueError(
                 f"quantization: {self.quantization} needs an adapter: quantized weights cannot be trained"
@@ -313,6 +339,15 @@ class Job(Section):
         if self.name in ("tokens", "tokenizers"):
             raise ValueError(f"{self.name} is the folder that runs share, not a name for a run")
         return self
+
+    @property
+    def block_sizes(self) -> list[int]:
+        """Tokens per sequence, of each stage or of the one that there is."""
+        return [stage.block_size for stage in self.stages] or [self.packing.block_size]
+
+    @property
+    def eval_block_size(self) -> int:
+        return self.eval.block_size or self.block_sizes[-1]
 
     def deepspeed(self) -> dict[str, Any]:
         """DeepSpeed's configuration, but for the batch; {} under another strategy. Raises ValueError."""

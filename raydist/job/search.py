@@ -28,6 +28,8 @@ def refusal(key: str, job: Job) -> str:
     for shared, reason in SHARED.items():
         if key == shared or key.startswith(f"{shared}."):
             return f"cannot be searched: {reason}"
+    if key == "packing.block_size" and job.stages:
+        return "has no effect beside stages, which have block sizes of their own"
     if key in BATCH and job.train.max_steps is not None:
         return "trials of equal steps would see unequal text; give train.max_tokens instead of max_steps"
     return ""

@@ -16,7 +16,7 @@ from ray import tune
 from raydist import files
 from raydist.errors import RaydistError, Stopped
 from raydist.folder import RunFolder
-from raydist.job.plan import samples_per_step
+from raydist.job.plan import tokens_after
 from raydist.job.schema import Job
 from raydist.job.search import trial_job
 from raydist.run import folder_of, run_job
@@ -55,7 +55,7 @@ class Evaluations(Progress):
 
     def __init__(self, job: Job, tell: Callable[[Result], None]) -> None:
         super().__init__(Path(os.devnull).open("w"))  # noqa: SIM115 - lives as long as the process
-        self._tokens_per_step, self._tell = samples_per_step(job) * job.packing.block_size, tell
+        self._job, self._tell = job, tell
         self._steps = 1
         self._held: list[Record] = []
 
@@ -73,7 +73,7 @@ class Evaluations(Progress):
             n_bytes = sum(r["n_bytes"] for r in self._held)
             bits = sum(r["bits_per_byte"] * r["n_bytes"] for r in self._held) / n_bytes
             percent, self._held = 100 * step / self._steps, []
-            self._tell({METRIC: bits, "percent": percent, "tokens": step * self._tokens_per_step})
+            self._tell({METRIC: bits, "percent": percent, "tokens": tokens_after(self._job, step)})
 
 
 def curve(job: Job, folder: RunFolder) -> list[Result]:

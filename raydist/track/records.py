@@ -12,7 +12,7 @@ import orjson
 
 Record = dict[str, Any]
 
-HISTORY = frozenset({"start", "resume", "incident"})
+HISTORY = frozenset({"start", "resume", "stage", "incident"})
 """Kinds that happened, whatever was trained again afterwards."""
 
 _SECRETS = (

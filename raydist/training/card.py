@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raydist.job.plan import Plan
 from raydist.job.schema import Job
 from raydist.training.checkpoint import Commit
 from raydist.training.spec import TrainSpec
@@ -30,7 +31,7 @@ tags: [raydist]
 # {job.name}
 
 Trained by raydist from {start}, {method}: {weights.step:,} steps of
-{spec.plan.global_batch_size} sequences of {spec.plan.block_size} tokens, {weights.seen.tokens:,} document
+{_batches(spec.plan)}, {weights.seen.tokens:,} document
 tokens, learning rate {job.train.lr:g} ({job.train.scheduler}), compute in {job.train.mixed_precision}.
 
 {_how_to_load(job)}## Held-out text
@@ -43,6 +44,11 @@ tokens, learning rate {job.train.lr:g} ({job.train.scheduler}), compute in {job.
 Token logs by fingerprint, and the fingerprint of the feed that mixed and packed them: `{weights.feed}`.
 
 {logs}"""
+
+
+def _batches(plan: Plan) -> str:
+    each = (f"{stage.global_batch_size} sequences of {stage.block_size} tokens" for stage in plan.stages)
+    return ", then of ".join(each)
 
 
 def _how_to_load(job: Job) -> str:

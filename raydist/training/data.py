@@ -24,18 +24,17 @@ class Data:
 def open_data(spec: TrainSpec) -> Data:
     """Open the spec's token logs. Raises LogError for one that is not whole."""
     from raydist.corpus.log import open_log
-    from raydist.feed import EvalSet, Feed, FeedSource
+    from raydist.feed import EvalSet, open_sources
 
     job, limit = spec.job, spec.job.eval.max_tokens
     logs = {name: open_log(path, growing=spec.growing) for name, path in spec.logs.items()}
     eval_logs = {name: open_log(path) for name, path in spec.eval_logs.items()}
-    sources = [FeedSource(name, log, job.corpus.sources[name].weight) for name, log in logs.items()]
-    share = job.corpus.holdout
-    packing = job.packing.model_copy(update={"block_size": job.eval.block_size or job.packing.block_size})
+    share, unique = job.corpus.holdout, job.corpus.dedup != "none"
+    packing = job.packing.model_copy(update={"block_size": job.eval_block_size})
     held_out = [
-        EvalSet(name, log, packing, holdout=share, max_tokens=limit)
+        EvalSet(name, log, packing, holdout=share, max_tokens=limit, unique=unique)
         for name, log in logs.items()
         if share > 0 and log.complete  # without a share none was asked for; lowest hashes are of all
     ]
     extra = [EvalSet(n, log, packing, holdout=None, max_tokens=limit) for n, log in eval_logs.items()]
-    return Data(Feed(sources, job.packing, job.seed, share), [*held_out, *extra])
+    return Data(open_sources(job, logs), [*held_out, *extra])

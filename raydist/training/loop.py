@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import struct
 import time
 from collections.abc import Callable
@@ -111,6 +112,7 @@ class Attempt:
         self.clock.resume()
         for batch in self._loader():
             self.clock.waited()
+            self._record_stage()
             n_labels, counts, stop = self._agree(batch)
             lr = learning_rate(self.step, self.plan.steps, self.job.train)
             loss = self._forward_backward(batch, n_labels)
@@ -132,8 +134,8 @@ class Attempt:
             self.world.world_size,
             self.samples,
             self.plan.samples,
-            global_batch_size=self.plan.global_batch_size,
-            micro_batch_size=self.plan.micro_batch_size,
+            global_batch_size=[stage.global_batch_size for stage in self.plan.stages],
+            micro_batch_size=[stage.micro_batch_size for stage in self.plan.stages],
             while_waiting=self._end_with_the_run,
         )
 
@@ -207,6 +209,14 @@ class Attempt:
                 "incident", self.step, what=f"{empty} has no held-out document, so it is not evaluated"
             )
 
+    def _record_stage(self) -> None:
+        """At the first step of each stage but the first."""
+        ends = list(itertools.accumulate(stage.samples for stage in self.plan.stages[:-1]))
+        if self.samples in ends:
+            number = ends.index(self.samples) + 1
+            size = self.plan.stages[number].block_size
+            self.metrics.write("stage", self.step, number=number + 1, block_size=size)
+
     def _record_step(self, loss: Tensor, lr: float, norm: float) -> None:
         total = self.world.sum_floats([loss.item()])[0]
         figures = self.clock.read()
@@ -252,7 +262,11 @@ class Attempt:
             return
         precision = self.job.train.mixed_precision
         results = evaluate(
-            self.strategy.model, self.data.eval_sets, self.world, self.plan.micro_batch_size, precision
+            self.strategy.model,
+            self.data.eval_sets,
+            self.world,
+            self.plan.stages[-1].micro_batch_size,
+            precision,
         )
         self.evals = {result.source: result.to_json() for result in results}
         for record in self.evals.values():

@@ -137,7 +137,8 @@ def _unusable(job: Job, error: Exception) -> ModelError:
 def check_fits(config: PretrainedConfig, job: Job) -> None:
     """Raises JobError for what the model cannot do."""
     positions = getattr(config, "max_position_embeddings", None)
-    for section, block_size in ("packing", job.packing.block_size), ("eval", job.eval.block_size or 0):
+    sections = [*(["stages"] * len(job.stages) or ["packing"]), "eval"]
+    for section, block_size in zip(sections, [*job.block_sizes, job.eval_block_size], strict=True):
         if positions is not None and block_size > positions:
             raise JobError(
                 f"block_size {block_size} is above the model's {positions} positions",

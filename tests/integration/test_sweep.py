@@ -89,7 +89,7 @@ def test_trials_share_tokens_and_text_and_a_failed_one_is_recorded(
     last = [effective(trial(job, n).path) for n in (0, 2)]
     evals = [[r for r in records if r["kind"] == "eval"][-1] for records in last]
     assert evals[0]["n_bytes"] == evals[1]["n_bytes"] and evals[0]["n_tokens"] == evals[1]["n_tokens"]
-    assert {trial(job, n).data()["packing"]["block_size"] for n in (0, 2)} == {64, 128}
+    assert {trial(job, n).data()["packing"][0]["block_size"] for n in (0, 2)} == {64, 128}
     _look_at_mlflow(job)
     sweep = Path(job["storage"], "lr")
     assert "<svg" in (sweep / "sweep.html").read_text() and "lr-001" in (sweep / "sweep.html").read_text()

@@ -12,18 +12,25 @@ settings.register_profile("feed", deadline=None)  # a busy machine is not a fail
 settings.load_profile("feed")
 
 Lengths = Sequence[Sequence[int]]
+Texts = Sequence[Sequence[str]]
 
 
 @pytest.fixture
 def make_log(tmp_path) -> Callable[..., TokenLog]:
-    """Writes a real log with a shard for each list of document lengths; its tokens count up from 1."""
+    """Writes a real log with a shard for each list of document lengths; its tokens count up from 1.
 
-    def make(shards: Lengths, name: str = "log", vocab: int = 2**20, eos: int | None = 0) -> TokenLog:
+    texts: of the documents, by shard, for their hashes alone; all different by default.
+    """
+
+    def make(
+        shards: Lengths, name: str = "log", vocab: int = 2**20, eos: int | None = 0, texts: Texts = ()
+    ) -> TokenLog:
         path = tmp_path / "tokens" / name
         records, base = [], 1
         for number, lengths in enumerate(shards):
             writer = SliceWriter(path, number, [f"{name}.txt"])
-            writer.add(_documents(name, number, np.asarray(lengths, np.int64), base, vocab))
+            of_shard = texts[number] if texts else [f"{name}/{number}/{row}" for row in range(len(lengths))]
+            writer.add(_documents(of_shard, np.asarray(lengths, np.int64), base, vocab))
             records += writer.commit()["shards"]
             base += sum(lengths)
         write_json(path / "manifest.json", _manifest(name, shards, records, vocab, eos))
@@ -32,9 +39,9 @@ def make_log(tmp_path) -> Callable[..., TokenLog]:
     return make
 
 
-def _documents(name: str, number: int, lengths: np.ndarray, base: int, vocab: int) -> Documents:
+def _documents(texts: Sequence[str], lengths: np.ndarray, base: int, vocab: int) -> Documents:
     n, total = len(lengths), int(lengths.sum())
-    hashes = b"".join(xxhash.xxh3_128_digest(f"{name}/{number}/{row}".encode()) for row in range(n))
+    hashes = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
     return Documents(
         tokens=(np.arange(base, base + total) % vocab).astype(np.uint16 if vocab <= 2**16 else np.uint32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),

@@ -60,7 +60,7 @@ def test_an_epoch_leaves_nothing_and_a_second_repeats_all(make_log):
 
 def test_numbers_that_do_not_add_up_are_an_error(make_log):
     feed = build(make_log, (None, None))
-    totals = feed.sources[0].folder / "totals"
+    totals = feed.sources[0].folder / "counts"
     rows = np.fromfile(totals, np.int64)[1:].copy()
     rows[6] += 1  # one more held-out token than there is
     np.concatenate([_checksum(rows), rows]).tofile(totals)

@@ -73,9 +73,11 @@ def test_a_resumed_loader_goes_on_with_the_next_sample_over_an_epochs_end(feed):
 
 
 def test_bounds():
-    assert list(global_batches(7, 25, 10)) == [(7, 10), (10, 20), (20, 25)]
-    assert list(global_batches(20, 20, 10)) == []
-    assert list(itertools.islice(global_batches(0, None, 4), 3)) == [(0, 4), (4, 8), (8, 12)]
+    assert list(global_batches([0], 7, 25, [10])) == [(0, 7, 10), (0, 10, 20), (0, 20, 25)]
+    assert list(global_batches([0], 20, 20, [10])) == []
+    endless = itertools.islice(global_batches([0, 7], 0, None, [4, 5]), 4)
+    assert list(endless) == [(0, 0, 4), (0, 4, 7), (1, 7, 12), (1, 12, 17)]
+    assert list(global_batches([0, 7, 9], 8, 9, [4, 5, 6])) == [(1, 8, 9)]
 
 
 def test_tensors_and_waiting_time(feed):

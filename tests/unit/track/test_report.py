@@ -52,12 +52,14 @@ DATA = {
         "web $x$": {
             "log": "f00d", "path": "/tokens/f00d", "n_documents": 41, "n_tokens": 200_000, "n_bytes": 812_345,
             "n_shards": 2, "n_quarantined": 3, "n_empty": 1, "held_out_documents": 4, "held_out_tokens": 100,
-            "weight": None,
+            "weight": None, "mean_tokens": 4878.0, "duplicate_documents": 7,
         }
     },
-    "packing": {"block_size": 256, "strategy": "best_fit", "n_blocks": 790, "padding_share": 0.0123},
+    "unique_share": 0.975,
+    "packing": [{"block_size": 256, "strategy": "best_fit", "n_blocks": 790, "padding_share": 0.0123}],
     "audit": {
-        "n_in": 200_000, "n_trained": 120_000, "n_held_out": 100, "n_left": 79_900, "n_repeated": 0,
+        "n_in": 200_000, "n_trained": 120_000, "n_held_out": 100, "n_left": 79_800, "n_repeated": 0,
+        "n_duplicate": 100,
         "n_eos": 40, "n_padding": 96,
     },
     "sample": {"prompt": "if a <", "continuation": " b & c: </pre><script>"},
@@ -83,7 +85,10 @@ def test_the_page_tells_the_whole_run(run: Path) -> None:
         "122,880",
         "4,000 26.95 \N{MINUS SIGN}99.3 %",
         "120,000 trained, 60.0 %",
-        "79,900 left, 40.0 %",
+        "100 duplicate, 0.1 %",
+        "79,800 left, 39.9 %",
+        "4,878.0",
+        "97.50 % of the documents are unique",
     ):
         assert part in told
     assert "Attempt 2 resumed at step 30 with 2 workers" in told
