@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 import orjson
@@ -26,11 +27,10 @@ def duplicates(logs: Sequence[TokenLog]) -> list[Ints]:
     counts = [log.n_documents for log in logs]
     if not sum(counts):
         return [np.zeros(0, np.int64) for _ in logs]
-    name = xxhash.xxh3_64_hexdigest(orjson.dumps(fingerprints(logs)))
-    path = packs_folder(logs[0]) / f"{name}-duplicates" / "all.pack"
-    passes = -(-sum(counts) // DOCUMENTS_AT_ONCE)
+    passes = _passes(logs)
     found = remember(
-        path, lambda: np.sort(np.concatenate([_repeated(logs, n, passes) for n in range(passes)]))
+        _folder(logs) / "all.pack",
+        lambda: np.sort(np.concatenate([_repeated(logs, turn, passes) for turn in range(passes)])),
     )
     begins = np.concatenate([[0], np.cumsum(counts)])
     cuts = np.searchsorted(found, begins)
@@ -42,9 +42,23 @@ def unique_share(logs: Sequence[TokenLog]) -> float:
 
     Of many documents only those in one range of hashes are looked at: equal texts are in it together.
     """
-    passes = -(-sum(log.n_documents for log in logs) // DOCUMENTS_AT_ONCE)
-    looked_at = sum(len(rows) for _, _, rows in _hashes(logs, 0, max(1, passes)))
-    return 1 - len(_repeated(logs, 0, passes)) / looked_at if looked_at else 1.0
+    passes = max(1, _passes(logs))
+
+    def count() -> Ints:
+        looked_at = sum(len(rows) for _, _, rows in _hashes(logs, 0, passes))
+        return np.array([looked_at, len(_repeated(logs, 0, passes))])
+
+    looked_at, repeated = remember(_folder(logs) / "share.pack", count).tolist()
+    return float(1 - repeated / max(1, looked_at))
+
+
+def _passes(logs: Sequence[TokenLog]) -> int:
+    return -(-sum(log.n_documents for log in logs) // DOCUMENTS_AT_ONCE)
+
+
+def _folder(logs: Sequence[TokenLog]) -> Path:
+    name = xxhash.xxh3_64_hexdigest(orjson.dumps(fingerprints(logs)))
+    return packs_folder(logs[0]) / f"{name}-duplicates"
 
 
 def fingerprints(logs: Sequence[TokenLog]) -> list[str]:
