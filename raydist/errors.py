@@ -12,7 +12,8 @@
     │   ├── RunBusy            6   another process is writing this run
     │   └── CheckpointError    6   a checkpoint that does not fit or does not verify
     ├── TrainingError          7   training failed; carries the worker's traceback
-    │   └── WorkerLost         7   a worker died; the next attempt goes on from the last checkpoint
+    │   ├── WorkerLost         7   a worker died; the next attempt goes on from the last checkpoint
+    │   └── OutOfMemory        7   a worker's micro batch did not fit; the next attempt takes half
     ├── ClusterError           8   the cluster does not answer or is too small
     └── Stopped                130 stopped on request, after a checkpoint
 
@@ -93,6 +94,10 @@ class TrainingError(RaydistError):
 
 
 class WorkerLost(TrainingError):
+    pass
+
+
+class OutOfMemory(TrainingError):
     pass
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from raydist.corpus.build import estimate, plan_log
 from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
-from raydist.job.plan import Plan, make_plan
+from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
 from raydist.training.model import Sizes, check_fits, load_config, model_sizes
 
@@ -27,7 +27,9 @@ def plan_job(job: Job) -> dict[str, Any]:
     eos = documents if job.packing.add_eos_token else 0
     blocks = max(1, round((tokens + eos) / job.block_sizes[0]))
     weighted = any(source.weight is not None for source in job.corpus.sources.values())
-    plan = make_plan(job, job.scaling.num_workers, None if weighted else blocks)
+    known = None if weighted or job.stages else blocks
+    micro = GPU_MICRO_BATCH_TOKENS if job.scaling.use_gpu is True else CPU_MICRO_BATCH_TOKENS
+    plan = make_plan(job, job.scaling.num_workers, known, micro)
     config = load_config(job, tokenizer.vocab_size if tokenizer else _new_vocabulary(job))
     check_fits(config, job)
     sizes = model_sizes(config, job)
@@ -89,7 +91,7 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
     Large Transformer Models", section 4, without its attention-score term: the scores are never kept.
     """
     compute = BF16 if job.train.mixed_precision == "bf16" else FP32
-    tokens = max(stage.micro_batch_size * stage.block_size for stage in plan.stages)
+    tokens = plan.micro_batch_tokens
     kept = 2 if job.train.gradient_checkpointing else 34 // 2
     strategy, sharded = job.strategy, 3 if job.strategy.name == "fsdp" else job.strategy.stage or 0
     master = 1 if strategy.name == "zero" else 0  # DeepSpeed steps a copy of the weights

@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from raydist import files
 from raydist.cluster.connect import ray_session
-from raydist.cluster.room import spare
-from raydist.errors import JobError, RunChanged, Stopped, TrainingError, WorkerLost
+from raydist.cluster.room import gpus, spare
+from raydist.errors import JobError, OutOfMemory, RunChanged, Stopped, TrainingError, WorkerLost
 from raydist.folder import RunFolder
 from raydist.job.identity import differences
 from raydist.job.load import job_yaml, load_job
-from raydist.job.plan import Plan, make_plan
+from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
 from raydist.prepared import Prepared, can_begin_early, prepare_first, prepare_logs
 from raydist.track.progress import Progress
@@ -90,15 +90,17 @@ def folder_of(job: Job) -> RunFolder:
 
 def _check(job: Job) -> None:
     """Before anything is started or spent."""
+    from raydist.training.collate import make_collator
     from raydist.training.model import check_model
 
     check_model(job)
+    make_collator(job.train.collator)
 
 
 def _prepare_and_train(job: Job, folder: RunFolder, progress: Progress, parent: str | None) -> None:
     prepared, rest = _prepare(job, folder, progress)
     feed = prepared.feed()
-    plan = make_plan(job, job.scaling.num_workers, feed.samples_per_epoch)
+    plan = _plan(job, folder, feed)
     _write_data(folder, prepared, feed)
     stop_if_asked(folder)
     with _reported(job, folder, progress, parent):
@@ -246,20 +248,43 @@ def _attempts(
     folder.set_status("training")
     progress.total_steps = plan.steps
     progress.phase("training")
-    for lost in range(job.scaling.max_failures + 1):
+    lost = 0
+    while True:
         spec = prepared.train_spec(folder, plan, folder.next_attempt())
         try:
             return _watch(spec, rest, folder, progress)
+        except OutOfMemory as error:
+            plan = _halved(job, folder, plan, error)
+            progress.message(f"{error.what}; going on with {plan.micro_batch_size} of the same global batch")
         except WorkerLost as error:
-            if lost == job.scaling.max_failures:
+            lost += 1
+            if lost > job.scaling.max_failures:
                 raise TrainingError(
-                    f"training lost a worker {lost + 1} times",
+                    f"training lost a worker {lost} times",
                     where=str(folder.path),
                     why=error.what,
                     fix="see ray/ in the run's folder; submit again to go on from the last checkpoint",
                 ) from error
             progress.message(f"a worker was lost; going on from the last checkpoint ({error.what})")
-    raise AssertionError("unreachable: the last loop returns or raises")
+
+
+def _plan(job: Job, folder: RunFolder, feed: Feed) -> Plan:
+    """micro_batch_size: auto begins with what an earlier attempt found to fit."""
+    start = GPU_MICRO_BATCH_TOKENS if job.scaling.on_gpus(gpus()) else CPU_MICRO_BATCH_TOKENS
+    found = folder.data().get("micro_batch_tokens", start)
+    return make_plan(job, job.scaling.num_workers, feed.samples_per_epoch, found)
+
+
+def _halved(job: Job, folder: RunFolder, plan: Plan, error: OutOfMemory) -> Plan:
+    """Raises `error` where the job gives the micro batch, or it is one sequence already."""
+    above_one = [
+        stage.micro_batch_size * stage.block_size for stage in plan.stages if stage.micro_batch_size > 1
+    ]
+    if job.train.micro_batch_size != "auto" or not above_one:
+        raise error
+    tokens = max(above_one) // 2
+    files.write_json(folder.data_file, {**folder.data(), "micro_batch_tokens": tokens})
+    return make_plan(job, plan.world_size, plan.samples_per_epoch, tokens)
 
 
 def _watch(spec: TrainSpec, rest: Future[Prepared] | None, folder: RunFolder, progress: Progress) -> bool:

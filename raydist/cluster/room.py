@@ -16,12 +16,17 @@ if TYPE_CHECKING:
 Resources = dict[str, float]
 
 
+def gpus() -> float:
+    """Of the cluster, busy or not."""
+    return sum(node.get("GPU", 0) for node in _resources(_nodes()))
+
+
 def workers_by_node(job: Job, nodes: Sequence[Resources]) -> list[int]:
     """How many workers of `job` each of these nodes holds, if nothing else runs there."""
-    each, gpus = job.scaling.cpus_per_worker, job.scaling.on_gpus(sum(node.get("GPU", 0) for node in nodes))
+    each, on_gpus = job.scaling.cpus_per_worker, job.scaling.on_gpus(sum(n.get("GPU", 0) for n in nodes))
     by_cpu = [int(node.get("CPU", 0) // each) for node in nodes]
     by_gpu = [int(node.get("GPU", 0)) for node in nodes]
-    return [min(pair) for pair in zip(by_cpu, by_gpu, strict=True)] if gpus else by_cpu
+    return [min(pair) for pair in zip(by_cpu, by_gpu, strict=True)] if on_gpus else by_cpu
 
 
 def require_room(job: Job, what: str) -> int:
@@ -30,8 +35,7 @@ def require_room(job: Job, what: str) -> int:
     fitting = sum(workers_by_node(job, held))
     if fitting >= asked:
         return fitting // asked
-    gpus = job.scaling.on_gpus(sum(node.get("GPU", 0) for node in held))
-    each = f"{job.scaling.cpus_per_worker} CPUs" + " and a GPU" * gpus
+    each = f"{job.scaling.cpus_per_worker} CPUs" + " and a GPU" * job.scaling.on_gpus(gpus())
     raise ClusterError(
         f"the cluster has no room for {what}: {asked} workers of {each}, of which it holds {fitting}",
         where="; ".join(f"{node['NodeManagerAddress']}: {_told(node['Resources'])}" for node in _nodes()),

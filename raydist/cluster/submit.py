@@ -88,22 +88,23 @@ def own_modules(job: Job) -> list[Path]:
     """Files and packages of the user's, named in the job as module:function; installed ones stay here."""
     installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
     found = []
-    for index, step in enumerate(job.corpus.clean):
-        if isinstance(step, str) and ":" in step:
-            path = _find_module(step.partition(":")[0].partition(".")[0], step, index)
+    named = {f"corpus.clean[{index}]": step for index, step in enumerate(job.corpus.clean)}
+    for where, function in {**named, "train.collator": job.train.collator}.items():
+        if isinstance(function, str) and ":" in function:
+            path = _find_module(function.partition(":")[0].partition(".")[0], function, where)
             if path is not None and installed.isdisjoint(path.resolve().parents) and path not in found:
                 found.append(path)
     return found
 
 
-def _find_module(name: str, step: str, index: int) -> Path | None:
+def _find_module(name: str, function: str, where: str) -> Path | None:
     """In the working folder, else where Python looks. None for one without a file: it is built in."""
     here = str(Path.cwd())
     spec = PathFinder.find_spec(name, [here, *sys.path])
     if spec is None and name not in sys.builtin_module_names:
         raise JobError(
-            f"no module {name} is found for {step}",
-            where=f"corpus.clean[{index}]",
+            f"no module {name} is found for {function}",
+            where=where,
             why=f"it is neither in {here} nor where Python looks, and could not go to the cluster",
             fix=f"run the command in the folder that holds {name}.py, or add that to PYTHONPATH",
         )

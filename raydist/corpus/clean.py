@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
-from operator import attrgetter
 from typing import Any
 
 from raydist.corpus.identity import fingerprint
 from raydist.errors import JobError
+from raydist.job.functions import import_function
 
 Step = Callable[[str], str | None]
 
@@ -113,14 +112,7 @@ STEPS: dict[str, tuple[Callable[..., Step], str]] = {
 
 def _user_step(path: str, where: str) -> tuple[Step, list[Any]]:
     """The fingerprint takes the whole module's source, since a function may call its neighbours."""
-    module_name, _, name = path.partition(":")
-    try:
-        function: Any = attrgetter(name)(importlib.import_module(module_name))
-    except (ImportError, AttributeError, ValueError) as error:
-        raise JobError(
-            f"cannot import {path}", where=where, why=str(error),
-            fix="write module:function, of a module that Python can import (see PYTHONPATH)",
-        ) from error  # fmt: skip
+    function = import_function(path, where)
     try:
         source = inspect.getsource(function), inspect.getsource(inspect.getmodule(function) or function)
     except (TypeError, OSError) as error:

@@ -22,7 +22,7 @@ from raydist.job.plan import Stretch, stretches
 from raydist.job.schema import Job, Packing
 
 if TYPE_CHECKING:
-    from raydist.feed.loader import Step
+    from raydist.feed.loader import Step, Tensors
 
 
 POLL_SECONDS = 1.0
@@ -168,11 +168,12 @@ class Feed:
         global_batch_size: int | Sequence[int],
         micro_batch_size: int | Sequence[int],
         while_waiting: Callable[[], None] = lambda: None,
+        collate: Callable[[Tensors], Tensors] | None = None,
     ) -> Iterator[Step]:
         """Steps (see `loader.Step`) of samples [start, stop) for one rank; without end if `stop` is None.
 
         Both sizes in sequences, of every stage or of each. Closing the iterator, or dropping it, ends
-        its thread. while_waiting: see `grown`.
+        its thread. while_waiting: see `grown`. collate: see `loader.read_step`.
         """
         from raydist.feed.loader import ahead, global_batches, read_step  # torch is needed only here
 
@@ -183,7 +184,7 @@ class Feed:
         def steps(feed: Feed) -> Iterator[Step]:
             for stage, lo, hi in global_batches([s.start for s in feed.segments], start, stop, batches):
                 feed = feed.grown(hi, while_waiting)
-                yield read_step(feed.segments[stage], lo, hi, rank, world_size, micro[stage])
+                yield read_step(feed.segments[stage], lo, hi, rank, world_size, micro[stage], collate)
 
         return ahead(steps(self))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from raydist.corpus.log import Ints
-from raydist.feed.packing import Batch
+from raydist.feed.packing import IGNORED, Batch
 
 if TYPE_CHECKING:
     from raydist.feed.segment import Segment
@@ -71,10 +71,22 @@ def rank_samples(start: int, stop: int, rank: int, world_size: int) -> Ints:
 
 
 def read_step(
-    segment: Segment, start: int, stop: int, rank: int, world_size: int, micro_batch_size: int
+    segment: Segment,
+    start: int,
+    stop: int,
+    rank: int,
+    world_size: int,
+    micro_batch_size: int,
+    collate: Callable[[Tensors], Tensors] | None = None,
 ) -> Step:
+    """collate: called on each micro batch; it may take labels out, so these are counted after it."""
     batch, counts = segment.read(rank_samples(start, stop, rank, world_size))
-    return Step(start, stop, list(micro_batches(batch, micro_batch_size)), *counts.sum(axis=0).tolist())
+    step = Step(start, stop, list(micro_batches(batch, micro_batch_size)), *counts.sum(axis=0).tolist())
+    if collate is None:
+        return step
+    made = [collate(micro_batch) for micro_batch in step.micro_batches]
+    n_labels = sum(int((micro_batch["labels"] != IGNORED).sum()) for micro_batch in made)
+    return replace(step, micro_batches=made, n_labels=n_labels)
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[Tensors]:

@@ -11,6 +11,8 @@ from raydist.job.schema import Job
 
 CPU_MICRO_BATCH_TOKENS = 4096
 """`micro_batch_size: auto` on CPU: big enough to keep a core busy, small enough for its caches and 8 GB."""
+GPU_MICRO_BATCH_TOKENS = 65_536
+"""On a GPU: enough to keep one busy; a model that does not fit so halves it until it does."""
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 
@@ -46,6 +48,7 @@ class Plan:
 
     world_size: int
     stages: tuple[StagePlan, ...]
+    samples_per_epoch: int | None = None
 
     @property
     def steps(self) -> int:
@@ -55,6 +58,11 @@ class Plan:
     def samples(self) -> int:
         """Where the run ends."""
         return sum(stage.samples for stage in self.stages)
+
+    @property
+    def micro_batch_tokens(self) -> int:
+        """The most that one forward pass takes."""
+        return max(stage.micro_batch_size * stage.block_size for stage in self.stages)
 
     @property
     def block_size(self) -> int:
@@ -78,8 +86,16 @@ class Plan:
         return self.stages[0].tokens_per_step
 
 
-def make_plan(job: Job, world_size: int, samples_per_epoch: int | None) -> Plan:
-    """`samples_per_epoch`: blocks in one pass over the corpus; None for a weighted mixture and for stages."""
+def make_plan(
+    job: Job,
+    world_size: int,
+    samples_per_epoch: int | None,
+    micro_batch_tokens: int = CPU_MICRO_BATCH_TOKENS,
+) -> Plan:
+    """`samples_per_epoch`: blocks in one pass over the corpus; None for a weighted mixture and for stages.
+
+    micro_batch_tokens: what `micro_batch_size: auto` comes to, in whole sequences and at least one.
+    """
     return Plan(
         world_size,
         tuple(
@@ -87,10 +103,11 @@ def make_plan(job: Job, world_size: int, samples_per_epoch: int | None) -> Plan:
                 stretch.block_size,
                 stretch.samples,
                 samples_per_step(job, stretch.block_size),
-                _micro_batch_size(job, world_size, stretch.block_size),
+                _micro_batch_size(job, world_size, stretch.block_size, micro_batch_tokens),
             )
             for stretch in (stretches(job) if job.stages else [_stretch(job, samples_per_epoch)])
         ),
+        samples_per_epoch,
     )
 
 
@@ -136,8 +153,8 @@ def tokens_after(job: Job, steps: int) -> int:
     return tokens + steps * samples_per_step(job, size) * size
 
 
-def _micro_batch_size(job: Job, world_size: int, block_size: int) -> int:
+def _micro_batch_size(job: Job, world_size: int, block_size: int, tokens: int) -> int:
     per_worker = math.ceil(samples_per_step(job, block_size) / world_size)
     asked = job.train.micro_batch_size
-    wanted = max(1, CPU_MICRO_BATCH_TOKENS // block_size) if asked == "auto" else asked
+    wanted = max(1, tokens // block_size) if asked == "auto" else asked
     return min(wanted, per_worker)

@@ -35,6 +35,9 @@ class Model(Section):
     tokenizer: str | NewTokenizer | None = Field(
         None, description="hub id, folder, or {train: {vocab_size: N}}; default: the base's"
     )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto: the fastest that keeps documents apart; another is used, or refused"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> Model:
@@ -133,7 +136,9 @@ class Train(Section):
     global_batch_tokens: PositiveInt | None = Field(
         None, description="instead of global_batch_size: tokens per step, a multiple of the block size"
     )
-    micro_batch_size: PositiveInt | Literal["auto"] = Field("auto", description="sequences per forward pass")
+    micro_batch_size: PositiveInt | Literal["auto"] = Field(
+        "auto", description="sequences per forward pass; auto: found by trying, halved when memory runs out"
+    )
     lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="highest learning rate")
     scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="after the warm-up; wsd is warm-up, stable, decay"
@@ -149,6 +154,9 @@ class Train(Section):
         "bf16", description="what is computed in; weights step in fp32"
     )
     gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer")
+    collator: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = Field(
+        None, description="module:function, called on each micro batch: may mask labels and add keys"
+    )
     logging_steps: PositiveInt = Field(10, description="steps between records in metrics.jsonl")
 
     @model_validator(mode="after")
@@ -238,14 +246,16 @@ class Scaling(Section):
 
 
 class Checkpoint(Section):
-    save_steps: PositiveInt = Field(100, description="steps between checkpoints")
+    save_steps: PositiveInt | Literal["epoch"] = Field(
+        100, description="steps between checkpoints; epoch: one after each"
+    )
     save_total_limit: PositiveInt = Field(3, description="newest checkpoints kept, beside the best")
     load_best_model_at_end: bool = Field(False, description="model/ is the evaluation's best, not the last")
 
 
 class Eval(Section):
-    eval_steps: PositiveInt = Field(
-        100, description="steps between evaluations; one more at the start and the end"
+    eval_steps: PositiveInt | Literal["epoch"] = Field(
+        100, description="steps between evaluations, or epoch; one more at the start and the end"
     )
     max_tokens: Annotated[float, Field(gt=0)] = Field(100_000, description="tokens per source")
     sources: dict[str, Source] = Field(default_factory=dict, description="further text, for evaluation only")
@@ -300,6 +310,21 @@ class Job(Section):
         if self.train.has_length and self.stages:
             raise ValueError(
                 "stages have lengths of their own: give no train.max_steps, max_tokens or epochs"
+            )
+        by_epoch = [
+            key
+            for key, every in (
+                ("checkpoint.save_steps", self.checkpoint.save_steps),
+                ("eval.eval_steps", self.eval.eval_steps),
+            )
+            if every == "epoch"
+        ]
+        if by_epoch and self.train.epochs is None:
+            raise ValueError(f"{' and '.join(by_epoch)}: epoch needs train.epochs; give a number of steps")
+        if self.model.attn_implementation == "flash_attention_2" and self.train.mixed_precision != "bf16":
+            raise ValueError(
+                "model.attn_implementation: flash_attention_2 computes in 16 bits only;"
+                " set train.mixed_precision: bf16"
             )
         tokens = self.train.global_batch_tokens
         for size in self.block_sizes:

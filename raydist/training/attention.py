@@ -18,29 +18,51 @@ from raydist.errors import ModelError
 from raydist.training.loss import logits_of
 
 PER_DOCUMENT = "raydist_per_document"
-NAMES = (PER_DOCUMENT, "sdpa", "eager")
-"""By speed. Ours is for the CPU; not every model has SDPA; all have eager attention."""
+FLASH = "flash_attention_2"
+NAMES = (PER_DOCUMENT, "sdpa", "eager", FLASH)
+"""By speed, but for the last, which is used on request alone: it is a package of its own. Ours is for the
+CPU; not every model has SDPA; all have eager attention."""
 
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of the largest logit. A dropped mask moves them by tens of percent."""
 
 
-def set_attention(model: nn.Module, device: torch.device, *, document_mask: bool) -> str:
+def set_attention(
+    model: nn.Module, device: torch.device, *, document_mask: bool, wanted: str = "auto"
+) -> str:
     """Give `model` the fastest attention for `device` with which it passes the probe; one of NAMES.
 
-    Raises ModelError, what the probe said of the plainest one, when there is none.
+    wanted: this one, if not auto. Raises ModelError, what the probe said of the plainest one, when there
+    is none.
     """
-    for name in NAMES if device.type == "cpu" and not _is_windowed(model.config) else NAMES[1:]:  # type: ignore[arg-type]
+    ours = device.type == "cpu" and not _is_windowed(model.config)  # type: ignore[arg-type]
+    for name in (NAMES[0 if ours else 1 : 3]) if wanted == "auto" else [wanted]:
         try:
             use_attention(model, name)
-            probe(model, document_mask=document_mask)
+            with torch.autocast(device.type, torch.bfloat16, enabled=name == FLASH):
+                probe(model, document_mask=document_mask)
             return str(model.config._attn_implementation)  # type: ignore[union-attr]
         except (ModelError, ValueError, KeyError, ImportError) as error:
             refusal = error
     if isinstance(refusal, ModelError):
         raise refusal
     raise _not_runnable(model, refusal) from refusal
+
+
+def check_attention(wanted: str, device: torch.device) -> None:
+    """Raises ModelError for one that this machine does not have, before weights are loaded."""
+    from transformers.utils.import_utils import is_flash_attn_2_available
+
+    if wanted == FLASH and (device.type == "cpu" or not is_flash_attn_2_available()):
+        raise ModelError(
+            f"{FLASH} cannot be used here",
+            where="model.attn_implementation",
+            why="it runs on GPUs alone"
+            if device.type == "cpu"
+            else "the package flash-attn is not installed, or not for this GPU",
+            fix="attn_implementation: auto, which also keeps documents apart; or install flash-attn",
+        )
 
 
 def use_attention(model: nn.Module, name: str) -> None:
@@ -130,7 +152,8 @@ def probe(model: nn.Module, *, document_mask: bool) -> None:
     finally:
         model.train(was_training)
     base, other_second, other_first, other_last, swapped = logits
-    limit = _PROBE_TOLERANCE[next(model.parameters()).dtype] * logits.abs().max().item()
+    precision = torch.bfloat16 if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
+    limit = _PROBE_TOLERANCE[precision] * logits.abs().max().item()
     _same(base[: first - 1], other_last[: first - 1], limit, "a token sees the tokens after it")
     if document_mask:
         _same(base[:first], other_second[:first], limit, "a document sees the one after it")

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import xxhash
@@ -20,8 +20,10 @@ from raydist.folder import RunFolder
 from raydist.training import checkpoint
 from raydist.training.card import model_card
 from raydist.training.checkpoint import Commit, Counts
+from raydist.training.collate import make_collator
 from raydist.training.data import Data, open_data
 from raydist.training.evaluate import evaluate
+from raydist.training.memory import memory_watched
 from raydist.training.metrics import Clock, MetricsWriter, memory_bytes, mfu
 from raydist.training.model import build_model, n_parameters, save_model, saved_dtype
 from raydist.training.schedule import learning_rate
@@ -63,10 +65,12 @@ def train(
 
     With world_size above 1 the default process group exists already. on_commit is called on every
     rank, with the same commit. should_stop is asked on rank 0 at every step, beside the run's stop
-    flag. data: opened from the spec by default. Raises WorkerLost when the other ranks cannot be reached.
+    flag. data: opened from the spec by default. Raises WorkerLost when the other ranks cannot be reached,
+    OutOfMemory when a micro batch does not fit.
     """
     world = World(rank, world_size, local_rank, device or torch.device("cpu"))
-    with contact(rank), RunFolder(spec.run).writer() if world.is_main else contextlib.nullcontext():
+    writer = RunFolder(spec.run).writer() if world.is_main else contextlib.nullcontext()
+    with contact(rank), memory_watched(spec.plan.micro_batch_size), writer:
         attempt = Attempt(spec, world, data or open_data(spec), on_commit, should_stop)
         return attempt.run()
 
@@ -85,6 +89,7 @@ class Attempt:
         self.spec, self.job, self.plan, self.run_folder = spec, spec.job, spec.plan, spec.run
         self.world, self.data = world, data
         self.on_commit, self.should_stop = on_commit, should_stop
+        self.collate = make_collator(self.job.train.collator)
         self.metrics = MetricsWriter(spec.run, spec.attempt, enabled=world.is_main)
         model = build_model(spec.job, spec.tokenizer, world)
         self.n_parameters, self.n_trainable = n_parameters(model), n_parameters(model, trainable=True)
@@ -137,6 +142,7 @@ class Attempt:
             global_batch_size=[stage.global_batch_size for stage in self.plan.stages],
             micro_batch_size=[stage.micro_batch_size for stage in self.plan.stages],
             while_waiting=self._end_with_the_run,
+            collate=self.collate,
         )
 
     def _agree(self, batch: Step) -> tuple[int, Counts, bool]:
@@ -183,8 +189,11 @@ class Attempt:
         self.seen, self.stretch = self.seen + counts, self.stretch + counts
         self.clock.stepped(counts.tokens)
 
-    def _due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.plan.steps
+    def _due(self, every: int | Literal["epoch"]) -> bool:
+        if every != "epoch":
+            return self.step % every == 0 or self.step == self.plan.steps
+        length = self.plan.samples_per_epoch or self.plan.samples
+        return self.samples // length > (self.samples - self.plan.global_batch_size) // length
 
     # --- records -----------------------------------------------------------------------------------
 

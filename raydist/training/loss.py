@@ -23,8 +23,12 @@ def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
 
 
 def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """(B, T, V). Without `use_cache=False` transformers silently drops the document mask."""
-    output = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    """(B, T, V), of input_ids, position_ids and what a collator added.
+
+    Without `use_cache=False` transformers silently drops the document mask.
+    """
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "sample")}
+    output = model(**inputs, use_cache=False)
     logits: Tensor = output.logits
     return logits
 

@@ -171,7 +171,9 @@ def build_model(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
     strategy shards weights the model is on rank 0's CPU and elsewhere on meta, without weights.
     """
     from raydist.training.adapter import add_lora
+    from raydist.training.attention import check_attention
 
+    check_attention(job.model.attn_implementation, world.device)
     config = load_config(job, len(load_tokenizer(tokenizer_folder)))
     check_fits(config, job)
     place = world.device
@@ -209,9 +211,10 @@ def _choose_attention(model: nn.Module, job: Job, world: World) -> None:
     """Where only rank 0 has weights, it alone can probe, and tells the others."""
     from raydist.training.attention import NAMES, set_attention, use_attention
 
-    chosen = NAMES[0]
+    chosen, wanted = NAMES[0], job.model.attn_implementation
     if world.is_main or not _read_by_main(job):
-        chosen = set_attention(model, world.device, document_mask=job.packing.document_mask)
+        mask = job.packing.document_mask
+        chosen = set_attention(model, world.device, document_mask=mask, wanted=wanted)
     if _read_by_main(job):
         use_attention(model, NAMES[world.from_main(NAMES.index(chosen))])
 

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import ray.train
 import torch
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import Checkpoint
 from ray.train.torch import TorchConfig, get_device
 from ray.train.torch.config import _TorchBackend
@@ -30,6 +30,7 @@ from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, W
 from raydist.folder import RunFolder
 from raydist.training.checkpoint import Commit
 from raydist.training.loop import TrainResult, train
+from raydist.training.memory import out_of_memory
 from raydist.training.spec import TrainSpec
 from raydist.training.world import backend_of
 
@@ -170,6 +171,8 @@ def _explain(error: TrainingFailedError, spec: TrainSpec) -> RaydistError:
     if isinstance(error, ControllerError):
         return _explain_controller(error, spec)
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
+    if killed := next((failure for failure in failures if _is_for_memory(failure)), None):
+        return out_of_memory("on a worker's node: Ray ended the worker", killed)
     raised = [failure for failure in failures if not _is_loss(failure)]
     own = next((failure for failure in raised if isinstance(failure, RaydistError)), None)
     if own is not None:
@@ -183,6 +186,10 @@ def _is_loss(failure: Exception) -> bool:
     """The process or its node is gone, or it could not reach one that is."""
     ray_own = type(failure).__module__.startswith("ray.train.v2._internal")  # a failed health check
     return ray_own or isinstance(failure, WorkerLost | RayActorError)
+
+
+def _is_for_memory(failure: Exception) -> bool:
+    return isinstance(failure, OutOfMemoryError) or "running low on memory" in str(failure)
 
 
 def _explain_controller(error: ControllerError, spec: TrainSpec) -> RaydistError:

@@ -49,7 +49,7 @@ class TrainSpec:
             run=Path(raw["run"]),
             logs={name: Path(path) for name, path in raw["logs"].items()},
             tokenizer=Path(raw["tokenizer"]),
-            plan=Plan(raw["plan"]["world_size"], tuple(StagePlan(**of) for of in raw["plan"]["stages"])),
+            plan=Plan(**{**raw["plan"], "stages": tuple(StagePlan(**of) for of in raw["plan"]["stages"])}),
             attempt=raw["attempt"],
             eval_logs={name: Path(path) for name, path in raw["eval_logs"].items()},
             growing=raw["growing"],

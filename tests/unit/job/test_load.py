@@ -116,3 +116,22 @@ def test_identity_is_what_decides_the_weights() -> None:
     other = build_job({**values, "train": {**values["train"], "lr": 1.0}})
     assert differences(job, same) == []
     assert differences(job, other) == ["train.lr: 5e-05 -> 1.0"]
+
+
+def test_an_end_of_an_epoch_needs_epochs(tmp_path: Path) -> None:
+    by_epoch = MINIMAL + "checkpoint: {save_steps: epoch}\neval: {eval_steps: epoch}\n"
+    assert "checkpoint.save_steps and eval.eval_steps: epoch needs train.epochs" in problems(
+        tmp_path, by_epoch
+    )
+    epochs = by_epoch.replace("max_steps: 10", "epochs: 2")
+    assert load_job(write(tmp_path, epochs)).eval.eval_steps == "epoch"
+
+
+def test_stages_have_the_length_of_a_run(tmp_path: Path) -> None:
+    stages = "stages: [{block_size: 64, max_tokens: 1e5}, {block_size: 128, max_tokens: 1e5}]\n"
+    assert "stages have lengths of their own" in problems(tmp_path, MINIMAL + stages)
+    without = MINIMAL.replace("max_steps: 10, ", "")
+    assert "give exactly one of max_steps, max_tokens and epochs" in problems(tmp_path, without)
+    told = problems(tmp_path, without + stages, "train.global_batch_tokens=192")
+    assert "192 is not a multiple of a block_size of stages, 128" in told
+    assert load_job(write(tmp_path, without + stages)).block_sizes == [64, 128]

@@ -9,8 +9,13 @@ import torch
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import ModelError
+from raydist.job.identity import differences
 from raydist.training.attention import PER_DOCUMENT, probe, set_attention
+from raydist.training.loop import train
 from raydist.training.loss import logits_of
+from raydist.training.model import build_model
+from raydist.training.world import World
+from tests.unit.training.train_parts import losses, make_spec
 
 CPU = torch.device("cpu")
 
@@ -150,3 +155,24 @@ def test_packed_logits_of_the_real_model(real: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
     assert set_attention(model, CPU, document_mask=True) == PER_DOCUMENT
     assert worst_difference(model, 49_152, (70, 1, 150, 35)) < 1e-5
+
+
+@pytest.mark.parametrize("wanted", ["sdpa", "eager"])
+def test_a_named_attention_is_used_and_gives_the_same(tmp_path: Path, wanted: str) -> None:
+    auto = make_spec(tmp_path, run="auto", train={"max_steps": 3})
+    named = make_spec(tmp_path, run=wanted, train={"max_steps": 3}, model={"attn_implementation": wanted})
+    model = build_model(named.job, named.tokenizer, World())
+    assert model.config._attn_implementation == wanted  # type: ignore[union-attr]
+    for spec in (auto, named):
+        train(spec)
+    assert losses(named.run) == pytest.approx(losses(auto.run), rel=1e-5)
+    assert not differences(auto.job, named.job)  # it may change when a run resumes
+
+
+def test_flash_attention_is_refused_before_weights_are_loaded_on_a_cpu(tmp_path: Path) -> None:
+    flash = {"attn_implementation": "flash_attention_2"}
+    with pytest.raises(ValueError, match="flash_attention_2 computes in 16 bits only"):
+        make_spec(tmp_path, model=flash)
+    spec = make_spec(tmp_path, model=flash, train={"mixed_precision": "bf16"})
+    with pytest.raises(ModelError, match=r"(?s)flash_attention_2 cannot be used here.*GPUs alone"):
+        build_model(spec.job, spec.tokenizer, World())

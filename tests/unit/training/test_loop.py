@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import CheckpointError, TrainingError
 from raydist.files import read_jsonl
+from raydist.job.plan import make_plan
 from raydist.training import checkpoint
 from raydist.training.checkpoint import Commit
 from raydist.training.data import Data, open_data
@@ -29,6 +30,7 @@ from tests.unit.training.train_parts import (
     VOCABULARY,
     finish,
     losses,
+    make_job,
     make_spec,
     run_ranks,
     start_ranks,
@@ -262,3 +264,20 @@ def test_the_best_evaluation_is_kept_and_exported(tmp_path: Path) -> None:
 
     exported, expected = load_file(spec.run / "model" / "model.safetensors"), load_file(stored)
     assert all(torch.equal(exported[name], expected[name]) for name in exported)
+
+
+def test_an_evaluation_and_a_checkpoint_after_each_epoch(tmp_path: Path) -> None:
+    sections = {
+        "train": {"max_steps": None, "epochs": 2},
+        "checkpoint": {"save_steps": "epoch"},
+        "eval": {"eval_steps": "epoch"},
+    }
+    once = open_data(make_spec(tmp_path)).feed.samples_per_epoch
+    assert once is not None and once % 4  # the end of an epoch is within a step
+    job = make_job(tmp_path, **sections)
+    spec = replace(make_spec(tmp_path), job=job, plan=make_plan(job, 1, once))
+    train(spec)
+    ends = [-(-once // 4), -(-2 * once // 4)]
+    records = read_jsonl(spec.run / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "commit"] == ends
+    assert [r["step"] for r in records if r["kind"] == "eval"] == [0, *ends]

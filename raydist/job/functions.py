@@ -1,0 +1,23 @@
+"""Functions of the user's that a job names as module:function."""
+
+from __future__ import annotations
+
+import importlib
+from operator import attrgetter
+from typing import Any
+
+from raydist.errors import JobError
+
+
+def import_function(path: str, where: str) -> Any:
+    """The function. where: the job's key. Raises JobError for one that cannot be imported."""
+    module_name, _, name = path.partition(":")
+    try:
+        return attrgetter(name)(importlib.import_module(module_name))
+    except (ImportError, AttributeError, ValueError) as error:
+        raise JobError(
+            f"cannot import {path}",
+            where=where,
+            why=str(error),
+            fix="write module:function, of a module that Python can import (see PYTHONPATH)",
+        ) from error

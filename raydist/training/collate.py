@@ -1,0 +1,67 @@
+"""The hook on micro batches: a function of the user's between the feed and the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from raydist.errors import TrainingError
+from raydist.job.functions import import_function
+from raydist.training.loss import IGNORED
+
+Tensors = dict[str, torch.Tensor]
+GIVEN = ("input_ids", "labels", "position_ids", "sample")
+WHERE = "train.collator"
+
+
+def make_collator(path: str | None) -> Callable[[Tensors], Tensors] | None:
+    """`train.collator`, module:function, behind checks of what it returns; None for none.
+
+    It is called on every micro batch of the training, not of an evaluation, in a thread that reads
+    ahead: input_ids, labels, position_ids, int64 (B, T), and sample, int64 (B,), on the CPU. Padding
+    has sample -1. It gives a dict of the same shapes back: a label may become -100, which takes it
+    out of the loss and of the count that the loss is divided by; input_ids may have other values;
+    further tensors go to the model's forward by their names. All else is a TrainingError. It should be
+    a function of the batch alone, or a resumed run is not the same one: draw by `sample`, if at all.
+
+    Raises JobError if there is no such function. Its source is not part of a run's identity.
+    """
+    if path is None:
+        return None
+    function = import_function(path, WHERE)
+
+    def collate(batch: Tensors) -> Tensors:
+        made = function({name: tensor.clone() for name, tensor in batch.items()})
+        if problem := _problem(batch, made):
+            raise TrainingError(
+                f"{path} {problem}",
+                where=WHERE,
+                why="the hook gets a finished micro batch: it may mask labels (-100) and add keys",
+                fix="correct the function; what it gets and gives is told in raydist/training/collate.py",
+            )
+        result: Tensors = made
+        return result
+
+    return collate
+
+
+def _problem(given: Tensors, made: Any) -> str:
+    """What is wrong with it; empty if nothing is."""
+    if not isinstance(made, dict) or not all(isinstance(value, torch.Tensor) for value in made.values()):
+        return "does not give a dict of tensors"
+    if "attention_mask" in made:
+        return "adds attention_mask: position_ids alone tell documents apart; mask labels instead"
+    for name in GIVEN:
+        if name not in made:
+            return f"leaves out {name}"
+        expected, found = (f"{tuple(t.shape)} of {t.dtype}" for t in (given[name], made[name]))
+        if expected != found:
+            return f"gives {name} {found}; it got {expected}"
+    for name in ("position_ids", "sample"):
+        if not torch.equal(given[name], made[name]):
+            return f"changes {name}"
+    if not ((made["labels"] == given["labels"]) | (made["labels"] == IGNORED)).all():
+        return f"gives labels that are neither those it got nor {IGNORED}"
+    return ""

@@ -1,0 +1,41 @@
+"""Running out of memory, told apart from other errors, so that smaller micro batches can be tried."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from raydist.errors import OutOfMemory
+
+FIX = (
+    "train.micro_batch_size: auto finds one that fits; else take a smaller block size,"
+    " gradient_checkpointing, an adapter on a quantized base, or a strategy that shards"
+)
+
+
+@contextmanager
+def memory_watched(micro_batch_size: int) -> Iterator[None]:
+    """Raises OutOfMemory where torch or Python could not allocate, on a GPU or in host memory.
+
+    What an attempt has done since its last checkpoint is lost then. To go on in the same process would
+    not be safe: under a strategy that shards, other ranks wait for this one within their own passes.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not _ran_out(error):
+            raise
+        raise out_of_memory(f"with micro batches of {micro_batch_size} sequences", error) from error
+
+
+def out_of_memory(what: str, cause: Exception) -> OutOfMemory:
+    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
+    return OutOfMemory(f"out of memory {what}", why=reason, fix=FIX)
+
+
+def _ran_out(error: Exception) -> bool:
+    """On CPU torch raises a plain RuntimeError."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)

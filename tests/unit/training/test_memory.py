@@ -1,0 +1,49 @@
+"""What counts as running out of memory, and when there is nothing smaller to try."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from raydist.errors import OutOfMemory
+from raydist.folder import RunFolder
+from raydist.job.plan import Plan, make_plan
+from raydist.job.schema import Job
+from raydist.run import _halved
+from raydist.training.memory import memory_watched, out_of_memory
+from tests.unit.training.train_parts import make_job
+
+
+def test_a_failed_allocation_is_told_apart_from_other_errors() -> None:
+    told = r"(?s)micro batches of 8.*can't allocate memory.*auto finds one"
+    with pytest.raises(OutOfMemory, match=told), memory_watched(8):
+        torch.empty(2**50)
+    with pytest.raises(OutOfMemory), memory_watched(8):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="shapes"), memory_watched(8):
+        raise RuntimeError("shapes differ")
+
+
+def test_it_is_halved_down_to_one_and_not_where_the_job_says_how_many(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    error = out_of_memory("here", MemoryError())
+
+    def found(job: Job) -> list[tuple[int, ...]]:
+        plans: list[Plan] = [make_plan(job, 1, None)]
+        with contextlib.suppress(OutOfMemory):
+            for _ in range(9):
+                plans.append(_halved(job, folder, plans[-1], error))
+        assert len(plans) < 9
+        assert len({(plan.samples, plan.global_batch_size) for plan in plans}) == 1
+        return [tuple(stage.micro_batch_size for stage in plan.stages) for plan in plans]
+
+    auto = {"micro_batch_size": "auto"}
+    assert found(make_job(tmp_path, train=auto)) == [(4,), (2,), (1,)]
+    assert folder.data()["micro_batch_tokens"] == 32
+    assert found(make_job(tmp_path, train={"micro_batch_size": 4})) == [(4,)]
+    stages = [{"block_size": 16, "max_tokens": 100}, {"block_size": 64, "max_tokens": 100}]
+    curriculum = make_job(tmp_path, train={**auto, "max_steps": None}, stages=stages)
+    assert found(curriculum) == [(4, 4), (4, 2), (4, 1), (2, 1), (1, 1)]
