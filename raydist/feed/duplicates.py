@@ -72,6 +72,9 @@ def _repeated(logs: Sequence[TokenLog], turn: int, passes: int) -> Ints:
     if not columns:
         return np.zeros(0, np.int64)
     high, low, rows = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    ordered = np.sort(high)
+    again = np.flatnonzero(np.isin(high, ordered[1:][ordered[1:] == ordered[:-1]]))  # few, as a rule
+    high, low, rows = high[again], low[again], rows[again]
     order = np.lexsort((low, high))  # stable: equal ones stay in the order of their documents
     same = (np.diff(high[order]) == 0) & (np.diff(low[order]) == 0)
     repeated: Ints = rows[order[1:][same]]
