@@ -1,7 +1,7 @@
 """A job from raw files to a trained model: plan, prepare, train, and tell what became of every token.
 
 The composition root. It holds the run's lease, pins the token logs, starts attempts until one ends
-by itself, and is the only writer of status.json, data.json, the report and MLflow.
+by itself, and is the only writer of status.json, data.json, the report and the trackers.
 """
 
 from __future__ import annotations
@@ -90,11 +90,11 @@ def folder_of(job: Job) -> RunFolder:
 
 def _check(job: Job) -> None:
     """Before anything is started or spent."""
-    from raydist.training.collate import make_collator
+    from raydist.track.start import check_trackers
     from raydist.training.model import check_model
 
+    check_trackers(job)
     check_model(job)
-    make_collator(job.train.collator)
 
 
 def _prepare_and_train(job: Job, folder: RunFolder, progress: Progress, parent: str | None) -> None:
@@ -347,13 +347,11 @@ def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
 
 @contextlib.contextmanager
 def _reported(job: Job, folder: RunFolder, progress: Progress, parent: str | None) -> Iterator[None]:
-    """MLflow follows the run; both it and the report say how it ended, however it ends."""
-    from raydist.track.mlflow import MlflowTracker
+    """Trackers follow the run; they and the report say how it ended, however it ends."""
     from raydist.track.report import write_report
+    from raydist.track.start import start_trackers
 
-    tracker = None
-    if job.tracking.mlflow:
-        tracker = MlflowTracker(job, folder.path, parent=parent, on_warning=progress.message)
+    trackers = start_trackers(job, folder.path, parent=parent, on_warning=progress.message)
     state, told = "failed", ""
     try:
         yield
@@ -363,7 +361,7 @@ def _reported(job: Job, folder: RunFolder, progress: Progress, parent: str | Non
         raise
     finally:
         write_report(folder.path, state=state, error=told)
-        if tracker is not None:
+        for tracker in trackers:
             tracker.finish(state)
 
 

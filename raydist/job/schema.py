@@ -266,6 +266,12 @@ class Eval(Section):
 
 class Tracking(Section):
     mlflow: bool | str = Field(True, description="true: SQLite in the storage folder; or a tracking URI")
+    tensorboard: bool = Field(False, description="event files in the run's folder, under tensorboard/")
+    wandb: bool | str = Field(
+        False,
+        description="true: project raydist; or a project's name. Files for `wandb sync` in the run's folder,"
+        " under wandb/; with WANDB_MODE=online they are sent. Needs pip install 'raydist[wandb]'",
+    )
 
 
 class Cluster(Section):

@@ -81,11 +81,13 @@ def _refuse_changed(job: Job, folder: RunFolder) -> None:
 
 
 def _claim(job: Job, folder: RunFolder) -> None:
+    from raydist.track.start import check_trackers
     from raydist.training.model import check_model
 
     folder.stop_flag.unlink(missing_ok=True)
     files.write_text(folder.job_file, job_yaml(job))
     folder.set_status("planning")
+    check_trackers(job)
     for end in (0, -1):
         check_model(_at_an_end(job, end))
 

@@ -91,6 +91,7 @@ class TrialRun(tune.Trainable):
 
     def setup(self, config: dict[str, Any], spec: SweepSpec) -> None:  # type: ignore[override]
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = ROOM_SECONDS
+        os.environ.setdefault("WANDB_RUN_GROUP", spec.job.name)
         self._results: queue.Queue[Result] = queue.Queue()
         self._last: Result = {METRIC: math.inf, "percent": 0.0, "tokens": 0}
         self._cancelled = False

@@ -1,7 +1,11 @@
-"""Reading metrics.jsonl: while it grows (`Tail`), and as one history of several attempts (`effective`)."""
+"""Reading metrics.jsonl: while it grows (`Tail`), and as one history of several attempts (`effective`).
+
+`figures` and `flatten` name what is in a record and in a job as trackers show it.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable
@@ -14,6 +18,8 @@ Record = dict[str, Any]
 
 HISTORY = frozenset({"start", "resume", "stage", "incident"})
 """Kinds that happened, whatever was trained again afterwards."""
+
+NOT_FIGURES = frozenset({"step", "attempt", "time"})
 
 _SECRETS = (
     (re.compile(r"(?<=://)[^/\s@'\"]+@"), "***@"),
@@ -74,6 +80,29 @@ def evaluations(records: Iterable[Record]) -> dict[str, list[Record]]:
         if record["kind"] == "eval":
             found.setdefault(record["source"], []).append(record)
     return found
+
+
+def figures(record: Record) -> dict[str, float]:
+    """What a tracker shows of a step or an evaluation: loss, eval/<source>/perplexity, ...; else {}."""
+    if record["kind"] not in ("train", "eval"):
+        return {}
+    prefix = f"eval/{record['source']}/" if record["kind"] == "eval" else ""
+    values = ((n, v) for n, v in record.items() if n not in NOT_FIGURES and isinstance(v, int | float))
+    return {key(prefix + name.removeprefix("eval_")): float(value) for name, value in values}
+
+
+def flatten(value: Any, path: str = "") -> dict[str, str]:
+    """{"train": {"lr": 0.1}} -> {"train.lr": "0.1"}; lists as JSON, credentials in URIs blanked out."""
+    if isinstance(value, dict) and value:
+        pairs = (flatten(inner, f"{path}.{name}" if path else str(name)) for name, inner in value.items())
+        return {name: text for part in pairs for name, text in part.items()}
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return {key(path): redact(text)[:6000]}
+
+
+def key(name: str) -> str:
+    """MLflow takes letters, digits and _ - . / space in names."""
+    return re.sub(r"[^\w\-. /]", "_", name)
 
 
 def redact(text: str) -> str:

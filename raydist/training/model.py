@@ -24,6 +24,7 @@ from raydist import files
 from raydist.errors import JobError, ModelError
 from raydist.job.schema import Job
 from raydist.training import quantization
+from raydist.training.collate import make_collator
 from raydist.training.world import World
 from raydist.training.zero import check_deepspeed
 
@@ -306,6 +307,7 @@ def check_model(job: Job) -> None:
     if job.strategy.name == "zero":
         with quietly():
             check_deepspeed(job)
+    make_collator(job.train.collator)
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:

@@ -29,6 +29,7 @@ from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.track.records import effective
 from raydist.training.checkpoint import newest_valid
+from tests.trackers import read_tensorboard, read_wandb
 
 Here = Callable[..., tuple[int, str]]
 Command = Callable[..., tuple[int, str]]
@@ -85,6 +86,7 @@ def job(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
         "scaling": {"num_workers": 2},
         "checkpoint": {"save_steps": 10},
         "eval": {"eval_steps": 30, "max_tokens": 2000},
+        "tracking": {"tensorboard": True, "wandb": True},
     }
 
 
@@ -234,7 +236,7 @@ def test_a_run_from_raw_files_to_a_model(undisturbed: tuple[RunFolder, str]) -> 
     assert torch.isfinite(logits).all() and model.dtype == torch.float32
 
 
-def test_mlflow_has_the_run(undisturbed: tuple[RunFolder, str]) -> None:
+def test_trackers_have_the_run(undisturbed: tuple[RunFolder, str]) -> None:
     import mlflow
 
     folder, _ = undisturbed
@@ -243,6 +245,10 @@ def test_mlflow_has_the_run(undisturbed: tuple[RunFolder, str]) -> None:
     assert run.info.status == "FINISHED" and run.data.params["train.lr"] == "0.003"
     assert len(client.get_metric_history(run.info.run_id, "loss")) == STEPS
     assert {f.path for f in client.list_artifacts(run.info.run_id)} >= {"job.yaml", "report.html"}
+    perplexity = run.data.metrics["eval/words/perplexity"]
+    for points in (read_tensorboard(folder.path), read_wandb(folder.path)[0]):
+        assert [step for step, _ in points["loss"]] == list(range(1, STEPS + 1))
+        assert points["eval/words/perplexity"][-1] == (STEPS, pytest.approx(perplexity))
 
 
 def test_a_finished_run_says_so_and_a_changed_job_is_refused(

@@ -20,6 +20,7 @@ from raydist.cli import main
 from raydist.folder import RunFolder
 from raydist.track.records import effective
 from tests.integration.test_run import finish, write_corpus
+from tests.trackers import read_wandb
 
 CONFIG = {
     "model_type": "llama",
@@ -80,7 +81,7 @@ def trial(job: dict[str, Any], number: int) -> RunFolder:
 def test_trials_share_tokens_and_text_and_a_failed_one_is_recorded(
     job: dict[str, Any], ray_local: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    assert tune(job) == 7
+    assert tune(job | {"tracking": {"wandb": True}}) == 7
     output = "".join(capfd.readouterr())
     assert "1 of 3 trials failed" in output and "lr-001: block_size 512 is above" in output
     states = [trial(job, n).status()["state"] for n in range(3)]
@@ -91,6 +92,8 @@ def test_trials_share_tokens_and_text_and_a_failed_one_is_recorded(
     assert evals[0]["n_bytes"] == evals[1]["n_bytes"] and evals[0]["n_tokens"] == evals[1]["n_tokens"]
     assert {trial(job, n).data()["packing"][0]["block_size"] for n in (0, 2)} == {64, 128}
     _look_at_mlflow(job)
+    about = read_wandb(trial(job, 0).path)[2]
+    assert (about.display_name, about.run_group, about.project) == ("lr-000", "lr", "raydist")
     sweep = Path(job["storage"], "lr")
     assert "<svg" in (sweep / "sweep.html").read_text() and "lr-001" in (sweep / "sweep.html").read_text()
     best = yaml.safe_load((sweep / "best.yaml").read_text())

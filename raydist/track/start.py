@@ -1,0 +1,42 @@
+"""The trackers that a job asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+
+from raydist.errors import JobError
+from raydist.job.schema import Job
+from raydist.track.mlflow import Mlflow, name_of
+from raydist.track.tensorboard import TensorBoard
+from raydist.track.tracker import Sink, Tracker, Warn
+from raydist.track.wandb import Wandb
+
+
+def check_trackers(job: Job) -> None:
+    """Raises JobError if the package of one is missing."""
+    if not job.tracking.wandb:
+        return
+    try:
+        metadata.version("wandb")  # a folder wandb/ can be imported too
+    except metadata.PackageNotFoundError:
+        raise JobError(
+            "the package wandb is not installed",
+            where="tracking.wandb",
+            why="a run that was asked to be tracked is not trained untracked",
+            fix="pip install 'raydist[wandb]', or tracking.wandb: false",
+        ) from None
+
+
+def start_trackers(
+    job: Job, run: Path, on_warning: Warn, *, parent: str | None = None, poll_seconds: float = 2.0
+) -> list[Tracker]:
+    """parent: the id of the MLflow run under which a new one is put."""
+    tracking = job.tracking
+    wanted: list[tuple[bool | str, Callable[[], Sink], str]] = [
+        (tracking.mlflow, lambda: Mlflow(job, run, parent), name_of(job, run)),
+        (tracking.tensorboard, lambda: TensorBoard(run), "TensorBoard"),
+        (tracking.wandb, lambda: Wandb(job, run), "W&B"),
+    ]
+    return [Tracker(make, name, run, on_warning, poll_seconds) for on, make, name in wanted if on]

@@ -1,0 +1,77 @@
+"""A run in Weights & Biases: offline, as files for `wandb sync`, or online where WANDB_MODE says so.
+
+Record k is W&B's step k whoever logs it, and the run's id is kept in wandb.json. Online, the server says
+how many it has. Offline nobody does, and syncing a run replaces it: each driver writes its files anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from raydist import files
+from raydist.job.identity import flatten as pairs
+from raydist.job.schema import Job
+from raydist.track.records import Record, figures, flatten, key
+
+
+class Wandb:
+    """Curves are over `step`, the run's own: W&B's cannot go back when steps are trained again."""
+
+    def __init__(self, job: Job, run: Path) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # over the network
+        os.environ.setdefault("WANDB_SILENT", "true")  # or it would ask for a key in the terminal
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE", "offline")
+        online = mode in ("online", "run")
+        project = job.tracking.wandb if isinstance(job.tracking.wandb, str) else "raydist"
+        values = job.model_dump(mode="json")
+        numbers = {key(name): value for name, value in pairs(values) if isinstance(value, int | float)}
+        self._run = wandb.init(
+            id=_run_id(run, online=online),
+            project=project,
+            name=job.name,
+            dir=run,
+            config=flatten(values) | numbers,
+            mode=mode,  # type: ignore[arg-type]  # W&B refuses what it does not know
+            resume="allow" if online else None,
+            reinit="create_new",  # beside a run of whoever called raydist
+            settings=wandb.Settings(
+                console="off",
+                silent=True,
+                disable_git=True,
+                disable_code=True,
+                save_code=False,
+                x_disable_meta=True,  # the command line, which may hold a secret
+                x_disable_stats=True,
+                x_save_requirements=False,
+            ),
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
+        self.offset = self._n_records = 0
+
+    def send(self, records: list[Record], offset: int) -> None:
+        shown = [(record, values) for record in records if (values := figures(record))]
+        for index, (record, values) in enumerate(shown, self._n_records):
+            if index >= self._run.starting_step:
+                own = {"step": record["step"], "_timestamp": record.get("time", 0)}
+                self._run.log({**values, **own}, step=index)
+        self.offset, self._n_records = offset, self._n_records + len(shown)
+
+    def close(self, state: str) -> None:
+        self._run.finish(exit_code=int(state == "failed"))
+
+
+def _run_id(run: Path, *, online: bool) -> str:
+    """The same for every driver; what an earlier one wrote offline is removed."""
+    path = run / "wandb.json"
+    if not path.exists():
+        files.write_json(path, {"run_id": uuid.uuid4().hex[:12]})
+    run_id = str(files.read_json(path)["run_id"])
+    for old in (run / "wandb").glob(f"offline-run-*-{run_id}") if not online else ():
+        shutil.rmtree(old)
+    return run_id
