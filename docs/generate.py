@@ -1,4 +1,5 @@
-"""Write docs/job.md from the schema and docs/support.md from the tests: `python docs/generate.py`."""
+"""Write docs/job.md from the schema, docs/support.md from the tests, the table in docs/autotrain.md from
+AutoTrain's parameters: `python docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from raydist.autotrain.table import ALIASES, OTHERS, TABLE, Parameter
 from raydist.errors import JobError
 from raydist.job.load import build_job
 from raydist.job.schema import Job
@@ -144,6 +146,32 @@ def _refusal(pair: tuple[str, str]) -> str:
     raise AssertionError(f"{pair} is not refused")
 
 
+MARKS = ("<!-- parameters: made by `make docs` from raydist/autotrain/table.py -->\n", "<!-- end -->\n")
+
+
+def autotrain_text() -> str:
+    """docs/autotrain.md with the table of parameters made anew between its marks."""
+    page = (ROOT / "docs" / "autotrain.md").read_text(encoding="utf-8")
+    before, _, rest = page.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    lines = ["| parameter | default | key of the job | meaning |", "|---|---|---|---|"]
+    for name, parameter in TABLE.items():
+        names = " ".join(f"`{n}`" for n in [name, *(a for a, of in ALIASES.items() if of == name)])
+        key = f"`{parameter.key}`" if parameter.key else ""
+        lines.append(f"| {names} | {_default(parameter.default, False)} | {key} | {_told(parameter)} |")
+    lines += ["", "Refused, each with its reason:", ""]
+    lines += [f"- {', '.join(f'`{n}`' for n in names.split())}: {why}" for names, why in OTHERS.items()]
+    return before + MARKS[0] + "\n".join(lines) + "\n" + end + after
+
+
+def _told(parameter: Parameter) -> str:
+    values = [str(value) for value in parameter.values or () if value is not None]
+    listed = f"; {' / '.join(values)}" if len(values) > 1 or values[:1] != [parameter.default] else ""
+    needs = f"; only with `{parameter.needs[0]}`" if parameter.needs else ""
+    return f"{parameter.meaning}{listed if values else ''}{needs}"
+
+
 if __name__ == "__main__":
     (ROOT / "docs" / "job.md").write_text(text(), encoding="utf-8")
     (ROOT / "docs" / "support.md").write_text(support_text(), encoding="utf-8")
+    (ROOT / "docs" / "autotrain.md").write_text(autotrain_text(), encoding="utf-8")

@@ -86,14 +86,19 @@ class Prepared:
         }
 
     def train_spec(self, folder: RunFolder, plan: Plan, attempt: int) -> TrainSpec:
+        from raydist.training.model import base_path
         from raydist.training.spec import TrainSpec
 
+        job, tokenizer = self.job, Path(self.tokenizer.folder)
+        if job.model.base is not None:  # a worker's working directory is another one
+            model = job.model.model_copy(update={"base": base_path(job)})
+            job = job.model_copy(update={"model": model})
         return TrainSpec(
-            job=self.job,
+            job=job,
             run=folder.path.resolve(),
             logs={name: log.path for name, log in self.logs.items()},
             eval_logs={name: log.path for name, log in self.eval_logs.items()},
-            tokenizer=Path(self.tokenizer.folder),
+            tokenizer=tokenizer.resolve() if tokenizer.is_dir() else tokenizer,
             plan=plan,
             attempt=attempt,
             growing=not self.complete,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from raydist.cli import clusters, jobs, runs
+from raydist.cli import clusters, jobs, llm, runs
 from raydist.errors import RaydistError
 
 
@@ -34,7 +34,7 @@ def group() -> None:
 for command in (
     *(jobs.init, jobs.validate, jobs.plan, jobs.prepare, jobs.train, jobs.submit, jobs.tune),
     *(runs.ls, runs.status, runs.logs, runs.stop, runs.resume, runs.export),
-    *(clusters.doctor, clusters.cluster),
+    *(llm.llm, llm.import_, clusters.doctor, clusters.cluster),
 ):
     group.add_command(command)
 

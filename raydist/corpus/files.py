@@ -199,7 +199,7 @@ def _filesystem(uri: str) -> tuple[Any, str]:
     scheme, _, rest = base.partition("://")
     host, slash, path = rest.partition("/")
     try:
-        escaped = f"{scheme}://{host}{slash}{quote(path)}{query}"
+        escaped = f"{scheme}://{host}{slash}{quote(path, safe='/@')}{query}"
         return cast(tuple[Any, str], pafs.FileSystem.from_uri(escaped))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
         import fsspec

@@ -41,6 +41,12 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
 
     Raises JobError with every problem of the file and the overrides, each with its place.
     """
+    values, places = read_yaml(path)
+    return build_job(_apply_overrides(values, overrides, places), places, str(path))
+
+
+def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
+    """The mapping in the file, and file:line of every key. Raises JobError."""
     text, where = _read(Path(path)), str(path)
     try:
         lines = dict(key_lines(yaml.compose(text, Loader=_Loader), ()))
@@ -51,8 +57,7 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
         raise JobError(
             "a job is a mapping of keys to values", where=where, fix="raydist init writes an example"
         )
-    places = {key: f"{where}:{line}" for key, line in lines.items()}
-    return build_job(_apply_overrides(values, overrides, places), places, where)
+    return values, {key: f"{where}:{line}" for key, line in lines.items()}
 
 
 def build_job(

@@ -15,7 +15,7 @@ from raydist.cli import group
 from raydist.job.load import build_job
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8").replace("\\\n", "")
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 LINES = [line.split("#")[0].strip() for _, text in BLOCKS for line in text.splitlines()]
 COMMANDS = sorted({c for c in LINES + re.findall(r"`(raydist [^`]+)`", README) if c.startswith("raydist ")})
@@ -35,9 +35,11 @@ def test_there_are_commands_to_check() -> None:
 
 
 def test_the_readmes_job_is_valid_and_short() -> None:
-    text, sweep = [text for language, text in BLOCKS if language == "yaml"]
+    text, curriculum, sweep = [text for language, text in BLOCKS if language == "yaml"]
     assert build_job(yaml.safe_load(text)).scaling.num_workers == 8
     assert len(text.splitlines()) <= 12
+    staged = build_job({**yaml.safe_load(text), **yaml.safe_load(curriculum)})
+    assert staged.block_sizes == [512, 2048] and staged.corpus.dedup == "exact"
     tune = build_job(yaml.safe_load(text + sweep)).tune
     assert tune is not None and tune.n_trials == 16
 
@@ -45,10 +47,11 @@ def test_the_readmes_job_is_valid_and_short() -> None:
 def test_the_readmes_python_compiles_and_names_what_exists() -> None:
     import raydist
 
-    (text,) = [text for language, text in BLOCKS if language == "python"]
-    compile(text, "README.md", "exec")
-    for name in re.findall(r"raydist\.(\w+)\(", text):
-        assert callable(getattr(raydist, name))
+    texts = [text for language, text in BLOCKS if language == "python"]
+    for text in texts:
+        compile(text, "README.md", "exec")
+    named = re.findall(r"raydist\.(\w+)\(", "".join(texts))
+    assert len(named) > 3 and all(callable(getattr(raydist, name)) for name in named)
 
 
 def test_every_make_target_named_exists() -> None:
@@ -62,7 +65,10 @@ def test_links_lead_somewhere() -> None:
             assert "://" in target or (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-@pytest.mark.parametrize(("page", "maker"), [("job.md", "text"), ("support.md", "support_text")])
+@pytest.mark.parametrize(
+    ("page", "maker"),
+    [("job.md", "text"), ("support.md", "support_text"), ("autotrain.md", "autotrain_text")],
+)
 def test_the_generated_pages_are_fresh(page: str, maker: str) -> None:
     made = runpy.run_path(str(ROOT / "docs" / "generate.py"))[maker]()
     assert (ROOT / "docs" / page).read_text(encoding="utf-8") == made, "run `make docs`"

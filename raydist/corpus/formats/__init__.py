@@ -23,7 +23,7 @@ __all__ = ["Bad", "Item", "Part", "ReadOptions", "Record", "check_column", "layo
 
 
 def layout(file: File, options: ReadOptions) -> tuple[Kind, Compression | None]:
-    """Format and compression; a .json file whose first character is not '[' holds JSON Lines."""
+    """Format and compression; a .json file whose first character is not '[' is read as JSON Lines."""
     kind, compression = detect_format(file.name, options.format)
     if kind == "json":
         with Opened(file) as stream:
@@ -52,7 +52,11 @@ def _items(
         return columns.read_arrow(stream, part, column)
     content = blocks(stream, part, compression)
     if kind == "jsonl":
-        return json.read_lines(whole_lines(content), column)
+        lines = whole_lines(content)
+        whole = part.start == 0 and part.end in (-1, stream.file.size)
+        if whole and detect_format(stream.file.name, options.format)[0] == "json":
+            return json.read_columns_or_lines(lines, column)
+        return json.read_lines(lines, column)
     if kind == "json":
         return json.read_array((block for _, block in content), column)
     if kind == "csv":

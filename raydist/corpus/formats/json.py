@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from itertools import chain
 from operator import itemgetter
 from typing import Any
 
@@ -16,6 +17,7 @@ from raydist.corpus.formats.streams import lines_of
 KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "an array",
          dict: "an object", str: "a string"}  # fmt: skip
 TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
+COLUMN_ROWS = 1024  # in one list of items; the file is in memory
 OBJECT_HEAD = re.compile(rb'\s*(\{\s*"[^"\\]*")')
 
 
@@ -42,6 +44,10 @@ def text_item(value: Any, row: int, column: str) -> Item:
         text = getter(column)(value)
     except (KeyError, TypeError):
         return NoColumn(row, f"no field '{column}' (fields: {listed(list(value))})")
+    return _value_item(text, row, column)
+
+
+def _value_item(text: Any, row: int, column: str) -> Item:
     if isinstance(text, str):
         return Record(text, row)
     return Bad(row, f"{column} is null" if text is None else f"{column} is {KINDS[type(text)]}, not a string")
@@ -72,6 +78,33 @@ def read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[lis
         else:
             numbered = zip(lines, rows, strict=True)
             yield [parsed_item(line, row, column) for line, row in numbered if line.strip()]
+
+
+def read_columns_or_lines(chunks: Iterator[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
+    """chunks: of a whole .json file. An object alone in it, whose text column is an object or an array, is
+    of columns, as pandas writes them: `row` counts the rows."""
+    first = next(chunks, None)
+    if first is None:
+        return
+    texts = _column(first[1], column)
+    if texts is None:
+        yield from read_lines(chain([first], chunks), column)
+    elif (second := next(chunks, None)) is not None:
+        yield from read_lines(chain([first, second], chunks), column)
+    else:
+        items = [_value_item(text, row, column) for row, text in enumerate(texts)]
+        yield from (items[start : start + COLUMN_ROWS] for start in range(0, len(items), COLUMN_ROWS))
+
+
+def _column(chunk: bytes, column: str) -> list[Any] | None:
+    """The values of the text column of the only line in `chunk`; None if there are more, or no column."""
+    if b"\n" in chunk.strip():
+        return None
+    with suppress(orjson.JSONDecodeError, KeyError, TypeError):
+        values = getter(column)(orjson.loads(chunk))
+        values = list(values.values()) if isinstance(values, dict) else values
+        return values if isinstance(values, list) else None
+    return None
 
 
 def read_array(content: Iterable[bytes], column: str) -> Iterator[list[Item]]:

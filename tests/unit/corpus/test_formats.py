@@ -243,6 +243,45 @@ def test_a_json_file_of_lines_is_read_as_lines(tmp_path):
     assert texts(read(tmp_path / "a.json")) == ["a", "b"]
 
 
+@pytest.mark.parametrize("shape", ["object", "array"])
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_a_json_file_of_columns_as_pandas_writes_it_gives_its_rows_in_order(tmp_path, shape, pack):
+    values = {str(n): text for n, text in enumerate(TEXTS * 100)}
+    columns = {"id": dict.fromkeys(values, 1), "text": values if shape == "object" else [*values.values()]}
+    path = tmp_path / ("a.json" if pack is bytes else "a.json.gz")
+    path.write_bytes(pack(orjson.dumps(columns)))
+    items = read(path)
+    assert texts(items) == TEXTS * 100
+    assert [item.row for item in items] == list(range(len(items)))
+    if pack is bytes:
+        assert read(path, part=Part(0, 0, path.stat().st_size)) == items  # as a large file is planned
+
+
+def test_pandas_own_file_of_columns_is_read(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pandas.DataFrame({"text": TEXTS}).to_json(tmp_path / "a.json")
+    assert texts(read(tmp_path / "a.json")) == TEXTS
+
+
+def test_a_column_holds_strings_only(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"text": {"0": "a", "1": null, "2": {"b": "c"}}}')
+    good, *bad = read(tmp_path / "a.json")
+    assert good == Record("a", 0)
+    assert [(b.row, b.reason) for b in bad] == [
+        (1, "text is null"),
+        (2, "text is an object, not a string"),
+    ]
+
+
+def test_one_object_with_a_text_is_one_document_and_columns_are_not_among_lines(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"text": "alone", "tags": ["x"]}\n')
+    assert texts(read(tmp_path / "a.json")) == ["alone"]
+    lines = b'{"text": ["a"]}\n' + b'{"text": "b"}\n' * 3
+    for name, content in [("b.json", lines), ("c.jsonl", b'{"text": ["a"]}\n')]:
+        (tmp_path / name).write_bytes(content)
+        assert bads(read(tmp_path / name))[0].reason == "text is an array, not a string"
+
+
 def test_dots_enter_objects_and_a_name_with_the_dot_wins(tmp_path):
     records = [{"a": {"b": {"c": "deep"}}}, {"a.b.c": "literal", "a": {"b": {"c": "deep"}}}, {"a": None}]
     (tmp_path / "a.jsonl").write_bytes(lines_of(records))

@@ -1,0 +1,89 @@
+"""An AutoTrain config file as a job file: what the table maps, and a comment for each of the other keys."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from raydist.autotrain.data import find_data
+from raydist.autotrain.params import LLMTrainingParams, fit_block_size, in_a_line, mapped, plain, refusals
+from raydist.autotrain.table import ALIASES, TABLE
+from raydist.errors import JobError, RaydistError
+from raydist.job.identity import flatten
+from raydist.job.load import read_yaml
+
+TASKS = ("llm", "llm-default", "llm-generic")
+NAMES = {"base_model": "model", "data.path": "data_path"} | ALIASES
+"""Keys whose parameter is not called by the key's last part."""
+
+NEEDED = {"base_model": "model", "data.path": "data_path", "project_name": "project_name"}
+SECRET = re.compile(r"(token|password|secret|api_?key)$", re.IGNORECASE)
+
+
+def job_text(path: Path) -> str:
+    """The job file for the config in `path`. Raises JobError for another task, or without model or data."""
+    config = dict(flatten(read_yaml(path)[0]))
+    _check(config, path)
+    keys: dict[str, str] = {}
+    comments: dict[str, str] = {}
+    for key in [key for key in config if key != "task"]:
+        last = key.rpartition(".")[2]
+        name = NAMES.get(key) or NAMES.get(last, last)
+        if name in keys:
+            comments[_written(key, config[key])] = f"{keys[name]} says it already"
+        keys.setdefault(name, key)
+    given = {name: plain(name, config[key]) for name, key in keys.items()}
+    while wrong := refusals(given):
+        comments |= {_written(keys[name], given.pop(name)): why for name, why in wrong.items()}
+    for name in [n for n in given if not TABLE[n].key and TABLE[n].values is None]:
+        if (value := given.pop(name)) not in (False, None):
+            why = f"no key of a job; raydist llm takes it: {TABLE[name].meaning}"
+            comments[_written(keys[name], value)] = why
+    values = _values(LLMTrainingParams(**given), comments)
+    told = (" ".join(f"# {key}  - {why}".split()) for key, why in comments.items())
+    head = f"# From AutoTrain's config {path.name!r}. Keys without a counterpart, left at raydist's defaults:"
+    return (
+        "\n".join([head, *told])
+        + "\n"
+        + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+    )
+
+
+def _check(config: dict[str, Any], path: Path) -> None:
+    task, trainer = config.get("task"), str(config.get("params.trainer", "default"))
+    if task not in TASKS or trainer not in TABLE["trainer"].values:  # type: ignore[operator]
+        raise JobError(
+            f"a config for task {task}" + (f", trainer {trainer}" if task in TASKS else ""), where=str(path),
+            why=f"that trainer {TABLE['trainer'].refused}", fix=f"a config with task: {' or '.join(TASKS)}",
+        )  # fmt: skip
+    if missing := [key for key in NEEDED if not config.get(key)]:
+        raise JobError(f"the config has no {', no '.join(missing)}", where=str(path))
+
+
+def _written(key: str, value: Any) -> str:
+    """`key: value` in a line; a value that may be a secret is not copied, the name of a variable is."""
+    named = not isinstance(value, str) or re.fullmatch(r"\$\{\w+\}", value)
+    hidden = not named and (SECRET.search(key) or value.startswith("hf_"))
+    return f"{key}: " + ("(not copied)" if hidden else json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _values(p: LLMTrainingParams, comments: dict[str, str]) -> dict[str, Any]:
+    """The job's; of data or a model that is not to be had here the file's own words."""
+
+    def find(places: str | list[str], train: str, valid: str | None) -> tuple[list[str], list[str]]:
+        try:
+            return find_data(places, train, valid)
+        except JobError as error:
+            comments["data"] = f"taken as it is: {in_a_line(error)}"
+            return [places] if isinstance(places, str) else places, [valid] if valid else []
+
+    values = mapped(p, find)
+    try:
+        fit_block_size(p, values)
+    except RaydistError as error:
+        comments["job"] = f"it may have to be mended: {' '.join(str(error).split())}"
+    return values

@@ -1,0 +1,108 @@
+"""Where the text of a split lies: local files and folders, URIs, and data sets of the hub as parquet."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from raydist.corpus.extensions import is_known
+from raydist.corpus.files import is_uri
+from raydist.errors import JobError
+
+FindData = Callable[[str | list[str], str, str | None], tuple[list[str], list[str]]]
+HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
+CONVERTED = "refs/convert/parquet"
+"""The branch in which the hub keeps each data set's splits as parquet: CONFIG/SPLIT/*.parquet."""
+
+
+def find_data(places: str | list[str], train: str, valid: str | None) -> tuple[list[str], list[str]]:
+    """Paths of the two splits; no paths of a `valid` of None.
+
+    A folder without anything named as `train` is all training text, but for what is named as `valid`.
+    """
+    found = [places] if isinstance(places, str) else places
+    held = {place: _split(place, valid) if valid else [] for place in found}
+    training = [path for place in found for path in _training(place, train, held[place])]
+    validation = [path for paths in held.values() for path in paths]
+    if valid and not validation:
+        if not (is_uri(valid) or glob.has_magic(valid) or Path(valid).expanduser().exists()):
+            raise _no_split(valid, found, "valid_split")
+        validation = [valid]
+    return training, validation
+
+
+def _training(place: str, split: str, held: list[str]) -> list[str]:
+    if named := _split(place, split):
+        return named
+    folder = Path(place).expanduser()
+    if split != "train" or _is_hub(place):
+        raise _no_split(split, [place], "train_split")
+    if not (is_uri(place) or glob.has_magic(place) or folder.exists()):
+        raise JobError(f"no file or folder {place}", where="data_path", fix="or a hub data set: owner/name")
+    return [p for p in _entries(folder) if p not in held] if held else [place]
+
+
+def _split(place: str, split: str) -> list[str]:
+    """Files and subfolders of a folder that are named by the split; [] where it is no folder or has none."""
+    if _is_hub(place):
+        return _hub_split(place, split)
+    named = re.compile(rf"{re.escape(split)}(?![A-Za-z0-9])")
+    return [path for path in _entries(Path(place).expanduser()) if named.match(Path(path).name)]
+
+
+def _entries(folder: Path) -> list[str]:
+    entries = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [str(p) for p in entries if p.is_dir() or is_known(p.name) if p.name[0] not in "._"]
+
+
+def _is_hub(place: str) -> bool:
+    named = HUB_NAME.fullmatch(place) is not None and not is_known(place)
+    return named and not Path(place).exists()
+
+
+def _hub_split(place: str, split: str) -> list[str]:
+    """[] where the data set has no such split. JobError: it cannot be reached, or not be read whole."""
+    matched = HUB_NAME.fullmatch(place)
+    assert matched is not None  # _is_hub
+    name, config = matched.groups()
+    root = f"datasets/{name}@{CONVERTED}"
+    configs = _folders(root, place)
+    if config is None and len(configs) == 1:
+        config = configs[0]
+    if config not in configs:
+        raise JobError(
+            f"the data set {name} has {len(configs)} configs", where="data_path",
+            fix="name one of them: " + ", ".join(f"{name}:{c}" for c in configs),
+        )  # fmt: skip
+    splits = _folders(f"{root}/{config}", place)
+    if f"partial-{split}" in splits:
+        raise JobError(
+            f"the hub has only the first part of {name}'s {split} as parquet", where="data_path",
+            why="training would leave the rest out", fix="download it, and give the folder",
+        )  # fmt: skip
+    return [f"hf://{root}/{config}/{split}/*.parquet"] if split in splits else []
+
+
+def _folders(path: str, place: str) -> list[str]:
+    """Names of the folders in `path` of the hub."""
+    from huggingface_hub import HfFileSystem
+
+    try:
+        entries: list[Any] = HfFileSystem().ls(path)
+    except Exception as error:  # the hub's own, those of its HTTP client, or OSError
+        raise JobError(
+            f"{place} is no file or folder here, and no parquet of the hub", where="data_path",
+            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            fix="correct the path; or download the data set, and give its folder",
+        ) from error  # fmt: skip
+    return sorted(e["name"].rpartition("/")[2] for e in entries if e["type"] == "directory")
+
+
+def _no_split(split: str, places: list[str], parameter: str) -> JobError:
+    return JobError(
+        f"nothing is named {split} in {', '.join(places)}", where=parameter,
+        fix="give a file or subfolder of that name, or, as valid_split, a path",
+    )  # fmt: skip
