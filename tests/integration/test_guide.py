@@ -97,7 +97,13 @@ def adapter(project: str) -> dict[str, Any]:
 # --- the commands
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=lambda words: words[words.index("--project-name") + 1])
+def marked(number: int, words: list[str]) -> Any:
+    """The first is quick enough to be tested always."""
+    name = words[words.index("--project-name") + 1]
+    return pytest.param(words, id=name, marks=[pytest.mark.slow] if number else [])
+
+
+@pytest.mark.parametrize("words", [marked(number, words) for number, words in enumerate(COMMANDS)])
 def test_a_command_of_the_guide(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     project = words[words.index("--project-name") + 1]
     with pytest.raises(SystemExit) as ended:
@@ -221,6 +227,7 @@ def test_example_3_code_without_eos() -> None:
     loaded("python-lm")
 
 
+@pytest.mark.slow
 def test_example_4_a_large_model_by_qlora() -> None:
     model = train(
         LLMTrainingParams(

@@ -74,6 +74,7 @@ def losses(run: Path) -> list[float]:
     return [record["loss"] for record in effective(run) if record["kind"] == "train"]
 
 
+@pytest.mark.slow
 def test_a_micro_batch_that_does_not_fit_is_halved(
     job: dict[str, Any], ray_local: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
