@@ -295,7 +295,7 @@ def test_monitoring_by_steps_and_the_best_model() -> None:
         LLMTrainingParams(
             model="gpt2", data_path="corpus.json", valid_split="corpus1.json", project_name="monitored",
             lr=1e-2, block_size=64, batch_size=2, gradient_accumulation=2, epochs=1, logging_steps=5,
-            eval_strategy="steps", eval_steps=10, log="tensorboard", save_strategy="steps", save_steps=20,
+            eval_strategy="steps", eval_steps=10, log="wandb", save_strategy="steps", save_steps=20,
             save_total_limit=3, load_best_model_at_end=True, metric_for_best_model="eval_loss",
             warmup_ratio=0.05, scheduler="cosine",
         )
@@ -308,5 +308,5 @@ def test_monitoring_by_steps_and_the_best_model() -> None:
     best = min(evaluated, key=lambda r: r["eval_loss"])["step"]
     kept = RunFolder(Path("monitored/monitored")).committed_steps()
     assert best in kept and set(range(20, steps, 20)) & set(kept) and 3 <= len(kept) <= 4
-    assert raydist.load_job("monitored/monitored/job.yaml").tracking.tensorboard is True
+    assert any(Path("monitored/monitored/wandb").glob("offline-run-*/*.wandb"))
     loaded("monitored")
