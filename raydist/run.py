@@ -98,6 +98,9 @@ def _check(job: Job) -> None:
 
 
 def _prepare_and_train(job: Job, folder: RunFolder, progress: Progress, parent: str | None) -> None:
+    from raydist.training.attention import check_attention
+
+    check_attention(job.model.attn_implementation, "cuda" if job.scaling.on_gpus(gpus()) else "cpu")
     prepared, rest = _prepare(job, folder, progress)
     feed = prepared.feed()
     plan = _plan(job, folder, feed)

@@ -2,46 +2,55 @@
 
 Documents are told apart by position_ids alone: a document starts wherever they do not go up by one.
 On a GPU transformers turns them into SDPA's block mask. On CPU one causal call per document is
-faster than a mask, so this module registers such a function with transformers.
+faster than a mask, so this module registers such a function with transformers. Flash attention is
+given the documents' lengths: transformers finds them by itself in a batch of one row only.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    PretrainedConfig,
+)
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from raydist.errors import ModelError
-from raydist.training.loss import logits_of
+from raydist.training.loss import autocast, logits_of
 
 PER_DOCUMENT = "raydist_per_document"
 FLASH = "flash_attention_2"
-NAMES = (PER_DOCUMENT, "sdpa", "eager", FLASH)
-"""By speed, but for the last, which is used on request alone: it is a package of its own. Ours is for the
-CPU; not every model has SDPA; all have eager attention."""
+AUTO = (PER_DOCUMENT, "sdpa", "eager")
+"""By speed. Ours is for the CPU; not every model has SDPA; all have eager attention."""
+
+NAMES = (*AUTO, FLASH)
 
 _UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of the largest logit. A dropped mask moves them by tens of percent."""
 
 
-def set_attention(
-    model: nn.Module, device: torch.device, *, document_mask: bool, wanted: str = "auto"
-) -> str:
+def set_attention(model: nn.Module, device: torch.device, *, document_mask: bool, asked: str = "auto") -> str:
     """Give `model` the fastest attention for `device` with which it passes the probe; one of NAMES.
 
-    wanted: this one, if not auto. Raises ModelError, what the probe said of the plainest one, when there
-    is none.
+    asked: that one and no other. Raises ModelError, what the probe said of the plainest one, when there
+    is none, or what is wrong with the one that was asked for.
     """
-    ours = device.type == "cpu" and not _is_windowed(model.config)  # type: ignore[arg-type]
-    for name in (NAMES[0 if ours else 1 : 3]) if wanted == "auto" else [wanted]:
+    if asked != "auto":
+        _set_this(model, asked, device, document_mask=document_mask)
+        return asked
+    for name in AUTO if device.type == "cpu" and not _is_windowed(model.config) else AUTO[1:]:  # type: ignore[arg-type]
         try:
             use_attention(model, name)
-            with torch.autocast(device.type, torch.bfloat16, enabled=name == FLASH):
-                probe(model, document_mask=document_mask)
+            probe(model, document_mask=document_mask)
             return str(model.config._attn_implementation)  # type: ignore[union-attr]
         except (ModelError, ValueError, KeyError, ImportError) as error:
             refusal = error
@@ -50,25 +59,95 @@ def set_attention(
     raise _not_runnable(model, refusal) from refusal
 
 
-def check_attention(wanted: str, device: torch.device) -> None:
-    """Raises ModelError for one that this machine does not have, before weights are loaded."""
-    from transformers.utils.import_utils import is_flash_attn_2_available
+def check_attention(name: str, device_type: str, *, on_worker: bool = False) -> None:
+    """Refuse, before weights are loaded, what cannot run there. on_worker: this process will run it."""
+    if name == FLASH and device_type != "cuda":
+        raise _refused(name, f"it runs on GPUs, and the workers are on {device_type.upper()}")
+    if name == FLASH and on_worker and not is_flash_attn_2_available():
+        # transformers would take a kernel from the hub instead
+        raise _refused(name, "the package flash-attn is not installed there, or not made for this GPU")
 
-    if wanted == FLASH and (device.type == "cpu" or not is_flash_attn_2_available()):
-        raise ModelError(
-            f"{FLASH} cannot be used here",
-            where="model.attn_implementation",
-            why="it runs on GPUs alone"
-            if device.type == "cpu"
-            else "the package flash-attn is not installed, or not for this GPU",
-            fix="attn_implementation: auto, which also keeps documents apart; or install flash-attn",
-        )
+
+def check_model_attention(config: PretrainedConfig, name: str) -> None:
+    """Refuse, by its configuration alone, a model that does not have this attention."""
+    flag = {"sdpa": "_supports_sdpa", FLASH: "_supports_flash_attn"}.get(name)
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if flag is not None and not getattr(kind, flag, False):
+        raise _refused(name, f"a model of type {config.model_type} has none such in transformers")
+
+
+def _set_this(model: nn.Module, name: str, device: torch.device, *, document_mask: bool) -> None:
+    try:
+        use_attention(model, name)
+        if (chosen := model.config._attn_implementation) != name:  # type: ignore[union-attr]
+            raise ValueError(f"transformers takes {chosen} for {type(model).__name__} instead")
+        with _on(device, model) if name == FLASH else nullcontext():
+            probe(model, document_mask=document_mask, bf16=name == FLASH)
+    except (ModelError, ValueError, KeyError, ImportError) as error:
+        raise _refused(name, str(error)) from error
+
+
+def _refused(name: str, why: str) -> ModelError:
+    return ModelError(
+        f"{name} cannot be used as asked",
+        where="model.attn_implementation",
+        why=why.strip(),
+        fix="name another one, or take auto",
+    )
+
+
+@contextmanager
+def _on(device: torch.device, model: nn.Module) -> Iterator[None]:
+    """Run `model` on `device`, a layer at a time if it lies elsewhere: it may be too big for it."""
+    home = next(model.parameters()).device
+    if home.type == device.type:
+        yield
+        return
+
+    def come(module: nn.Module, *_: Any) -> None:
+        module.to(device)
+
+    def go(module: nn.Module, *_: Any) -> None:
+        module.to(home)
+
+    layers = layers_of(model)
+    hooks = [
+        hook for m in layers for hook in (m.register_forward_pre_hook(come), m.register_forward_hook(go))
+    ]
+    within = {id(module) for layer in layers for module in layer.modules()}
+    for module in model.modules():
+        if id(module) not in within:
+            module._apply(lambda tensor: tensor.to(device), recurse=False)
+    try:
+        yield
+    finally:
+        model.to(home)
+        for hook in hooks:
+            hook.remove()
 
 
 def use_attention(model: nn.Module, name: str) -> None:
+    if name == FLASH:
+        model.register_forward_pre_hook(add_document_lengths, with_kwargs=True)
     AttentionInterface.register(PER_DOCUMENT, per_document_attention)
     AttentionMaskInterface.register(PER_DOCUMENT, _no_mask)
     model.set_attn_implementation(name)  # type: ignore[operator]
+
+
+def add_document_lengths(
+    model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Of all rows, one after another, as flash attention's kernel takes them; once for all layers."""
+    starts = _document_starts(inputs["position_ids"]).flatten()
+    edges = F.pad(starts.nonzero().flatten(), (0, 1), value=starts.numel()).int()
+    longest = int(edges.diff().max())
+    lengths = {
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    return args, {**inputs, **lengths}
 
 
 def _is_windowed(config: PretrainedConfig) -> bool:
@@ -128,32 +207,44 @@ def _attend_row(
     return torch.cat(out, dim=2)[0].transpose(0, 1)
 
 
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The blocks that the model's own class says not to split; none: it is gathered as a whole."""
+    kinds = {kind for m in model.modules() for kind in getattr(m, "_no_split_modules", None) or ()}
+    return [module for module in model.modules() if type(module).__name__ in kinds]
+
+
 def _document_lengths(position_ids: Tensor) -> list[list[int]]:
     """Per row of position_ids (B, T), the lengths of its documents; they add up to T."""
-    starts = F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
     length = position_ids.shape[1]
-    rows = [row.nonzero().flatten().tolist() for row in starts]
+    rows = [row.nonzero().flatten().tolist() for row in _document_starts(position_ids)]
     return [[b - a for a, b in zip(row, [*row[1:], length], strict=True)] for row in rows]
 
 
+def _document_starts(position_ids: Tensor) -> Tensor:
+    """Whether a document starts at each of position_ids; bool, (B, T)."""
+    return F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
+
+
 @torch.no_grad()
-def probe(model: nn.Module, *, document_mask: bool) -> None:
+def probe(model: nn.Module, *, document_mask: bool, bf16: bool = False) -> None:
     """Refuse, with ModelError, a model in which tokens see what they must not.
 
     One batch of variations on a block of two documents, A and B: whatever changes in B, or after a
     token in A, must leave its logits where they were; and B must be as it is when it comes first.
+    bf16: compute in it, for attention that knows nothing else.
     """
     was_training, device = model.training, next(model.parameters()).device
     batch, first, second = _probe_batch(model, document_mask)
     try:
-        logits = logits_of(model.eval(), {name: tensor.to(device) for name, tensor in batch.items()}).float()
+        with autocast(device, "bf16" if bf16 else "fp32"):
+            logits = logits_of(model.eval(), {k: tensor.to(device) for k, tensor in batch.items()}).float()
     except (TypeError, ValueError, KeyError) as error:
         raise _not_runnable(model, error) from error
     finally:
         model.train(was_training)
     base, other_second, other_first, other_last, swapped = logits
-    precision = torch.bfloat16 if torch.is_autocast_enabled(device.type) else next(model.parameters()).dtype
-    limit = _PROBE_TOLERANCE[precision] * logits.abs().max().item()
+    computed_in = torch.bfloat16 if bf16 else next(model.parameters()).dtype
+    limit = _PROBE_TOLERANCE[computed_in] * logits.abs().max().item()
     _same(base[: first - 1], other_last[: first - 1], limit, "a token sees the tokens after it")
     if document_mask:
         _same(base[:first], other_second[:first], limit, "a document sees the one after it")

@@ -51,8 +51,9 @@ def _problem(given: Tensors, made: Any) -> str:
     """What is wrong with it; empty if nothing is."""
     if not isinstance(made, dict) or not all(isinstance(value, torch.Tensor) for value in made.values()):
         return "does not give a dict of tensors"
-    if "attention_mask" in made:
-        return "adds attention_mask: position_ids alone tell documents apart; mask labels instead"
+    for name in ("attention_mask", "past_key_values", "use_cache"):
+        if name in made:
+            return f"adds {name}: position_ids alone tell documents apart; mask labels instead"
     for name in GIVEN:
         if name not in made:
             return f"leaves out {name}"

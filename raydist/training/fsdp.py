@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from raydist.job.schema import Job
+from raydist.training.attention import layers_of
 from raydist.training.ddp import OwnOptimizer
 from raydist.training.loss import logits_of, summed_cross_entropy
 from raydist.training.optimizer import gradient_norm
@@ -32,7 +33,7 @@ class Fsdp(OwnOptimizer):
         mesh = init_device_mesh(world.device.type, (world.world_size,))
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         policy = bf16 if job.train.mixed_precision == "bf16" else MixedPrecisionPolicy()
-        for module in [*_layers(model), model]:
+        for module in [*layers_of(model), model]:
             broadcast_weights(module)
             _sum_gradients(fully_shard(module, mesh=mesh, mp_policy=policy))
         super().__init__(model, job, world)
@@ -51,12 +52,6 @@ class Fsdp(OwnOptimizer):
 
     def whole(self, parameter: nn.Parameter) -> Tensor:
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-
-
-def _layers(model: nn.Module) -> list[nn.Module]:
-    """The blocks that the model's own class says not to split; none: it is gathered as a whole."""
-    kinds = {kind for m in model.modules() for kind in getattr(m, "_no_split_modules", None) or ()}
-    return [module for module in model.modules() if type(module).__name__ in kinds]
 
 
 def _sum_gradients(module: FSDPModule) -> None:

@@ -14,6 +14,8 @@ FIX = (
     " gradient_checkpointing, an adapter on a quantized base, or a strategy that shards"
 )
 
+NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 @contextmanager
 def memory_watched(micro_batch_size: int) -> Iterator[None]:
@@ -36,6 +38,6 @@ def out_of_memory(what: str, cause: Exception) -> OutOfMemory:
 
 
 def _ran_out(error: Exception) -> bool:
-    """On CPU torch raises a plain RuntimeError."""
+    """torch's CPU allocator and CUDA's libraries raise plain RuntimeErrors."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return known or any(text in str(error) for text in NO_MEMORY)

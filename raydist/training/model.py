@@ -136,7 +136,10 @@ def _unusable(job: Job, error: Exception) -> ModelError:
 
 
 def check_fits(config: PretrainedConfig, job: Job) -> None:
-    """Raises JobError for what the model cannot do."""
+    """Raises JobError or ModelError for what the model cannot do."""
+    from raydist.training.attention import check_model_attention
+
+    check_model_attention(config, job.model.attn_implementation)
     positions = getattr(config, "max_position_embeddings", None)
     sections = [*(["stages"] * len(job.stages) or ["packing"]), "eval"]
     for section, block_size in zip(sections, [*job.block_sizes, job.eval_block_size], strict=True):
@@ -174,7 +177,7 @@ def build_model(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
     from raydist.training.adapter import add_lora
     from raydist.training.attention import check_attention
 
-    check_attention(job.model.attn_implementation, world.device)
+    check_attention(job.model.attn_implementation, world.device.type, on_worker=True)
     config = load_config(job, len(load_tokenizer(tokenizer_folder)))
     check_fits(config, job)
     place = world.device
@@ -212,12 +215,13 @@ def _choose_attention(model: nn.Module, job: Job, world: World) -> None:
     """Where only rank 0 has weights, it alone can probe, and tells the others."""
     from raydist.training.attention import NAMES, set_attention, use_attention
 
-    chosen, wanted = NAMES[0], job.model.attn_implementation
+    chosen, asked = NAMES[0], job.model.attn_implementation
     if world.is_main or not _read_by_main(job):
-        mask = job.packing.document_mask
-        chosen = set_attention(model, world.device, document_mask=mask, wanted=wanted)
+        chosen = set_attention(model, world.device, document_mask=job.packing.document_mask, asked=asked)
     if _read_by_main(job):
-        use_attention(model, NAMES[world.from_main(NAMES.index(chosen))])
+        chosen = NAMES[world.from_main(NAMES.index(chosen))]
+        if not world.is_main:
+            use_attention(model, chosen)
 
 
 def _no_such_model(kind: str, error: Exception) -> JobError:

@@ -189,7 +189,8 @@ def _is_loss(failure: Exception) -> bool:
 
 
 def _is_for_memory(failure: Exception) -> bool:
-    return isinstance(failure, OutOfMemoryError) or "running low on memory" in str(failure)
+    """Or a health check that failed of it."""
+    return isinstance(getattr(failure, "health_check_failure", failure), OutOfMemoryError)
 
 
 def _explain_controller(error: ControllerError, spec: TrainSpec) -> RaydistError:

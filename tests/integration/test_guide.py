@@ -290,6 +290,27 @@ def test_several_data_sets_joined_by_pandas() -> None:
 
 
 @pytest.mark.slow
+def test_growing_blocks_as_the_guide_loops_and_as_one_run() -> None:
+    shared = {
+        "model": "gpt2", "data_path": "corpus1.json", "text_column": "text", "epochs": 1, "batch_size": 2,
+        "gradient_accumulation": 2, "eval_strategy": "no", "logging_steps": 1, "lr": 1e-2,
+    }  # fmt: skip
+    for size in (16, 32, 64):
+        train(LLMTrainingParams(**shared, block_size=size, project_name=f"model_{size}"))
+    begun = [records(f"model_{size}", "train")[0]["loss"] for size in (16, 32, 64)]
+    assert begun == pytest.approx([begun[0]] * 3, rel=0.05)  # each with the same model
+    values = LLMTrainingParams(**shared, project_name="curriculum").job_values()
+    del values["train"]["epochs"]
+    values["stages"] = [{"block_size": size, "max_tokens": 600} for size in (16, 32, 64)]
+    values["checkpoint"]["save_steps"] = 10
+    run = raydist.train(build_job(values)).folder
+    stages = [r["step"] for r in effective(run) if r["kind"] == "stage"]
+    losses = {r["step"]: r["loss"] for r in effective(run) if r["kind"] == "train"}
+    assert len(stages) == 2 and losses[stages[1] + 1] < 0.9 * begun[2]
+    assert RunFolder(run).data()["audit"]["n_repeated"] == 0
+
+
+@pytest.mark.slow
 def test_monitoring_by_steps_and_the_best_model() -> None:
     train(
         LLMTrainingParams(

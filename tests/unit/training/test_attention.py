@@ -6,16 +6,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
+from transformers.utils.import_utils import is_flash_attn_2_available
 
 from raydist.errors import ModelError
 from raydist.job.identity import differences
-from raydist.training.attention import PER_DOCUMENT, probe, set_attention
+from raydist.training.attention import (
+    PER_DOCUMENT,
+    add_document_lengths,
+    check_attention,
+    check_model_attention,
+    probe,
+    set_attention,
+)
 from raydist.training.loop import train
 from raydist.training.loss import logits_of
 from raydist.training.model import build_model
 from raydist.training.world import World
-from tests.unit.training.train_parts import losses, make_spec
+from tests.unit.training.train_parts import LLAMA, losses, make_job, make_spec
 
 CPU = torch.device("cpu")
 
@@ -157,22 +166,70 @@ def test_packed_logits_of_the_real_model(real: Path) -> None:
     assert worst_difference(model, 49_152, (70, 1, 150, 35)) < 1e-5
 
 
-@pytest.mark.parametrize("wanted", ["sdpa", "eager"])
-def test_a_named_attention_is_used_and_gives_the_same(tmp_path: Path, wanted: str) -> None:
-    auto = make_spec(tmp_path, run="auto", train={"max_steps": 3})
-    named = make_spec(tmp_path, run=wanted, train={"max_steps": 3}, model={"attn_implementation": wanted})
-    model = build_model(named.job, named.tokenizer, World())
-    assert model.config._attn_implementation == wanted  # type: ignore[union-attr]
-    for spec in (auto, named):
-        train(spec)
-    assert losses(named.run) == pytest.approx(losses(auto.run), rel=1e-5)
-    assert not differences(auto.job, named.job)  # it may change when a run resumes
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_a_named_attention_is_used_exactly_and_gives_the_same_loss(tmp_path: Path, name: str) -> None:
+    found = {}
+    for asked in ("auto", name):
+        spec = make_spec(
+            tmp_path,
+            run=asked,
+            model={"config": LLAMA, "attn_implementation": asked},
+            train={"max_steps": 3},
+        )
+        model = build_model(spec.job, spec.tokenizer, World())
+        found[asked] = (model.config._attn_implementation, train(spec), losses(spec.run))
+    assert (found["auto"][0], found[name][0]) == (PER_DOCUMENT, name)
+    assert found[name][2] == pytest.approx(found["auto"][2], abs=1e-5)
 
 
-def test_flash_attention_is_refused_before_weights_are_loaded_on_a_cpu(tmp_path: Path) -> None:
+def test_flash_attention_is_refused_with_its_reason() -> None:
+    with pytest.raises(ModelError, match="runs on GPUs, and the workers are on CPU") as refused:
+        check_attention("flash_attention_2", "cpu")
+    assert refused.value.where == "model.attn_implementation"
+    check_attention("flash_attention_2", "cuda")  # the driver: its packages are not the workers'
+    if not is_flash_attn_2_available():
+        with pytest.raises(ModelError, match="the package flash-attn is not installed"):
+            check_attention("flash_attention_2", "cuda", on_worker=True)
+    with pytest.raises(ModelError, match="type bloom has none such"):
+        check_model_attention(AutoConfig.for_model("bloom"), "flash_attention_2")
+    check_model_attention(AutoConfig.for_model("llama"), "flash_attention_2")
+
+
+def test_a_named_attention_that_fails_the_probe_is_refused_not_replaced() -> None:
+    model = make("gemma2", "eager")  # its soft cap of scores is not what SDPA computes
+    with pytest.raises(ModelError, match="sdpa cannot be used as asked") as refused:
+        set_attention(model, CPU, document_mask=True, asked="sdpa")
+    assert refused.value.why
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_flash_attention_is_given_the_documents_of_a_batch_of_several_rows(kind: str) -> None:
+    """The kernel needs a GPU: what stands in for it takes the lengths as the kernel does."""
+
+    def kernel(module, query, key, value, mask, scaling=None, *, cu_seq_lens_q, max_length_q, **kwargs):  # type: ignore[no-untyped-def]
+        assert mask is None
+        lengths = cu_seq_lens_q.diff().tolist()
+        assert max_length_q == max(lengths) and cu_seq_lens_q.dtype == torch.int32
+        flat = [tensor.transpose(0, 1).flatten(1, 2).split(lengths, dim=1) for tensor in (query, key, value)]
+        options = {"is_causal": True, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
+        out = [F.scaled_dot_product_attention(*(t[None] for t in qkv), **options)[0] for qkv in zip(*flat)]  # noqa: B905
+        return torch.cat(out, dim=1).transpose(0, 1).unflatten(0, (query.shape[0], -1)), None
+
+    model, expected = make(kind, "eager"), make(kind)
+    model.register_forward_pre_hook(add_document_lengths, with_kwargs=True)
+    AttentionInterface.register("kernel", kernel)
+    AttentionMaskInterface.register("kernel", lambda *args, **kwargs: None)
+    model.set_attn_implementation("kernel")
+    probe(model, document_mask=True)
+    block = packed(LENGTHS, 99)
+    assert (logits_of(model, block) - logits_of(expected, block)).abs().max() < 1e-4
+    probe(model, document_mask=False)
+
+
+def test_another_attention_is_the_same_run_and_flash_needs_16_bits(tmp_path: Path) -> None:
+    auto, eager = (make_job(tmp_path, model={"attn_implementation": name}) for name in ("auto", "eager"))
+    assert not differences(auto, eager)
     flash = {"attn_implementation": "flash_attention_2"}
     with pytest.raises(ValueError, match="flash_attention_2 computes in 16 bits only"):
-        make_spec(tmp_path, model=flash)
-    spec = make_spec(tmp_path, model=flash, train={"mixed_precision": "bf16"})
-    with pytest.raises(ModelError, match=r"(?s)flash_attention_2 cannot be used here.*GPUs alone"):
-        build_model(spec.job, spec.tokenizer, World())
+        make_job(tmp_path, model=flash)
+    assert make_job(tmp_path, model=flash, train={"mixed_precision": "bf16"})
