@@ -257,7 +257,7 @@ def _attempts(
         try:
             return _watch(spec, rest, folder, progress)
         except OutOfMemory as error:
-            plan = _halved(job, folder, plan, error)
+            plan = _halved(job, folder, plan, spec.attempt, error)
             progress.message(f"{error.what}; going on with {plan.micro_batch_size} of the same global batch")
         except WorkerLost as error:
             lost += 1
@@ -278,12 +278,18 @@ def _plan(job: Job, folder: RunFolder, feed: Feed) -> Plan:
     return make_plan(job, job.scaling.num_workers, feed.samples_per_epoch, found)
 
 
-def _halved(job: Job, folder: RunFolder, plan: Plan, error: OutOfMemory) -> Plan:
-    """Raises `error` where the job gives the micro batch, or it is one sequence already."""
+def _halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMemory) -> Plan:
+    """Raises `error` where the job gives the micro batch, or it is one sequence already.
+
+    Also where the attempt did not get so far as to record its start: the model itself does not fit then.
+    """
+    begun = any(
+        r["kind"] in ("start", "resume") and r["attempt"] == attempt for r in read_metrics(folder.path)
+    )
     above_one = [
         stage.micro_batch_size * stage.block_size for stage in plan.stages if stage.micro_batch_size > 1
     ]
-    if job.train.micro_batch_size != "auto" or not above_one:
+    if job.train.micro_batch_size != "auto" or not above_one or not begun:
         raise error
     tokens = max(above_one) // 2
     files.write_json(folder.data_file, {**folder.data(), "micro_batch_tokens": tokens})

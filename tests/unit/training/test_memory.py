@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from raydist.errors import OutOfMemory
+from raydist.files import append_json
 from raydist.folder import RunFolder
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
@@ -30,17 +31,21 @@ def test_a_failed_allocation_is_told_apart_from_other_errors() -> None:
 def test_it_is_halved_down_to_one_and_not_where_the_job_says_how_many(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     error = out_of_memory("here", MemoryError())
+    auto = {"micro_batch_size": "auto"}
+    of_auto = make_job(tmp_path, train=auto)
+    with pytest.raises(OutOfMemory, match="here"):  # the attempt did not begin: the model does not fit
+        _halved(of_auto, folder, make_plan(of_auto, 1, None), 1, error)
+    append_json(folder.metrics_file, {"kind": "start", "step": 0, "attempt": 1})
 
     def found(job: Job) -> list[tuple[int, ...]]:
         plans: list[Plan] = [make_plan(job, 1, None)]
         with contextlib.suppress(OutOfMemory):
             for _ in range(9):
-                plans.append(_halved(job, folder, plans[-1], error))
+                plans.append(_halved(job, folder, plans[-1], 1, error))
         assert len(plans) < 9
         assert len({(plan.samples, plan.global_batch_size) for plan in plans}) == 1
         return [tuple(stage.micro_batch_size for stage in plan.stages) for plan in plans]
 
-    auto = {"micro_batch_size": "auto"}
     assert found(make_job(tmp_path, train=auto)) == [(4,), (2,), (1,)]
     assert folder.data()["micro_batch_tokens"] == 32
     assert found(make_job(tmp_path, train={"micro_batch_size": 4})) == [(4,)]
