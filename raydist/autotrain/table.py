@@ -93,7 +93,7 @@ TABLE: dict[str, Parameter] = {
         "tokens per sequence; -1: the model's positions, at most max_seq_length",
     ),
     "max_seq_length": Parameter(
-        INT, 2048, "packing.block_size", "upper limit of block_size -1", needs=("block_size", -1)
+        INT, 2048, "packing.block_size", "upper limit of block_size -1; a positive block_size wins over it"
     ),
     "add_eos_token": Parameter(FLAG, True, "packing.add_eos_token", "end every document with EOS"),
     "padding": Parameter(

@@ -29,7 +29,7 @@ data:
 params:
   trainer: default
   block_size: 64
-  model_max_length: 128
+  model_max_length: 32
   max_prompt_length: 512
   epochs: 2
   batch_size: 1
@@ -87,7 +87,6 @@ def test_each_key_without_a_counterpart_is_a_comment(tmp_path: Path, config: dic
     expected = {
         "data.chat_template: null": "raw text has no messages",
         'params.chat_template: "chatml"': "data.chat_template says it already",
-        "params.model_max_length: 128": "it has an effect only with block_size -1, not 64",
         "params.max_prompt_length: 512": "it belongs to the trainers of preferences",
         "params.lora_rank: 8": "no such parameter; did you mean lora_r?",
         "params.merge_adapter: true": "raydist export RUN --merge",

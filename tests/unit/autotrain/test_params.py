@@ -243,6 +243,12 @@ def test_block_size_is_the_lesser_of_positions_and_the_limit(limit: int, needed:
     assert job_of({**needed, "max_seq_length": limit})["packing"]["block_size"] == min(64, limit)
 
 
+@pytest.mark.parametrize("limit", [16, 64])
+def test_a_positive_block_size_wins_over_the_limit(limit: int, needed: dict[str, Any]) -> None:
+    sizes = {"block_size": 32, "max_seq_length": limit}
+    assert job_of({**needed, **sizes})["packing"]["block_size"] == 32
+
+
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
@@ -309,10 +315,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sizes": ({"block_size": [512, 1024]}, "block_size: one size here; for several in turn, in one run"),
     "size": ({"block_size": 0}, "block_size: 0 is neither -1 nor a number of tokens from 8"),
     "too long": ({"block_size": 65}, "packing.block_size: block_size 65 is above the model's 64 positions"),
-    "limit": (
-        {"block_size": 32, "max_seq_length": 64},
-        "max_seq_length: it has an effect only with block_size -1, not 32",
-    ),
     "lora_r": ({"lora_r": 8}, "lora_r: it has an effect only with peft on, not off"),
     "lora_alpha": ({"lora_alpha": 8}, "lora_alpha: it has an effect only with peft on, not off"),
     "lora_dropout": ({"lora_dropout": 0.1}, "lora_dropout: it has an effect only with peft on"),
