@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,6 +34,10 @@ os.environ.pop("RAY_ADDRESS", None)
 # temporary folder. When that cluster is gone, every training attempt waits 12 s for it before it ends.
 os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
 atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
+
+# A shell's `make test &` and nohup have it ignored, and the programs that tests interrupt would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 UNIT = Path(__file__).parent / "unit"
 OBJECT_STORE_BYTES = 200 * 2**20

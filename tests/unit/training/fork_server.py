@@ -135,39 +135,41 @@ def main(requests: socket.socket) -> None:
 
 
 def serve(requests: socket.socket) -> str | None:
-    """Fork a child per request and report how it ended. Returns in the child, with the path of its spec."""
-    children: dict[int, socket.socket] = {}
+    """Fork a child per request and report how it ended. Returns in the child, with the path of its spec.
 
-    def reap(*_: object) -> None:
-        """A second signal may interrupt it, and reap what it was about to."""
-        with contextlib.suppress(ChildProcessError):
-            while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                with children.pop(ended[0]) as status, contextlib.suppress(BrokenPipeError):
-                    status.sendall(str(os.waitstatus_to_exitcode(ended[1])).encode())
-
-    signal.signal(signal.SIGCHLD, reap)
+    Children are waited for by file descriptors: a SIGCHLD that arrives just before the server blocks would
+    be handled with the next request only, and the test that waits for that child makes none.
+    """
+    children: dict[int, tuple[int, socket.socket]] = {}
     own = os.getpid()
     while True:
-        message, fds, _, _ = socket.recv_fds(requests, 2**20, 2)
-        if not message:
-            return None
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # until the child is in `children`
-        pid = os.fork()
-        if pid == 0:
-            return become_rank(json.loads(message), fds[0], own)
-        os.close(fds[0])
-        children[pid] = socket.socket(fileno=fds[1])
-        with contextlib.suppress(BrokenPipeError):  # then the next request is none
-            requests.sendall(str(pid).encode())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+        for ready in select.select([requests.fileno(), *children], [], [])[0]:
+            if ready in children:
+                report(ready, *children.pop(ready))
+                continue
+            message, fds, _, _ = socket.recv_fds(requests, 2**20, 2)
+            if not message:
+                return None
+            pid = os.fork()
+            if pid == 0:
+                return become_rank(json.loads(message), fds[0], own)
+            os.close(fds[0])
+            children[os.pidfd_open(pid)] = pid, socket.socket(fileno=fds[1])
+            with contextlib.suppress(BrokenPipeError):  # then the next request is none
+                requests.sendall(str(pid).encode())
+
+
+def report(pidfd: int, pid: int, status: socket.socket) -> None:
+    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    os.close(pidfd)
+    with status, contextlib.suppress(BrokenPipeError):
+        status.sendall(str(code).encode())
 
 
 def become_rank(request: dict[str, Any], errors: int, parent: int) -> str:
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
     os.dup2(errors, sys.stderr.fileno())
     os.environ.clear()
     os.environ.update(request["env"])
