@@ -5,6 +5,7 @@ From outside, by the dashboard's address, the same examination runs as a Ray job
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import platform
@@ -17,13 +18,13 @@ import uuid
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from raydist import files
 from raydist.cluster import findings
 from raydist.cluster.connect import ENVIRONMENT, no_way_in, ray_session
 from raydist.cluster.findings import SHARED_MEMORY, Finding
-from raydist.cluster.remote import READY_SECONDS, connect, send
+from raydist.cluster.remote import READY_SECONDS, connect, patiently, send
 from raydist.errors import ClusterError
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
@@ -31,6 +32,7 @@ from raydist.job.schema import Job
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+T = TypeVar("T")
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "bitsandbytes")
 NODE_SECONDS = 30.0
 """A node that answers no sooner is hung: on its storage, as a rule."""
@@ -99,13 +101,17 @@ def _authentication(address: str) -> Finding:
 
 
 def _log_at_the_end(client: JobSubmissionClient, submission: str) -> str:
+    def ask(question: Callable[[str], T]) -> T:
+        again = "give the command again: so far the cluster was only looked at"
+        return asyncio.run(patiently(client, submission, lambda: question(submission), again))
+
     deadline = time.monotonic() + READY_SECONDS + 4 * NODE_SECONDS
-    while not client.get_job_status(submission).is_terminal():
+    while not ask(client.get_job_status).is_terminal():
         if time.monotonic() > deadline:
             client.stop_job(submission)
             break
         time.sleep(0.2)
-    return str(client.get_job_logs(submission)) or str(client.get_job_info(submission).message)
+    return str(ask(client.get_job_logs)) or str(ask(client.get_job_info).message)
 
 
 # --- from inside ----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ SILENCE_SECONDS = 60.0
 """A connection that said nothing for so long may be dead: another is made."""
 LOST_SECONDS = 120.0
 """How long a cluster that does not answer is waited for."""
+GOES_ON = "the job may go on; to follow it: raydist logs RUN --follow --address URL"
 
 
 def connect(address: str) -> JobSubmissionClient:
@@ -65,7 +66,10 @@ def _reach(address: str) -> None:
 
 
 def send(client: JobSubmissionClient, **job: Any) -> str:
-    """Submit a job and give its id. A head that has just started has no agent for jobs yet."""
+    """Submit a job and give its id. A head that has just started has no agent for jobs yet.
+
+    Raises ClusterError: it does not take the job, or the connection breaks meanwhile.
+    """
     deadline = time.monotonic() + READY_SECONDS
     while True:
         try:
@@ -74,6 +78,12 @@ def send(client: JobSubmissionClient, **job: Any) -> str:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 raise ClusterError("the cluster did not take the job", why=str(error)) from error
             time.sleep(1)
+        except OSError as error:
+            raise ClusterError(
+                f"lost contact with the cluster at {client.get_address()} while the job was sent",
+                why=f"{type(error).__name__}: {error}",
+                fix="give the command again: it attaches to the job if the cluster has taken it",
+            ) from error
 
 
 def jobs_of(client: JobSubmissionClient) -> list[JobDetails]:
@@ -168,14 +178,20 @@ async def _follow(client: JobSubmissionClient, submission: str, log: Log) -> Job
             while True:
                 log.take(await asyncio.wait_for(anext(stream), SILENCE_SECONDS))
         except (StopAsyncIteration, TimeoutError, RuntimeError, OSError, aiohttp.ClientError):
-            job: JobDetails = await _patiently(client, submission, lambda: client.get_job_info(submission))
+            job: JobDetails = await patiently(client, submission, lambda: client.get_job_info(submission))
         if job.status.is_terminal():
             log.end()
             return job
         await asyncio.sleep(1)
 
 
-async def _patiently(client: JobSubmissionClient, submission: str, ask: Callable[[], T]) -> T:
+async def patiently(
+    client: JobSubmissionClient, submission: str, ask: Callable[[], T], fix: str = GOES_ON
+) -> T:
+    """What `ask` gives, asked again while the cluster does not answer.
+
+    Raises ClusterError, with `fix`, when it is silent for LOST_SECONDS or does not know the job any more.
+    """
     from ray.exceptions import AuthenticationError
 
     deadline = time.monotonic() + LOST_SECONDS
@@ -194,6 +210,6 @@ async def _patiently(client: JobSubmissionClient, submission: str, ask: Callable
                 raise ClusterError(
                     f"lost contact with the cluster at {client.get_address()} for {LOST_SECONDS:.0f} s",
                     why=f"{type(error).__name__}: {error}",
-                    fix="the job may go on; to follow it: raydist logs RUN --follow --address URL",
+                    fix=fix,
                 ) from error
         await asyncio.sleep(2)
