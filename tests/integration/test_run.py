@@ -25,6 +25,7 @@ import raydist
 from raydist import files
 from raydist.cli import main
 from raydist.cluster import remote
+from raydist.errors import RunError
 from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.track.records import effective
@@ -266,28 +267,36 @@ def test_a_finished_run_says_so_and_a_changed_job_is_refused(
     assert undisturbed[0].status()["state"] == "finished"
 
 
-def test_killed_thrice_it_ends_bit_identical(
-    job: dict[str, Any], undisturbed: tuple[RunFolder, str], here: Here
+@pytest.mark.parametrize(
+    "kills",
+    [
+        ["a worker", "the driver"],
+        pytest.param(["a worker", "everything", "the driver"], marks=pytest.mark.slow),
+    ],
+    ids=len,
+)
+def test_killed_it_ends_bit_identical(
+    job: dict[str, Any], undisturbed: tuple[RunFolder, str], here: Here, kills: list[str]
 ) -> None:
-    """SIGKILL of a worker, of everything, and of the driver, each in the middle of a step."""
-    job = {**job, "name": "killed"}
+    """By SIGKILL, each in the middle of a step."""
+    job = {**job, "name": f"killed-{len(kills)}"}
     process, folder = start(job), folder_of(job)
-    wait_for_step(folder, 12, process)
-    workers(process)[0].kill()
-    wait_for_step(folder, 27, process, attempt=2)  # it goes on by itself
-    kill_everything(process)
-    assert finish(process)[0] == -signal.SIGKILL and folder.status()["state"] == "training"
-    process = start(job)
-    wait_for_step(folder, 42, process, attempt=3)
-    process.kill()  # its workers live on a little, and may commit once more
-    assert finish(process)[0] == -signal.SIGKILL and folder.status()["state"] == "training"
-    code, output = here(job)
+    for attempt, what in enumerate(kills, start=1):
+        wait_for_step(folder, 15 * attempt - 3, process, attempt=attempt)
+        if what == "a worker":  # the run goes on by itself
+            workers(process)[0].kill()
+            continue
+        kill_everything(process) if what == "everything" else process.kill()
+        assert finish(process)[0] == -signal.SIGKILL and folder.status()["state"] == "training"
+        if attempt < len(kills):
+            process = start(job)
+    code, output = here(job)  # the killed driver's workers live on a little, and may commit once more
     assert code == 0, output
     resumed = [
         (r["attempt"], r["step"]) for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume"
     ]
-    assert [attempt for attempt, _ in resumed] == [2, 3, 4]
-    for (_, step), least in zip(resumed, (10, 20, 40), strict=True):
+    assert [attempt for attempt, _ in resumed] == list(range(2, len(kills) + 2))
+    for (_, step), least in zip(resumed, (10, 20, 40), strict=False):
         assert step in range(least, STEPS + 1, 10)
     assert losses(folder) == losses(undisturbed[0])
     assert weights(folder) == weights(undisturbed[0])
@@ -380,10 +389,18 @@ def test_a_job_on_a_cluster_is_left_found_and_stopped(
     long = {"max_steps": 100_000, "global_batch_size": 16}
     job = {**job, "name": "left", "storage": folder.path.parent.name, "train": {**job["train"], **long}}
     monkeypatch.setattr(remote, "LOST_SECONDS", 1.0)
+    client = remote.connect(head)
+    told = "lost contact with the cluster"
     with Proxy(head) as proxy:
-        threading.Timer(3, proxy.refuse).start()
+        proxy.refuse_once(lambda: any(each.status.name == "RUNNING" for each in client.list_jobs()))
         code, output = here(job, "--address", proxy.address)
-    assert code == 8 and "lost contact with the cluster" in output and "the job may go on" in output, output
+    assert code == 8 and told in output and "only looked at" in output, output
+    with pytest.raises(RunError):
+        remote.find_job(client, "left")
+    with Proxy(head) as proxy:
+        proxy.refuse_once(folder.path.exists)
+        code, output = here(job, "--address", proxy.address)
+    assert code == 8 and told in output and "the job may go on" in output, output
     with Proxy(head) as proxy:
         process = start(job, "--address", proxy.address)
         for step in (2, 4, 6):
@@ -478,6 +495,14 @@ class Proxy:
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
         self.open.clear()
+
+    def refuse_once(self, true: Callable[[], bool]) -> None:
+        def wait() -> None:
+            while not true():
+                time.sleep(0.1)
+            self.refuse()
+
+        threading.Thread(target=wait, daemon=True).start()
 
     def refuse(self) -> None:
         with contextlib.suppress(OSError):

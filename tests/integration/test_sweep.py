@@ -118,6 +118,7 @@ def _look_at_mlflow(job: dict[str, Any]) -> None:
     assert parent.data.metrics["bits_per_byte"] > 0 and parent.info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_runs_no_finished_trial_twice(
     job: dict[str, Any], ray_local: None, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -148,13 +149,11 @@ def test_a_killed_sweep_runs_no_finished_trial_twice(
     assert attempts[0] == {1} and len(attempts[1]) <= 2
     after = files.read_jsonl(Path(job["storage"], "killed", "trials.jsonl"))
     assert after[: len(begun)] == begun and [r["number"] for r in after if "parameters" in r] == [0, 1]
-    _stop_one(job)
-    changed = {**job, "tune": {**job["tune"], "search": {"train.lr": {"loguniform": [1e-4, 1e-1]}}}}
-    assert tune(changed) == 6 and "tune.search" in "".join(capfd.readouterr())
 
 
-def _stop_one(job: dict[str, Any]) -> None:
-    """A trial that was stopped by itself is told as such, and goes on with the sweep."""
+def test_a_trial_stopped_by_itself_is_told_as_such(
+    job: dict[str, Any], ray_local: None, capfd: pytest.CaptureFixture[str]
+) -> None:
     job = {**job, "name": "stopped", "train": {**job["train"], "max_tokens": 2e6}}
 
     def stop() -> None:
@@ -169,6 +168,8 @@ def _stop_one(job: dict[str, Any]) -> None:
     assert tune(job) == 0
     states = [r.get("state") for r in files.read_jsonl(Path(job["storage"], "stopped", "trials.jsonl"))]
     assert states == [None, "stopped"] and trial(job, 0).status()["state"] == "stopped"
+    changed = {**job, "tune": {**job["tune"], "search": {"train.lr": {"grid": [1e-2]}}}}
+    assert tune(changed) == 6 and "tune.search" in "".join(capfd.readouterr())
     assert not Path(job["storage"], "stopped", "best.yaml").exists()
 
 
