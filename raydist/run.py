@@ -258,7 +258,7 @@ def _attempts(
             return _watch(spec, rest, folder, progress)
         except OutOfMemory as error:
             plan = _halved(job, folder, plan, spec.attempt, error)
-            progress.message(f"{error.what}; going on with {plan.micro_batch_size} of the same global batch")
+            progress.message(f"{error.what}; going on with {plan.micro_batches} of the same global batch")
         except WorkerLost as error:
             lost += 1
             if lost > job.scaling.max_failures:

@@ -77,6 +77,11 @@ class Plan:
         return self.stages[0].micro_batch_size
 
     @property
+    def micro_batches(self) -> str:
+        """Of each stage, in sequences, as people read it."""
+        return ", then ".join(str(stage.micro_batch_size) for stage in self.stages)
+
+    @property
     def accumulation_steps(self) -> int:
         """Micro batches per step and worker; the last may be padded with samples of weight zero."""
         return math.ceil(math.ceil(self.global_batch_size / self.world_size) / self.micro_batch_size)

@@ -70,7 +70,7 @@ def train(
     """
     world = World(rank, world_size, local_rank, device or torch.device("cpu"))
     writer = RunFolder(spec.run).writer() if world.is_main else contextlib.nullcontext()
-    with contact(rank), memory_watched(spec.plan.micro_batch_size), writer:
+    with contact(rank), memory_watched(spec.plan.micro_batches), writer:
         attempt = Attempt(spec, world, data or open_data(spec), on_commit, should_stop)
         return attempt.run()
 

@@ -18,7 +18,7 @@ NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC
 
 
 @contextmanager
-def memory_watched(micro_batch_size: int) -> Iterator[None]:
+def memory_watched(micro_batches: str) -> Iterator[None]:
     """Raises OutOfMemory where torch or Python could not allocate, on a GPU or in host memory.
 
     What an attempt has done since its last checkpoint is lost then. To go on in the same process would
@@ -29,7 +29,7 @@ def memory_watched(micro_batch_size: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not _ran_out(error):
             raise
-        raise out_of_memory(f"with micro batches of {micro_batch_size} sequences", error) from error
+        raise out_of_memory(f"with micro batches of {micro_batches} sequences", error) from error
 
 
 def out_of_memory(what: str, cause: Exception) -> OutOfMemory:

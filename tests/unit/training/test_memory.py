@@ -19,12 +19,12 @@ from tests.unit.training.train_parts import make_job
 
 
 def test_a_failed_allocation_is_told_apart_from_other_errors() -> None:
-    told = r"(?s)micro batches of 8.*can't allocate memory.*auto finds one"
-    with pytest.raises(OutOfMemory, match=told), memory_watched(8):
+    told = r"(?s)micro batches of 8, then 4 sequences.*can't allocate memory.*auto finds one"
+    with pytest.raises(OutOfMemory, match=told), memory_watched("8, then 4"):
         torch.empty(2**50)
-    with pytest.raises(OutOfMemory), memory_watched(8):
+    with pytest.raises(OutOfMemory), memory_watched("8, then 4"):
         raise torch.OutOfMemoryError("CUDA out of memory")
-    with pytest.raises(RuntimeError, match="shapes"), memory_watched(8):
+    with pytest.raises(RuntimeError, match="shapes"), memory_watched("8, then 4"):
         raise RuntimeError("shapes differ")
 
 
@@ -37,18 +37,18 @@ def test_it_is_halved_down_to_one_and_not_where_the_job_says_how_many(tmp_path: 
         _halved(of_auto, folder, make_plan(of_auto, 1, None), 1, error)
     append_json(folder.metrics_file, {"kind": "start", "step": 0, "attempt": 1})
 
-    def found(job: Job) -> list[tuple[int, ...]]:
+    def found(job: Job) -> list[str]:
         plans: list[Plan] = [make_plan(job, 1, None)]
         with contextlib.suppress(OutOfMemory):
             for _ in range(9):
                 plans.append(_halved(job, folder, plans[-1], 1, error))
         assert len(plans) < 9
         assert len({(plan.samples, plan.global_batch_size) for plan in plans}) == 1
-        return [tuple(stage.micro_batch_size for stage in plan.stages) for plan in plans]
+        return [plan.micro_batches for plan in plans]
 
-    assert found(make_job(tmp_path, train=auto)) == [(4,), (2,), (1,)]
+    assert found(make_job(tmp_path, train=auto)) == ["4", "2", "1"]
     assert folder.data()["micro_batch_tokens"] == 32
-    assert found(make_job(tmp_path, train={"micro_batch_size": 4})) == [(4,)]
+    assert found(make_job(tmp_path, train={"micro_batch_size": 4})) == ["4"]
     stages = [{"block_size": 16, "max_tokens": 100}, {"block_size": 64, "max_tokens": 100}]
     curriculum = make_job(tmp_path, train={**auto, "max_steps": None}, stages=stages)
-    assert found(curriculum) == [(4, 4), (4, 2), (4, 1), (2, 1), (1, 1)]
+    assert found(curriculum) == ["4, then 4", "4, then 2", "4, then 1", "2, then 1", "1, then 1"]
