@@ -76,6 +76,7 @@ def run_job(
         with status_of(folder), stop_signals(folder, progress):
             _claim(job, folder)
             _check(job)
+            _keep_collator(job, folder)
             with (
                 ray_session(job.scaling.num_workers, job.scaling.cpus_per_worker, address),
                 stop_signals(folder, progress),  # again: joining a cluster puts Ray's own handlers in place
@@ -149,6 +150,23 @@ def _claim(job: Job, folder: RunFolder) -> None:
     folder.stop_flag.unlink(missing_ok=True)
     files.write_text(folder.job_file, job_yaml(job))
     folder.set_status("planning")
+
+
+def _keep_collator(job: Job, folder: RunFolder) -> None:
+    """Its source is no part of the job; a run that went on with another one would not be the same."""
+    from raydist.training.collate import collator_fingerprint
+
+    if job.train.collator is None:
+        return
+    source, data = collator_fingerprint(job.train.collator), folder.data()
+    if folder.committed() and data.get("collator", source) != source:
+        raise RunChanged(
+            f"the source of {job.train.collator} differs from what run {job.name} began with",
+            where="train.collator",
+            why="its checkpoints were trained with the old one",
+            fix="restore its module, or give the job a new name",
+        )
+    files.write_json(folder.data_file, {**data, "collator": source})
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from typing import Any
 
 from raydist.corpus.identity import fingerprint
 from raydist.errors import JobError
-from raydist.job.functions import import_function
+from raydist.job.functions import import_function, source_of
 
 Step = Callable[[str], str | None]
 
@@ -111,10 +110,9 @@ STEPS: dict[str, tuple[Callable[..., Step], str]] = {
 
 
 def _user_step(path: str, where: str) -> tuple[Step, list[Any]]:
-    """The fingerprint takes the whole module's source, since a function may call its neighbours."""
     function = import_function(path, where)
     try:
-        source = inspect.getsource(function), inspect.getsource(inspect.getmodule(function) or function)
+        source = source_of(function)
     except (TypeError, OSError) as error:
         raise JobError(
             f"{path} has no source", where=where,

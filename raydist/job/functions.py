@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from operator import attrgetter
 from typing import Any
 
@@ -21,3 +22,8 @@ def import_function(path: str, where: str) -> Any:
             why=str(error),
             fix="write module:function, of a module that Python can import (see PYTHONPATH)",
         ) from error
+
+
+def source_of(function: Any) -> list[str]:
+    """Its own, and its whole module's, since it may call its neighbours. TypeError, OSError: it has none."""
+    return [inspect.getsource(function), inspect.getsource(inspect.getmodule(function) or function)]

@@ -155,7 +155,9 @@ class Train(Section):
     )
     gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer")
     collator: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = Field(
-        None, description="module:function, called on each micro batch: may mask labels and add keys"
+        None,
+        description="module:function, called on each micro batch: may mask labels and add keys;"
+        " a run goes on with the source that it began with",
     )
     logging_steps: PositiveInt = Field(10, description="steps between records in metrics.jsonl")
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
+from raydist.corpus.identity import fingerprint
 from raydist.errors import TrainingError
-from raydist.job.functions import import_function
+from raydist.job.functions import import_function, source_of
 from raydist.training.loss import IGNORED
 
 Tensors = dict[str, torch.Tensor]
@@ -26,7 +27,7 @@ def make_collator(path: str | None) -> Callable[[Tensors], Tensors] | None:
     further tensors go to the model's forward by their names. All else is a TrainingError. It should be
     a function of the batch alone, or a resumed run is not the same one: draw by `sample`, if at all.
 
-    Raises JobError if there is no such function. Its source is not part of a run's identity.
+    Raises JobError if there is no such function.
     """
     if path is None:
         return None
@@ -45,6 +46,14 @@ def make_collator(path: str | None) -> Callable[[Tensors], Tensors] | None:
         return result
 
     return collate
+
+
+def collator_fingerprint(path: str) -> str:
+    """Of its source, by which a resumed run is known to use the same one; of its name if it has none."""
+    try:
+        return fingerprint(source_of(import_function(path, WHERE)))
+    except (TypeError, OSError):
+        return path
 
 
 def _problem(given: Tensors, made: Any) -> str:

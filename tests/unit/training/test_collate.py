@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from raydist.errors import JobError, TrainingError
+from raydist.errors import JobError, RunChanged, TrainingError
+from raydist.folder import RunFolder
+from raydist.run import _keep_collator
 from raydist.training.collate import make_collator
 from raydist.training.data import open_data
 from raydist.training.loop import train
@@ -104,6 +106,29 @@ def test_masked_labels_are_neither_in_the_loss_nor_in_what_it_is_divided_by(tmp_
     plain = next(feed.loader(0, 1, **sizes))
     kept = sum(int((of["labels"][:, 1::2] != -100).sum()) for of in plain.micro_batches)
     assert step.n_labels == kept < plain.n_labels and step.n_tokens == plain.n_tokens
+
+
+def test_a_run_goes_on_with_the_collator_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    module, old = tmp_path / "own_hooks.py", "def keep(batch):\n    return batch\n"
+    module.write_text(old)
+    spec = make_spec(tmp_path, train={"max_steps": 1, "collator": "own_hooks:keep"})
+    folder = RunFolder(spec.run)
+    folder.path.mkdir()
+    _keep_collator(spec.job, folder)
+    module.write_text("# a first try\n" + old)
+    _keep_collator(spec.job, folder)  # nothing is trained yet
+    train(spec)
+    _keep_collator(spec.job, folder)
+    module.write_text(old)
+    with pytest.raises(RunChanged, match=r"(?s)the source of own_hooks:keep differs.*restore its module"):
+        _keep_collator(spec.job, folder)
+    module.write_text("# a first try\n" + old)
+    _keep_collator(spec.job, folder)
+    folder.data_file.write_text("{}")  # of a run that began before sources were kept
+    _keep_collator(spec.job, folder)
 
 
 def test_added_keys_reach_the_model() -> None:
