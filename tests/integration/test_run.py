@@ -362,6 +362,7 @@ def test_a_workers_exception_arrives_with_its_traceback(job: dict[str, Any], her
     assert status["state"] == "failed" and "step" in status["error"]
 
 
+@pytest.mark.slow
 def test_submit_through_the_jobs_api(
     job: dict[str, Any], undisturbed: tuple[RunFolder, str], head: str, here: Here
 ) -> None:
@@ -375,6 +376,9 @@ def test_submit_through_the_jobs_api(
     code, output = here(job, "--address", head)
     assert code == 0, output
     assert "held-out perplexity" in output and folder_of(job).status()["state"] == "finished"
+
+
+def test_a_refusal_on_the_cluster_is_told_here(job: dict[str, Any], head: str, here: Here) -> None:
     code, output = here({**job, "name": "refused", "packing": {"block_size": 4096}}, "--address", head)
     assert code == 2 and "max_position_embeddings" in output, output
 
