@@ -109,7 +109,7 @@ def start(job: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 150) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
     with process:
         try:
             output, _ = process.communicate(timeout=seconds)
@@ -168,7 +168,7 @@ def weights(folder: RunFolder) -> str:
 
 def wait_for_step(folder: RunFolder, step: int, process: subprocess.Popen[str], attempt: int = 1) -> None:
     """Until the run's own metrics say that `step` of `attempt` is done: the next one is under way then."""
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         if reached(folder, step, attempt):
             return
