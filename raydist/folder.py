@@ -61,6 +61,9 @@ class RunFolder:
         """What is known of the run's tokens, and the fingerprints of the logs it is pinned to."""
         return files.read_record(self.data_file)
 
+    def add_data(self, **more: Any) -> None:
+        files.write_json(self.data_file, {**self.data(), **more})
+
     def committed(self) -> bool:
         return bool(self.committed_steps())
 

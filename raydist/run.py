@@ -158,15 +158,15 @@ def _keep_collator(job: Job, folder: RunFolder) -> None:
 
     if job.train.collator is None:
         return
-    source, data = collator_fingerprint(job.train.collator), folder.data()
-    if folder.committed() and data.get("collator", source) != source:
+    source = collator_fingerprint(job.train.collator)
+    if folder.committed() and folder.data().get("collator", source) != source:
         raise RunChanged(
             f"the source of {job.train.collator} differs from what run {job.name} began with",
             where="train.collator",
             why="its checkpoints were trained with the old one",
             fix="restore its module, or give the job a new name",
         )
-    files.write_json(folder.data_file, {**data, "collator": source})
+    folder.add_data(collator=source)
 
 
 @contextlib.contextmanager
@@ -247,7 +247,7 @@ def _awaited(rest: Future[Prepared], progress: Progress) -> Prepared:
 
 def _write_data(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
     described = prepared.describe(feed) if prepared.complete else {}
-    files.write_json(folder.data_file, {**folder.data(), "pins": prepared.pins(), **described})
+    folder.add_data(pins=prepared.pins(), **described)
 
 
 # --- attempts ------------------------------------------------------------------------------------
@@ -310,7 +310,7 @@ def _halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfM
     if job.train.micro_batch_size != "auto" or not above_one or not begun:
         raise error
     tokens = max(above_one) // 2
-    files.write_json(folder.data_file, {**folder.data(), "micro_batch_tokens": tokens})
+    folder.add_data(micro_batch_tokens=tokens)
     return make_plan(job, plan.world_size, plan.samples_per_epoch, tokens)
 
 
@@ -364,12 +364,8 @@ def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
     counted = audit(feed, commit.samples if commit else 0)
     sample = prepared.sample(folder) if folder.model.exists() else None
     began = next(r for r in reversed(read_metrics(folder.path)) if r["kind"] in ("start", "resume"))
-    known = {
-        "audit": counted.to_json(),
-        "sample": sample,
-        "parameters": {"total": began["n_parameters"], "trainable": began["n_trainable"]},
-    }
-    files.write_json(folder.data_file, {**folder.data(), **known})
+    parameters = {"total": began["n_parameters"], "trainable": began["n_trainable"]}
+    folder.add_data(audit=counted.to_json(), sample=sample, parameters=parameters)
 
 
 @contextlib.contextmanager

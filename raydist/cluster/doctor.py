@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from raydist import files
 from raydist.cluster import findings
@@ -32,10 +32,10 @@ from raydist.job.schema import Job
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-T = TypeVar("T")
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "bitsandbytes")
 NODE_SECONDS = 30.0
 """A node that answers no sooner is hung: on its storage, as a rule."""
+AGAIN = "give the command again: so far the cluster was only looked at"
 
 
 def require_healthy(address: str, job: Job | None = None) -> None:
@@ -77,7 +77,7 @@ def _by_job(address: str, job: Job | None) -> list[Finding]:
             runtime_env={**environment, "env_vars": ENVIRONMENT},
             submission_id=f"raydist-doctor-{uuid.uuid4().hex[:12]}",
         )
-    log = _log_at_the_end(client, submission)
+    log = asyncio.run(_log_at_the_end(client, submission))
     if (start := log.find('{\n  "findings"')) < 0:
         raise ClusterError(
             "the checks did not run to their end on the cluster",
@@ -100,18 +100,14 @@ def _authentication(address: str) -> Finding:
         ) from error
 
 
-def _log_at_the_end(client: JobSubmissionClient, submission: str) -> str:
-    def ask(question: Callable[[str], T]) -> T:
-        again = "give the command again: so far the cluster was only looked at"
-        return asyncio.run(patiently(client, submission, lambda: question(submission), again))
-
+async def _log_at_the_end(client: JobSubmissionClient, submission: str) -> str:
     deadline = time.monotonic() + READY_SECONDS + 4 * NODE_SECONDS
-    while not ask(client.get_job_status).is_terminal():
+    while not (job := await patiently(client, client.get_job_info, submission, AGAIN)).status.is_terminal():
         if time.monotonic() > deadline:
             client.stop_job(submission)
             break
-        time.sleep(0.2)
-    return str(ask(client.get_job_logs)) or str(ask(client.get_job_info).message)
+        await asyncio.sleep(0.2)
+    return str(await patiently(client, client.get_job_logs, submission, AGAIN)) or str(job.message)
 
 
 # --- from inside ----------------------------------------------------------------------------------

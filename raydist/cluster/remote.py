@@ -178,7 +178,7 @@ async def _follow(client: JobSubmissionClient, submission: str, log: Log) -> Job
             while True:
                 log.take(await asyncio.wait_for(anext(stream), SILENCE_SECONDS))
         except (StopAsyncIteration, TimeoutError, RuntimeError, OSError, aiohttp.ClientError):
-            job: JobDetails = await patiently(client, submission, lambda: client.get_job_info(submission))
+            job: JobDetails = await patiently(client, client.get_job_info, submission)
         if job.status.is_terminal():
             log.end()
             return job
@@ -186,9 +186,9 @@ async def _follow(client: JobSubmissionClient, submission: str, log: Log) -> Job
 
 
 async def patiently(
-    client: JobSubmissionClient, submission: str, ask: Callable[[], T], fix: str = GOES_ON
+    client: JobSubmissionClient, ask: Callable[[str], T], submission: str, fix: str = GOES_ON
 ) -> T:
-    """What `ask` gives, asked again while the cluster does not answer.
+    """What `ask` gives of a job, asked again while the cluster does not answer.
 
     Raises ClusterError, with `fix`, when it is silent for LOST_SECONDS or does not know the job any more.
     """
@@ -198,7 +198,7 @@ async def patiently(
     while True:
         try:
             _reach(client.get_address())
-            return ask()
+            return ask(submission)
         except (OSError, RuntimeError, AuthenticationError) as error:
             if "status code 404" in str(error):
                 raise ClusterError(
