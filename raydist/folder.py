@@ -1,19 +1,23 @@
 """The run's folder: the names in it, its status, and the lock that keeps it to one writer.
 
 Whatever reads a run reads this folder and nothing else. What counts as done is a file written last.
+A folder with the marker `.raydist` belongs to a run or a sweep. raydist writes into no other folder, and
+removes or replaces only what it wrote itself, by the names that stand here.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from raydist import files
 from raydist.errors import RunBusy, RunError
@@ -21,13 +25,26 @@ from raydist.errors import RunBusy, RunError
 LIVE = ("planning", "preparing", "training")
 STATES = (*LIVE, "finished", "failed", "stopped")
 
+Kind = Literal["run", "sweep"]
+MARKER = ".raydist"
+OLD_JOB = "job.yaml"
+"""What the resolved job was called before runs had a marker."""
+
+LOCKS = (".lease", ".writer")
+CONTENTS = (
+    "raydist-job.yaml", "status.json", "data.json", "metrics.jsonl", "ledger.jsonl", "stop", "report.html",
+    "trials.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json",
+    "checkpoints", "ray", "model", ".model.tmp", "export", "tensorboard", "wandb",
+)  # fmt: skip
+"""All that raydist writes into a run's or a sweep's folder, but for the marker and the locks."""
+
 
 class RunFolder:
     """Paths and records of one run; making the object touches nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.job_file = path / "job.yaml"
+        self.marker = path / MARKER
         self.status_file = path / "status.json"
         self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
@@ -35,8 +52,96 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.ray = path / "ray"
         self.model = path / "model"
+        self.merged = path / "export" / "merged"
         self.report = path / "report.html"
         self.stop_flag = path / "stop"
+        self.trials_file = path / "trials.jsonl"
+        self.best_file = path / "best.yaml"
+        self.sweep_page = path / "sweep.html"
+
+    @property
+    def job_file(self) -> Path:
+        """The resolved job; of a run that was made before runs had a marker, under its old name."""
+        old = self.path / OLD_JOB
+        return old if self._is_unmarked() else self.path / "raydist-job.yaml"
+
+    # --- whose folder it is ------------------------------------------------------------------------
+
+    def exists(self) -> bool:
+        """Whether a run or a sweep is here."""
+        return self.marker.is_file() or self._is_unmarked()
+
+    def check_place(self, kind: Kind) -> None:
+        """Raises RunError where this folder neither is that of a run (or sweep) nor can become it.
+
+        It can if it does not exist or is empty. Nothing is written here.
+        """
+        if self.marker.is_file():
+            marked = files.read_json(self.marker).get("kind")
+            if marked != kind:
+                raise RunError(
+                    f"{self.path.name} is the name of a {marked}, and a {kind} was asked for",
+                    where=str(self.path),
+                    why=f"a folder holds one {marked} or one {kind}",
+                    fix=f"give the {kind} another name",
+                )
+            return
+        foreign = self._foreign()
+        if foreign and not (self._is_unmarked() and foreign == [OLD_JOB]):
+            shown = ", ".join(foreign[:5]) + (f" and {len(foreign) - 5} more" if len(foreign) > 5 else "")
+            raise RunError(
+                f"the folder of the {kind}, {self.path}, holds what raydist did not write: {shown}",
+                where="name and storage: together they name the folder",
+                why="raydist writes only into folders of its own, and nothing here was touched",
+                fix=f"give the {kind} another name or storage, or move these files away",
+            )
+
+    def mark(self, kind: Kind) -> None:
+        """Make the folder that of a run (or sweep). Raises RunError as `check_place` does."""
+        self.check_place(kind)
+        if not self.marker.is_file():
+            files.write_json(self.marker, {"kind": kind, "format": 1})
+
+    def clear(self) -> None:
+        """Remove the run, and nothing that raydist did not write. For the holder of the lease, once marked.
+
+        Raises RunError, having removed nothing, where one of its names is a link, which raydist never makes.
+        """
+        assert self.marker.is_file(), self.path
+        there = [path for name in CONTENTS if (path := self.path / name).exists() or path.is_symlink()]
+        if links := [path.name for path in there if path.is_symlink()]:
+            raise RunError(
+                f"{', '.join(links)} in the run's folder is a link, which raydist did not make",
+                where=str(self.path),
+                why="what another job left here would be removed, and the link may lead anywhere",
+                fix="remove the link, or give the job a new name",
+            )
+        for path in there:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def write_job(self, text: str) -> None:
+        """The resolved job, as YAML."""
+        old = self.path / OLD_JOB if self._is_unmarked() else None
+        files.write_text(self.path / "raydist-job.yaml", text)
+        if old is not None:
+            old.unlink()
+
+    def _is_unmarked(self) -> bool:
+        """Whether a run is here that was made before runs had a marker."""
+        needed = (OLD_JOB, "status.json", ".lease")
+        return not (self.path / "raydist-job.yaml").exists() and all(
+            (self.path / name).is_file() for name in needed
+        )
+
+    def _foreign(self) -> list[str]:
+        """Names in the folder that raydist does not write there, in order."""
+        if not self.path.is_dir():
+            return [self.path.name] if self.path.exists() or self.path.is_symlink() else []
+        ours = {*CONTENTS, *LOCKS, MARKER}
+        names = sorted(path.name for path in self.path.iterdir())
+        return [name for name in names if name not in ours and not fnmatch(name, ".*.tmp")]
+
+    # --- status and data ---------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
         """{} for a run that was never started."""
@@ -130,18 +235,19 @@ def _busy(path: Path) -> RunBusy:
 
 
 def runs_in(storage: str) -> list[RunFolder]:
-    """By name."""
-    return [RunFolder(path.parent) for path in sorted(Path(storage).expanduser().glob("*/job.yaml"))]
+    """Runs and sweeps, by name."""
+    folders = (RunFolder(path) for path in sorted(Path(storage).expanduser().glob("*")))
+    return [folder for folder in folders if folder.exists()]
 
 
 def find_run(run: str | Path, storage: str = "runs") -> RunFolder:
     """The folder of RUN, given as a folder or as a name within `storage`."""
     for path in (Path(run), Path(storage) / run):
-        if (path / "job.yaml").exists():
-            return RunFolder(path)
+        if (folder := RunFolder(path)).exists():
+            return folder
     known = [folder.path.name for folder in runs_in(storage)]
     raise RunError(
         f"no run {run}",
-        where=f"neither {run} nor {Path(storage) / run} holds a job.yaml",
+        where=f"neither {run} nor {Path(storage) / run} is the folder of a run",
         fix=f"runs in {storage}: {', '.join(known) or 'none'}; or name another folder with --storage",
     )

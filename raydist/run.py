@@ -7,7 +7,6 @@ by itself, and is the only writer of status.json, data.json, the report and the 
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 import threading
 import time
@@ -18,7 +17,6 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from raydist import files
 from raydist.cluster.connect import ray_session
 from raydist.cluster.room import gpus, spare
 from raydist.errors import JobError, OutOfMemory, RunChanged, Stopped, TrainingError, WorkerLost
@@ -68,8 +66,10 @@ def run_job(
     if job.tune is not None:
         raise JobError(f"{job.name} is a sweep: it has a tune section", fix="raydist tune, or tune: null")
     folder = folder_of(job)
+    folder.check_place("run")
     progress = progress or Progress(name=job.name)
     with progress, folder.lease():
+        folder.mark("run")
         if _already_finished(job, folder):
             progress.message(f"run {job.name} is finished already; nothing to do")
             return _result(folder)
@@ -144,11 +144,9 @@ def _refuse_changed(job: Job, folder: RunFolder) -> None:
 def _claim(job: Job, folder: RunFolder) -> None:
     """Make the folder this job's. What a different job left without a checkpoint is removed."""
     if folder.job_file.exists() and differences(load_job(folder.job_file), job):
-        for path in folder.path.iterdir():
-            if path.name != ".lease":
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        folder.clear()
     folder.stop_flag.unlink(missing_ok=True)
-    files.write_text(folder.job_file, job_yaml(job))
+    folder.write_job(job_yaml(job))
     folder.set_status("planning")
 
 

@@ -11,7 +11,6 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,6 @@ from raydist.folder import RunFolder
 from raydist.run import RunResult, run_job
 
 PARAMETERS = "training_params.json"
-MODEL_FILES = (
-    "*.safetensors", "*config.json", "*.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
-    "merges.txt", "added_tokens.json", "chat_template*", "README.md", PARAMETERS,
-)  # fmt: skip
 
 
 def train(config: LLMTrainingParams, *, address: str | None = None) -> Any:
@@ -112,7 +107,7 @@ def publish(run: Path, folder: Path, config: LLMTrainingParams) -> list[str]:
 
     A rerun finds them there. Raises RunError for a file of the same name that is not the run's.
     """
-    source = _merged(run) if config.merge_adapter else run / "model"
+    source = _merged(run) if config.merge_adapter else RunFolder(run).model
     if foreign := _foreign(folder, RunFolder(run), [p.name for p in source.iterdir()]):
         raise RunError(
             f"{folder} has {', '.join(foreign)}, which the run did not write", where=str(folder),
@@ -132,7 +127,7 @@ def publish(run: Path, folder: Path, config: LLMTrainingParams) -> list[str]:
 def _merged(run: Path) -> Path:
     from raydist.training.trained import merge_adapter
 
-    merged = run / "export" / "merged"
+    merged = RunFolder(run).merged
     return merged if merged.exists() else merge_adapter(run)
 
 
@@ -146,9 +141,11 @@ def _link(source: Path, target: Path) -> None:
 
 def _foreign(folder: Path, run: RunFolder, names: list[str] | None = None) -> list[str]:
     """Files in P that a model's would replace (those called `names`) and that the run did not write."""
+    from raydist.training.model import is_model_file
+
     found = list(folder.iterdir()) if folder.is_dir() else []
     if names is None:
-        found = [p for p in found if not p.is_dir() and any(fnmatch(p.name, known) for known in MODEL_FILES)]
+        found = [p for p in found if not p.is_dir() and (is_model_file(p.name) or p.name == PARAMETERS)]
     clash = [path for path in found if names is None or path.name in names]
     return sorted(path.name for path in clash if not _is_ours(path, run))
 
@@ -156,7 +153,7 @@ def _foreign(folder: Path, run: RunFolder, names: list[str] | None = None) -> li
 def _is_ours(path: Path, run: RunFolder) -> bool:
     if path.name == PARAMETERS or not path.exists():
         return path.name == PARAMETERS and run.job_file.exists()
-    written = (run.model / path.name, run.path / "export" / "merged" / path.name)
+    written = (run.model / path.name, run.merged / path.name)
     return any(p.exists() and (p.samefile(path) or filecmp.cmp(p, path, shallow=False)) for p in written)
 
 

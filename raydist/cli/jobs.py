@@ -155,6 +155,6 @@ def tune(job_file: str, overrides: tuple[str, ...], address: str | None, as_json
     try:
         run_sweep(job, address=cluster)
     finally:
-        if (folder_of(job).path / "trials.jsonl").exists():
+        if folder_of(job).trials_file.exists():
             result = read_sweep(job)
             show.as_json(result) if as_json else show.sweep(result)

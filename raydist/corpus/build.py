@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist.corpus.identity import fingerprint
-from raydist.corpus.log import FORMAT, TokenLog, commit_name, has_size, open_log, quarantine_name, token_dtype
+from raydist.corpus.log import (
+    FORMAT,
+    TokenLog,
+    commit_name,
+    has_size,
+    is_log_file,
+    open_log,
+    quarantine_name,
+    token_dtype,
+)
 from raydist.corpus.slices import Slice, from_json, to_json
 from raydist.corpus.source import SourceFiles, open_source
 from raydist.corpus.tokenizer import TokenizerSpec, open_tokenizer
@@ -312,13 +321,14 @@ def _head(plan: LogPlan) -> dict[str, Any]:
 
 
 def _tidy(slices: _Slices) -> None:
-    """Remove what killed attempts left, so that the folder holds the log's files only."""
+    """Remove what killed attempts left, so that of raydist's files the folder holds the log's only."""
     kept = {"plan.json", *(commit_name(number) for number in slices.records)}
     kept |= {f"shards/{shard['name']}" for shard in slices.shards}
     kept |= {quarantine_name(number) for number in slices.bad}
     path = slices.plan.path
-    for file in [file for file in path.rglob("*") if file.is_file()]:
-        if str(file.relative_to(path)) not in kept:
+    for file in [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]:
+        name = file.relative_to(path).as_posix()
+        if name not in kept and is_log_file(name):
             file.unlink(missing_ok=True)
 
 

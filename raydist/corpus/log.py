@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,18 @@ def commit_name(number: int) -> str:
 
 def quarantine_name(number: int) -> str:
     return f"quarantine/{number:05d}.jsonl"
+
+
+def is_log_file(name: str) -> bool:
+    """Whether raydist writes files of this name, a path within the log's folder, finished or temporary."""
+    return _LOG_FILE.fullmatch(name) is not None
+
+
+_LOG_FILE = re.compile(
+    r"(?:plan\.json|manifest\.json|quarantine\.jsonl)"
+    r"|shards/\d{5,}-\d{3,}\.arrow|slices/\d{5,}\.json|quarantine/\d{5,}\.jsonl"
+    r"|(?:\w+/)?\.[\w.-]+\.[0-9a-f]{12}\.tmp"
+)
 
 
 class _Checksummed:

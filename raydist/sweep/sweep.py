@@ -50,7 +50,9 @@ def run_sweep(job: Job, *, address: str | None = None, progress: Progress | None
     if job.tune is None:
         raise JobError(f"{job.name} has no tune section", fix="raydist submit runs it, or say what to search")
     folder, progress = folder_of(job), progress or Progress(name=job.name)
+    folder.check_place("sweep")
     with progress, folder.lease():
+        folder.mark("sweep")
         _refuse_changed(job, folder)
         with status_of(folder), stop_signals(folder, progress):
             _claim(job, folder)
@@ -65,7 +67,7 @@ def run_sweep(job: Job, *, address: str | None = None, progress: Progress | None
 
 def _refuse_changed(job: Job, folder: RunFolder) -> None:
     """Once trials have begun, what they share may not change; how many there are may."""
-    if not (folder.path / "trials.jsonl").exists():
+    if not (folder.trials_file).exists():
         return
     old = load_job(folder.job_file)
     changed = differences(old, job)
@@ -85,7 +87,7 @@ def _claim(job: Job, folder: RunFolder) -> None:
     from raydist.training.model import check_model
 
     folder.stop_flag.unlink(missing_ok=True)
-    files.write_text(folder.job_file, job_yaml(job))
+    folder.write_job(job_yaml(job))
     folder.set_status("planning")
     check_trackers(job)
     for end in (0, -1):
@@ -135,7 +137,7 @@ def _search(spec: SweepSpec, folder: RunFolder, at_a_time: int, progress: Progre
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one reports errors also where it was told to be silent
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is told by _Told
     assert spec.job.tune is not None
-    journal = Journal(spec.job, folder.path / "trials.jsonl")
+    journal = Journal(spec.job, folder.trials_file)
     # no CPU, which is all for the workers; Ray refuses a request for nothing
     trainable = tune.with_resources(tune.with_parameters(TrialRun, spec=spec), {"memory": 2**20})
     tune.Tuner(
@@ -224,7 +226,7 @@ class _Told(tune.Callback):
         if number in self._spec.ended:
             return  # it was told when it happened
         files.append_json(
-            self._folder.path / "trials.jsonl", {"number": number, "state": state, "error": error}, flush=True
+            self._folder.trials_file, {"number": number, "state": state, "error": error}, flush=True
         )
         self._progress.message(f"trial {number:03d}  {state}{': ' * bool(error)}{error}")
 
@@ -235,7 +237,7 @@ def _number(trial: Any) -> int:
 
 def _states(job: Job, folder: RunFolder) -> list[tuple[str, str]]:
     """State and error of each trial by number: finished where its own folder says so, else as told last."""
-    last = {record["number"]: record for record in files.read_jsonl(folder.path / "trials.jsonl")}
+    last = {record["number"]: record for record in files.read_jsonl(folder.trials_file)}
     return [_state(last[n], folder.path.with_name(trial_name(job, n))) for n in sorted(last)]
 
 
@@ -277,7 +279,7 @@ def _write_best(job: Job, folder: RunFolder, trials: Sequence[Trial]) -> Trial |
         kept = {"checkpoint.save_total_limit": job.checkpoint.save_total_limit}
         of_best = trial_job(job, "best", {**best.parameters, **kept})
         head = f"# The best of {len(trials)} trials: {best.name}, {best.bits_per_byte:.4f} bits per byte\n"
-        files.write_text(folder.path / "best.yaml", head + job_yaml(of_best))
+        files.write_text(folder.best_file, head + job_yaml(of_best))
     return best
 
 
@@ -295,9 +297,9 @@ def _refuse_failed(folder: RunFolder, result: SweepResult) -> None:
 def read_sweep(job: Job) -> SweepResult:
     """What the folders of the sweep and its trials say."""
     folder = folder_of(job)
-    known = zip(read_parameters(folder.path / "trials.jsonl"), _states(job, folder), strict=True)
+    known = zip(read_parameters(folder.trials_file), _states(job, folder), strict=True)
     trials = [_trial(job, number, *what) for number, what in enumerate(known)]
-    best = folder.path / "best.yaml"
+    best = folder.best_file
     return SweepResult(folder.path, ranked(trials), best if best.exists() else None)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from ray import tune
 
-from raydist import files
 from raydist.errors import RaydistError, Stopped
 from raydist.folder import RunFolder
 from raydist.job.plan import tokens_after
@@ -46,7 +45,7 @@ class SweepSpec:
     ended: dict[int, str]
 
     def trial(self, number: int) -> Job:
-        parameters = read_parameters(self.folder / "trials.jsonl")[number]
+        parameters = read_parameters(RunFolder(self.folder).trials_file)[number]
         return trial_job(self.job, number, {"storage": str(self.folder.parent), **parameters})
 
 
@@ -135,7 +134,8 @@ class TrialRun(tune.Trainable):
             return spec.ended[number]
         if self._cancelled:
             raise Stopped(f"{job.name} was ended before it began")
+        folder.mark("run")
         if not folder.data_file.exists():
-            files.write_json(folder.data_file, {"pins": spec.pins})
+            folder.add_data(pins=spec.pins)
         run_job(job, progress=Evaluations(job, self._results.put), parent=spec.parent)
         return "finished"

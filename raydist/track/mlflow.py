@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist import files
+from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.track.records import Record, figures, flatten, key, redact
 from raydist.track.tracker import Warn, telling
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 
 EXPERIMENT = "raydist"
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
-FILES = ("job.yaml", "report.html", "sweep.html", "best.yaml")
 
 
 def tracking_uri(job: Job, folder: Path) -> str:
@@ -87,7 +87,8 @@ class Mlflow:
         self._save()
 
     def close(self, state: str) -> None:
-        for path in (self._folder / name for name in FILES):
+        folder = RunFolder(self._folder)
+        for path in (folder.job_file, folder.report, folder.sweep_page, folder.best_file):
             if path.exists():
                 self._client.log_text(self.run_id, redact(path.read_text()), path.name)
         self._client.set_terminated(self.run_id, STATUS[state])

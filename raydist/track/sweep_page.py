@@ -40,7 +40,7 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def write_sweep_page(folder: Path, trials: Sequence[Trial], *, state: str = "", error: str = "") -> Path:
-    """Write `folder`/sweep.html, with the job of `folder`/job.yaml."""
+    """Write `folder`/sweep.html, with the job of the sweep's folder."""
     trials = ranked(trials)
     best = trials[0] if trials and math.isfinite(_bits(trials[0])) else None
     keys = list(dict.fromkeys(key for trial in trials for key in trial.parameters))

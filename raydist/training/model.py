@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,11 @@ from raydist.training.zero import check_deepspeed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+MODEL_FILES = (
+    "*.safetensors", "*config.json", "*.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
+    "merges.txt", "added_tokens.json", "chat_template*", "README.md",
+)  # fmt: skip
 
 SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
 """Of a base, nothing is unpickled and no code is run."""
@@ -343,17 +349,34 @@ def save_model(
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside `folder`; on success flush it to disk and put it in its place."""
+    """Give a temporary folder next to `folder`; on success flush it to disk and put it in its place.
+
+    What a user put into the old folder, by names that no model's file has, is in the new one too.
+    """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     yield temporary
+    for path in folder.iterdir() if folder.is_dir() else ():
+        target = temporary / path.name
+        if is_model_file(path.name) or target.exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target, symlinks=True)
+        else:
+            shutil.copy2(path, target, follow_symlinks=False)
     for path in [*temporary.rglob("*"), temporary]:
-        files.flush_to_disk(path)
+        if not path.is_symlink():
+            files.flush_to_disk(path)
     if folder.exists():
         shutil.rmtree(folder)
     temporary.rename(folder)
     files.flush_to_disk(folder.parent)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether transformers, peft or raydist write files of this name into a model's folder."""
+    return any(fnmatch(name, known) for known in MODEL_FILES)
 
 
 def save_full(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from raydist.errors import ModelError
+from raydist.folder import RunFolder
 from raydist.training.model import SAFE, load_tokenizer, quietly, replacing, save_full
 from raydist.training.quantization import load_dequantized, load_quantized, read_config
 from raydist.training.weights import full_state
@@ -61,7 +62,7 @@ def merge_adapter(run: Path, base: Path | None = None) -> Path:
     A quantized base is dequantized first, and the merged model is fp32. base: the folder of a copy of
     an unquantized base. Raises ModelError when there is no adapter, or no base that it fits.
     """
-    source, target = run / "model", run / "export" / "merged"
+    source, target = RunFolder(run).model, RunFolder(run).merged
     quantized = _check(source, base)
     from peft import PeftConfig
 

@@ -110,7 +110,7 @@ def test_a_command_of_the_guide(words: list[str], capfd: pytest.CaptureFixture[s
         main([words[0], "--train", *words[1:]])
     assert ended.value.code == 0, capfd.readouterr()
     asked = files.read_json(Path(project) / "training_params.json")
-    job = raydist.load_job(Path(project) / project / "job.yaml")
+    job = raydist.load_job(Path(project) / project / "raydist-job.yaml")
     assert records(project, "train")[-1]["samples"] > 0
     if project == "my-lm-model":
         assert (job.train.epochs, job.train.global_batch_size, job.train.lr) == (3, 32, 5e-5)
@@ -242,7 +242,7 @@ def test_example_4_a_large_model_by_qlora() -> None:
     assert set(told["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert type(model).__name__ == "PeftModelForCausalLM"
     first, *_ = records("llama-domain-adapted", "start")
-    job = raydist.load_job(Path("llama-domain-adapted") / "llama-domain-adapted" / "job.yaml")
+    job = raydist.load_job(Path("llama-domain-adapted") / "llama-domain-adapted" / "raydist-job.yaml")
     assert (first["micro_batch_size"], job.train.global_batch_size) == (1, 32)
     assert (job.train.mixed_precision, job.train.gradient_checkpointing) == ("bf16", True)
 

@@ -138,8 +138,11 @@ class TestOnRay:
         log.shards[2].path.write_bytes(b"torn")
         (log.path / "shards/.00000-000.arrow.0123456789ab.tmp").write_bytes(b"left by a killed task")
         (log.path / "shards/00000-007.arrow").write_bytes(b"of no slice")
+        users = {"notes.txt": b"mine", "shards/mine.arrow": b"mine"}
+        for name, text in users.items():
+            (log.path / name).write_bytes(text)
         build_log(plan, on_error="fail")
-        assert content(log.path) == before
+        assert content(log.path) == before | users
         new = {shard.name: shard.path.stat().st_mtime_ns for shard in log.shards}
         made = {name for name in times if new[name] != times[name]}
         assert made == {log.shards[1].name, log.shards[2].name}

@@ -245,7 +245,7 @@ def test_trackers_have_the_run(undisturbed: tuple[RunFolder, str]) -> None:
     (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
     assert run.info.status == "FINISHED" and run.data.params["train.lr"] == "0.003"
     assert len(client.get_metric_history(run.info.run_id, "loss")) == STEPS
-    assert {f.path for f in client.list_artifacts(run.info.run_id)} >= {"job.yaml", "report.html"}
+    assert {f.path for f in client.list_artifacts(run.info.run_id)} >= {"raydist-job.yaml", "report.html"}
     perplexity = run.data.metrics["eval/words/perplexity"]
     for points in (read_tensorboard(folder.path), read_wandb(folder.path)[0]):
         assert [step for step, _ in points["loss"]] == list(range(1, STEPS + 1))

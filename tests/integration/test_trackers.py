@@ -56,7 +56,7 @@ def no_wandb_account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def run(tmp_path: Path) -> Path:
     run = tmp_path / "runs" / "demo"
     run.mkdir(parents=True)
-    (run / "job.yaml").write_text(job_yaml(a_job()))
+    (run / "raydist-job.yaml").write_text(job_yaml(a_job()))
     return run
 
 
@@ -95,7 +95,7 @@ def test_a_run_and_its_resumption_are_one_mlflow_run(run: Path, capfd: pytest.Ca
     )
     assert found.data.params["train.lr"] == "0.001" and found.data.params["scaling.num_workers"] == "1"
     assert found.data.tags["resumed.scaling.num_workers"] == "2"
-    assert {a.path for a in client.list_artifacts(found.info.run_id)} == {"job.yaml", "report.html"}
+    assert {a.path for a in client.list_artifacts(found.info.run_id)} == {"raydist-job.yaml", "report.html"}
     assert Path(found.info.artifact_uri.removeprefix("file://")).is_relative_to(
         run.parent / "mlflow-artifacts"
     )
@@ -135,7 +135,7 @@ def test_the_trials_of_a_sweep_stand_under_its_run(tmp_path: Path) -> None:
     append(trial, train(1))
     (tracker,) = start_trackers(a_job(mlflow=uri), trial, pytest.fail, parent=parent)
     tracker.finish("finished")
-    for name in ("job.yaml", "sweep.html", "best.yaml"):
+    for name in ("raydist-job.yaml", "sweep.html", "best.yaml"):
         (sweep / name).write_text(name)
     for lr in (3e-4, 5e-4):  # the second time after a resumption that found a better trial
         finish_parent(
@@ -147,7 +147,7 @@ def test_the_trials_of_a_sweep_stand_under_its_run(tmp_path: Path) -> None:
     assert found.info.status == "FINISHED" and found.data.metrics == {"best bits": 5e-4}
     assert found.data.params["train.lr"] == "0.001" and found.data.params["best.train.lr"] == "0.0003"
     assert found.data.tags["resumed.best.train.lr"] == "0.0005"
-    assert {a.path for a in client.list_artifacts(parent)} == {"job.yaml", "sweep.html", "best.yaml"}
+    assert {a.path for a in client.list_artifacts(parent)} == {"raydist-job.yaml", "sweep.html", "best.yaml"}
     (child,) = client.search_runs([found.info.experiment_id], f"tags.mlflow.parentRunId = '{parent}'")
     assert child.data.metrics["loss"] == 9.0 and child.info.run_id != parent
 
@@ -182,7 +182,7 @@ from pathlib import Path
 from raydist.job.load import load_job
 from raydist.track.start import start_trackers
 run = Path(sys.argv[1])
-start_trackers(load_job(run / "job.yaml"), run, print, poll_seconds=0.05)
+start_trackers(load_job(run / "raydist-job.yaml"), run, print, poll_seconds=0.05)
 time.sleep(300)
 """
 
@@ -194,7 +194,7 @@ def test_files_hold_the_history_across_lost_workers_and_a_killed_driver(
     secret = {"tokenizer": "https://ann:hunter2@host/tokenizer"}
     job = a_job(**FILES)
     job = job.model_copy(update={"model": job.model.model_copy(update=secret)})
-    (run / "job.yaml").write_text(job_yaml(job))
+    (run / "raydist-job.yaml").write_text(job_yaml(job))
     evaluation = {"kind": "eval", "step": 3, "source": "my web", "eval_loss": 3.0, "perplexity": 20.5}
     append(run, {"kind": "start", "step": 0}, *map(train, range(1, 5)))
     with socket.create_server(("127.0.0.1", 0)) as proxy:

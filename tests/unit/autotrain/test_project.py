@@ -12,6 +12,7 @@ from raydist import files
 from raydist.autotrain import LLMTrainingParams, project
 from raydist.autotrain.project import PARAMETERS, publish, push, read_token
 from raydist.errors import JobError, RunError
+from raydist.folder import RunFolder
 from tests.unit.autotrain.hub import Hub, running
 from tests.unit.autotrain.parts import GPT2, write_base
 
@@ -38,7 +39,8 @@ def write_files(folder: Path, contents: dict[str, str]) -> None:
 def finished(storage: Path, contents: dict[str, str] = FILES) -> Path:
     """A run's folder with a job and a model."""
     run = storage / "p"
-    files.write_text(run / "job.yaml", "name: p\n")
+    RunFolder(run).mark("run")
+    RunFolder(run).write_job("name: p\n")
     write_files(run / "model", contents)
     return run
 

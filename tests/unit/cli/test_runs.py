@@ -20,7 +20,8 @@ from raydist.folder import RunFolder
 
 def make_run(storage: Path, name: str, state: str, steps: int = 3, **status: Any) -> RunFolder:
     folder = RunFolder(storage / name)
-    files.write_text(folder.job_file, f"name: {name}\n")
+    folder.mark("run")
+    folder.write_job(f"name: {name}\n")
     for record in records(steps):
         files.append_json(folder.metrics_file, record)
     files.write_text(folder.checkpoints / "step-00000002" / "COMMIT.json", "{}")

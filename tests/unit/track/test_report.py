@@ -24,7 +24,9 @@ def run_folder(run: Path, steps: int = 60) -> Path:
             records.append(_eval(step, attempt, begin + step - first))
     records.append({"kind": "incident", "what": "a <worker> was lost", "attempt": 1, "time": 1e9 + 1500})
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (run / "job.yaml").write_text("name: <demo>\ntracking:\n  mlflow: http://ann:hunter2@tracking.example/\n")
+    (run / "raydist-job.yaml").write_text(
+        "name: <demo>\ntracking:\n  mlflow: http://ann:hunter2@tracking.example/\n"
+    )
     (run / "status.json").write_text('{"state": "training", "since": "2026-01-01T00:00:00+00:00"}')
     (run / "data.json").write_text(json.dumps(DATA))
     return run

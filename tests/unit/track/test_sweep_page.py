@@ -35,7 +35,9 @@ def test_the_best_come_first_and_what_did_not_finish_last() -> None:
 
 
 def test_the_page_tells_the_whole_sweep(tmp_path: Path) -> None:
-    (tmp_path / "job.yaml").write_text("name: <demo>\ntracking: {mlflow: 'http://ann:hunter2@host/'}\n")
+    (tmp_path / "raydist-job.yaml").write_text(
+        "name: <demo>\ntracking: {mlflow: 'http://ann:hunter2@host/'}\n"
+    )
     page = write_sweep_page(
         tmp_path, TRIALS, state="finished", error="GET http://bob:pw@host <b>"
     ).read_text()

@@ -88,6 +88,19 @@ def test_a_base_is_trained_in_fp32_and_saved_in_its_own_dtype(tmp_path: Path, ba
     assert "3 steps" in card
 
 
+def test_an_export_keeps_what_a_user_put_into_the_folder(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, train={"max_steps": 1})
+    model = spec.run / "model"
+    users = {"notes.txt": "mine", "quantized/weights.gguf": "mine"}
+    for name, text in {**users, "model-00007-of-00009.safetensors": "of an earlier export"}.items():
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        (model / name).write_text(text)
+    train(spec)
+    assert {name: (model / name).read_text() for name in users} == users
+    assert [path.name for path in model.glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(model.parent.glob(".model*"))
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses an old name of transformers
 def test_lora_trains_the_adapter_alone_loads_in_peft_and_merges(tmp_path: Path, base: Path) -> None:
     options = {"model": from_base(base), "adapter": {"r": 4, "dropout": 0.0}}
