@@ -25,10 +25,11 @@ from raydist.folder import RunFolder
 from raydist.job.load import load_job
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
-from raydist.prepared import Prepared
+from raydist.model.build import build_model
+from raydist.run.dataset import Prepared
 from raydist.training.loop import train
-from raydist.training.model import build_model
-from raydist.training.world import World
+
+CPU = torch.device("cpu")
 
 JOB = Path(__file__).resolve().parent.parent / "jobs" / "quickstart.yaml"
 WARM_UP_STEPS = 3
@@ -91,14 +92,14 @@ def raydist_steps(prepared: Prepared, turn: int) -> list[float]:
 
     folder = RunFolder(Path(prepared.job.storage) / f"turn-{turn}")
     plan = make_plan(prepared.job, 1, prepared.feed().samples_per_epoch)
-    train(prepared.train_spec(folder, plan, attempt=1), should_stop=should_stop)
+    train(prepared.attempt_spec(folder, plan, attempt=1), should_stop=should_stop)
     return differences(starts)
 
 
 def bare_steps(prepared: Prepared) -> list[float]:
     """The least that trains the same model on the same batches, which are made before the clock runs."""
     job = prepared.job
-    model = build_model(job, Path(prepared.tokenizer.folder), World())
+    model = build_model(job, Path(prepared.tokenizer.folder), CPU)
     optimizer = torch.optim.AdamW(model.parameters(), lr=job.train.lr, fused=True)
     starts = []
     for micro_batches, n_labels in batches(prepared):

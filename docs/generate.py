@@ -19,7 +19,7 @@ from raydist.job.schema import Job
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.unit.training import matrix  # noqa: E402 - found by the line above
+from tests.unit.parallel import matrix  # noqa: E402 - found by the line above
 
 HEAD = """\
 # Every key of a job
@@ -76,7 +76,7 @@ SUPPORT = """\
 # What works together
 
 Made from the tests by `make docs`. Each precision that stands in the table is a case of
-`tests/unit/training/test_strategies.py`: two workers train it, its checkpoint is resumed by two workers and by
+`tests/unit/parallel/test_strategies.py`: two workers train it, its checkpoint is resumed by two workers and by
 one, its `model/` is loaded by plain transformers or peft and, for an adapter, merged by `raydist export RUN --merge`.
 `make test` runs those of most use, `make test-all` every one.
 All that does not stand there is refused before anything starts.

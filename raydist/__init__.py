@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from raydist.api import blocks, load_job, open_feed, open_log, prepare, submit, train, tune
     from raydist.job.schema import Job
-    from raydist.run import RunResult
+    from raydist.run.run import RunResult
 
 __all__ = [
     "Job",
@@ -34,5 +34,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module raydist has no attribute {name}")
-    home = {"Job": "raydist.job.schema", "RunResult": "raydist.run"}.get(name, "raydist.api")
+    home = {"Job": "raydist.job.schema", "RunResult": "raydist.run.run"}.get(name, "raydist.api")
     return getattr(import_module(home), name)

@@ -11,8 +11,8 @@ from raydist.errors import RunError
 from raydist.folder import find_run
 from raydist.job.load import load_job
 from raydist.job.schema import Job
-from raydist.prepared import Prepared, find_prepared, prepare_logs
-from raydist.run import RunResult, folder_of, run_job
+from raydist.run.dataset import Prepared, find_prepared, prepare_logs
+from raydist.run.run import RunResult, folder_of, run_job
 from raydist.track.progress import Progress
 
 if TYPE_CHECKING:
@@ -88,11 +88,11 @@ def blocks(job_or_run: Job | str | Path, start: int = 0, stop: int | None = None
         raise RunError(
             "a weighted mixture, or stages, have no end", fix="say how many blocks: blocks(job, start, stop)"
         )
-    if start < stop and feed.stage_at(start) != feed.stage_at(stop - 1):
+    if start < stop and feed.stage_number(start) != feed.stage_number(stop - 1):
         raise RunError(
             f"blocks {start} to {stop} are of several stages",
             why="their block sizes differ, and a Dataset's columns have one shape",
-            fix=f"ask for one stage at a time; they begin at {[s.start for s in feed.segments]}",
+            fix=f"ask for one stage at a time; they begin at {[s.start for s in feed.stages]}",
         )
     tasks = max(1, -(-(stop - start) // BLOCKS_PER_TASK))
 

@@ -267,7 +267,7 @@ def modules(named: str | list[str]) -> str | list[str]:
 
 def fit_block_size(p: LLMTrainingParams, values: dict[str, Any]) -> None:
     """A block of -1 becomes the model's positions. Raises JobError for a job or a block that does not fit."""
-    from raydist.training.model import check_fits, load_config
+    from raydist.model.build import check_fits, load_config
 
     places: dict[KeyPath, str] = {tuple(of.key.split(".")): name for name, of in reversed(TABLE.items())}
     size = p.max_seq_length if p.block_size == -1 else p.block_size

@@ -19,7 +19,7 @@ from raydist.autotrain.params import LLMTrainingParams, refusals, run_name
 from raydist.cluster.connect import ray_address
 from raydist.errors import JobError, RaydistError, RunError
 from raydist.folder import RunFolder
-from raydist.run import RunResult, run_job
+from raydist.run.run import RunResult, run_job
 
 PARAMETERS = "training_params.json"
 
@@ -29,7 +29,7 @@ def train(config: LLMTrainingParams, *, address: str | None = None) -> Any:
 
     It is transformers' or, for an adapter that was not merged, peft's. Raises a RaydistError.
     """
-    from raydist.training.trained import load_trained
+    from raydist.model.export import load_trained
 
     run(config, address=address)
     return load_trained(Path(config.project_name).expanduser())
@@ -125,7 +125,7 @@ def publish(run: Path, folder: Path, config: LLMTrainingParams) -> list[str]:
 
 
 def _merged(run: Path) -> Path:
-    from raydist.training.trained import merge_adapter
+    from raydist.model.export import merge_adapter
 
     merged = RunFolder(run).merged
     return merged if merged.exists() else merge_adapter(run)
@@ -141,7 +141,7 @@ def _link(source: Path, target: Path) -> None:
 
 def _foreign(folder: Path, run: RunFolder, names: list[str] | None = None) -> list[str]:
     """Files in P that a model's would replace (those called `names`) and that the run did not write."""
-    from raydist.training.model import is_model_file
+    from raydist.model.export import is_model_file
 
     found = list(folder.iterdir()) if folder.is_dir() else []
     if names is None:

@@ -53,8 +53,8 @@ def validate(job_files: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 @as_json
 def plan(job_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     """Print what the job would do, from a sample of its files. Starts and writes nothing."""
-    from raydist.estimate import plan_job
     from raydist.job.load import load_job
+    from raydist.run.estimate import plan_job
 
     planned = plan_job(load_job(job_file, overrides))
     if as_json:
@@ -72,7 +72,7 @@ def prepare(job_file: str, overrides: tuple[str, ...], address: str | None, as_j
     """Only make the job's token logs; what is there already is kept."""
     from raydist import api
     from raydist.cluster.connect import ray_address
-    from raydist.prepared import describe_log
+    from raydist.run.dataset import describe_log
 
     job = api.load_job(job_file, overrides)
     prepared = api.prepare(job, address=ray_address(address, job.cluster.address))
@@ -125,7 +125,7 @@ def submit(job_file: str, overrides: tuple[str, ...], address: str | None, as_js
 
 
 def _run_here(job: Job, address: str | None, as_json: bool) -> None:
-    from raydist.run import run_job
+    from raydist.run.run import run_job
 
     result = run_job(job, address=address)
     if as_json:
@@ -149,7 +149,7 @@ def tune(job_file: str, overrides: tuple[str, ...], address: str | None, as_json
         from raydist.cluster.submit import submit_and_follow
 
         raise SystemExit(submit_and_follow(job, cluster, click.echo, "tune"))
-    from raydist.run import folder_of
+    from raydist.run.run import folder_of
     from raydist.sweep.sweep import read_sweep, run_sweep
 
     try:

@@ -180,6 +180,6 @@ def resume(context: click.Context, run: str, storage: str, address: str | None, 
 def export(run: str, storage: str, merge: bool, base: Path | None) -> None:
     """Write RUN's adapter merged into its base, as a model that needs no peft."""
     from raydist.folder import find_run
-    from raydist.training.trained import merge_adapter
+    from raydist.model.export import merge_adapter
 
     click.echo(f"merged model in {merge_adapter(find_run(run, storage).path, base)}")

@@ -10,7 +10,7 @@ import click
 from raydist.errors import RaydistError
 
 if TYPE_CHECKING:
-    from raydist.run import RunResult
+    from raydist.run.run import RunResult
     from raydist.sweep.sweep import SweepResult
 
 

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist import files
-from raydist.cluster import findings
+from raydist.cluster import checks
+from raydist.cluster.checks import SHARED_MEMORY, Finding
 from raydist.cluster.connect import ENVIRONMENT, no_way_in, ray_session
-from raydist.cluster.findings import SHARED_MEMORY, Finding
 from raydist.cluster.remote import READY_SECONDS, connect, patiently, send
 from raydist.errors import ClusterError
 from raydist.job.load import job_yaml
@@ -93,7 +93,7 @@ def _authentication(address: str) -> Finding:
     url = f"{address.rstrip('/')}/api/authentication_mode"
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - an address the user gave
-            return findings.authentication(json.load(answer)["authentication_mode"])
+            return checks.authentication(json.load(answer)["authentication_mode"])
     except (OSError, ValueError, KeyError) as error:
         raise no_way_in(
             address, error, "start it, mend the address, or forward its port: ray dashboard FILE"
@@ -124,15 +124,15 @@ def _examine_here(job: Job | None) -> list[Finding]:
     ids = {f"node {node['NodeManagerAddress']} ({node['NodeID'][:6]})": node["NodeID"] for node in alive}
     driver = next(name for name, key in ids.items() if key == ray.get_runtime_context().get_node_id())
     nodes, silent = _ask(ids, _own_storage(job) if job else "", _models(job))
-    told += [findings.hung(name, error) for name, error in silent.items()]
+    told += [checks.hung(name, error) for name, error in silent.items()]
     if nodes:
-        told += [*findings.versions(nodes, versions()), *findings.clocks(nodes)]
-        told += findings.shared_memory(nodes)
+        told += [*checks.versions(nodes, versions()), *checks.clocks(nodes)]
+        told += checks.shared_memory(nodes)
     if job and driver in nodes:
-        told += findings.storage(_own_storage(job), nodes, driver)
-        told += findings.models(_models(job), nodes)
+        told += checks.storage(_own_storage(job), nodes, driver)
+        told += checks.models(_models(job), nodes)
     if job:
-        told.append(findings.resources(job, [node["Resources"] for node in alive], _may_grow_to()))
+        told.append(checks.resources(job, [node["Resources"] for node in alive], _may_grow_to()))
     return told
 
 
@@ -149,7 +149,7 @@ def _models(job: Job | None) -> list[str]:
     return list(dict.fromkeys(name for name in named if isinstance(name, str)))
 
 
-def _ask(ids: dict[str, str], storage: str, models: list[str]) -> tuple[findings.Nodes, dict[str, Exception]]:
+def _ask(ids: dict[str, str], storage: str, models: list[str]) -> tuple[checks.Nodes, dict[str, Exception]]:
     """What each node says, in two rounds: all have written before any reads; and who is silent."""
     probe = f".raydist-probe-{uuid.uuid4().hex}-"
     first = _on_nodes(ids, look, storage, probe, models)
@@ -275,7 +275,7 @@ def presence(name: str) -> str:
     folder = Path(name).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
         return "folder"
-    if findings.is_path(name):
+    if checks.is_path(name):
         return ""
     from huggingface_hub import constants, try_to_load_from_cache
 

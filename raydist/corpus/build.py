@@ -13,7 +13,6 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydist.corpus.identity import fingerprint
 from raydist.corpus.log import (
     FORMAT,
     TokenLog,
@@ -29,6 +28,7 @@ from raydist.corpus.source import SourceFiles, open_source
 from raydist.corpus.tokenizer import TokenizerSpec, open_tokenizer
 from raydist.errors import ClusterError, EmptyCorpus, LogError, RaydistError
 from raydist.files import read_json, read_jsonl, write_bytes, write_json
+from raydist.fingerprint import fingerprint
 from raydist.job.schema import Corpus, Source
 
 if TYPE_CHECKING:

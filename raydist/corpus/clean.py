@@ -9,8 +9,8 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
-from raydist.corpus.identity import fingerprint
 from raydist.errors import JobError
+from raydist.fingerprint import fingerprint
 from raydist.job.functions import import_function, source_of
 
 Step = Callable[[str], str | None]

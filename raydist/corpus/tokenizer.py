@@ -22,11 +22,11 @@ import tokenizers
 import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from raydist.corpus.identity import fingerprint
 from raydist.corpus.log import Ints, Tokens, held_out, token_dtype
 from raydist.corpus.source import SourceFiles, open_source
 from raydist.errors import EmptyCorpus, ModelError
 from raydist.files import flush_to_disk
+from raydist.fingerprint import fingerprint
 from raydist.job.schema import Job, NewTokenizer
 
 EOS = "<|endoftext|>"

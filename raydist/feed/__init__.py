@@ -10,9 +10,9 @@ data is the integer g. torch is imported by the loader alone.
 """
 
 from raydist.feed.audit import Audit, audit
-from raydist.feed.feed import Feed, open_sources
-from raydist.feed.holdout import EvalSet
-from raydist.feed.packs import FeedSource
-from raydist.feed.segment import Counts
+from raydist.feed.eval_set import EvalSet
+from raydist.feed.feed import Feed, make_feed
+from raydist.feed.pack_index import FeedSource
+from raydist.feed.stage import Counts
 
-__all__ = ["Audit", "Counts", "EvalSet", "Feed", "FeedSource", "audit", "open_sources"]
+__all__ = ["Audit", "Counts", "EvalSet", "Feed", "FeedSource", "audit", "make_feed"]

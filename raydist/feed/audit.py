@@ -10,8 +10,8 @@ import numpy as np
 from raydist.corpus.log import Ints
 from raydist.errors import LogError
 from raydist.feed.feed import Feed
-from raydist.feed.order import HEAD
 from raydist.feed.packing import PackIndex
+from raydist.feed.shuffle import HEAD
 
 Reads = list[tuple[PackIndex, Ints]]
 """Of one shard: under which packing which of its blocks were read."""
@@ -49,7 +49,7 @@ def audit(feed: Feed, n_samples: int) -> Audit:
     for number in range(len(feed.streams)):
         whole, reads = _visits(feed, number, n_samples)
         for window in range(len(feed.streams[number].window_ends)):
-            for source, shard in feed.segments[0].shards_of(number, window):
+            for source, shard in feed.stages[0].shards_of(number, window):
                 total += _shard(feed, source, shard, whole[window], reads.get((source, shard), []))
     trained, left, repeated = total.tolist()
     counts = feed.counts(0, n_samples)
@@ -67,14 +67,14 @@ def _visits(feed: Feed, number: int, n_samples: int) -> tuple[Counter[int], dict
     """Of a stream: how often each window was read whole, and by shard all other reading."""
     whole: Counter[int] = Counter()
     reads: dict[tuple[int, int], Reads] = defaultdict(list)
-    for segment, lo, hi in feed.parts(0, n_samples):
-        for stream, span in segment.spans(lo, hi):
+    for stage, lo, hi in feed.parts(0, n_samples):
+        for stream, span in stage.spans(lo, hi):
             if stream != number:
                 continue
-            if span.window != HEAD and segment.is_whole(number, span):
+            if span.window != HEAD and stage.is_whole(number, span):
                 whole[span.window] += 1
                 continue
-            for source, shard, index, blocks in segment.indexes(number, span):
+            for source, shard, index, blocks in stage.indexes(number, span):
                 reads[source, shard].append((index, blocks))
     return whole, reads
 

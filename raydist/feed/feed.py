@@ -14,10 +14,10 @@ import orjson
 import xxhash
 
 from raydist.corpus.log import Ints, TokenLog, open_log
-from raydist.feed.duplicates import duplicates, fingerprints
+from raydist.feed.pack_index import FeedSource
 from raydist.feed.packing import REVISION, Batch
-from raydist.feed.packs import FeedSource
-from raydist.feed.segment import Counts, Place, Segment
+from raydist.feed.selection import duplicates, fingerprints
+from raydist.feed.stage import Counts, Place, Stage
 from raydist.job.plan import Stretch, stretches
 from raydist.job.schema import Job, Packing
 
@@ -31,8 +31,8 @@ POLL_SECONDS = 1.0
 class Feed:
     """Packed blocks in the order of a run, without end.
 
-    dedup: whether documents whose text occurred before are left out.  stages: how many samples of which
-    block size follow each other, in place of packing's; the last has no end. Raises what Segment does.
+    dedup: whether documents whose text occurred before are left out.  stretches: how many samples of which
+    block size follow each other, in place of packing's; the last has no end. Raises what Stage does.
     """
 
     def __init__(
@@ -43,23 +43,23 @@ class Feed:
         holdout: float,
         *,
         dedup: bool = False,
-        stages: Sequence[Stretch] = (),
+        stretches: Sequence[Stretch] = (),
     ) -> None:
         self._made_of = (tuple(sources), packing, seed, holdout)
-        self._options = {"dedup": dedup, "stages": tuple(stages)}
-        self.packing, self.seed, self.holdout, self.stages = packing, seed, holdout, tuple(stages)
+        self._options = {"dedup": dedup, "stretches": tuple(stretches)}
+        self.packing, self.seed, self.holdout, self.stretches = packing, seed, holdout, tuple(stretches)
         logs = [source.log for source in sources]
         self.dedup = fingerprints(logs) if dedup else []
         name = xxhash.xxh3_64_hexdigest(orjson.dumps(self.dedup))
         repeats = [(rows, name) for rows in duplicates(logs)] if dedup else [None for _ in logs]
-        sizes = [stage.block_size for stage in stages] or [packing.block_size]
-        starts = [0, *accumulate(stage.samples for stage in stages[:-1])]
-        self.segments: list[Segment] = []
+        sizes = [stage.block_size for stage in stretches] or [packing.block_size]
+        starts = [0, *accumulate(stage.samples for stage in stretches[:-1])]
+        self.stages: list[Stage] = []
         for size, start in zip(sizes, starts, strict=True):
             of_stage = packing.model_copy(update={"block_size": size})
-            before = self.segments[-1] if self.segments else None
-            self.segments.append(Segment(sources, of_stage, seed, holdout, repeats, before, start))
-        self.sources, self.streams = self.segments[0].sources, self.segments[0].streams
+            before = self.stages[-1] if self.stages else None
+            self.stages.append(Stage(sources, of_stage, seed, holdout, repeats, before, start))
+        self.sources, self.streams = self.stages[0].sources, self.stages[0].streams
 
     def __reduce__(self) -> tuple[object, ...]:
         return _made, (self._made_of, self._options)
@@ -70,7 +70,7 @@ class Feed:
 
         None for a weighted mixture, for stages, or while a log grows.
         """
-        fixed = self.complete and len(self.segments) == 1 and not self.segments[0].mixture
+        fixed = self.complete and len(self.stages) == 1 and not self.stages[0].mixture
         return self.streams[0].n_blocks if fixed else None
 
     @property
@@ -87,10 +87,10 @@ class Feed:
         """Whether the logs are long enough for the first g samples of the run."""
         if self.complete:
             return True
-        (segment,) = self.segments  # stages wait for the whole log
+        (stage,) = self.stages  # stages wait for the whole log
         growing = [not source.log.complete for source in self.sources]
-        growing = growing if segment.mixture else [any(growing)]
-        known = zip(segment.consumed(g), segment.streams, growing, strict=True)
+        growing = growing if stage.mixture else [any(growing)]
+        known = zip(stage.consumed(g), stage.streams, growing, strict=True)
         return all(n <= stream.n_blocks for n, stream, grows in known if grows)
 
     def grown(self, g: int, while_waiting: Callable[[], None]) -> Feed:
@@ -116,7 +116,7 @@ class Feed:
     @property
     def fingerprint(self) -> str:
         """Of all that decides what the g-th sample is."""
-        mixture = self.segments[0].mixture
+        mixture = self.stages[0].mixture
         parts = {
             "revision": REVISION,
             "logs": [source.log.fingerprint for source in self.sources],
@@ -127,15 +127,15 @@ class Feed:
         }
         # left out where not used: checkpoints of runs without them keep their fingerprint
         parts |= {"dedup": self.dedup} if self.dedup else {}
-        parts |= {"stages": [list(stage) for stage in self.stages]} if self.stages else {}
+        parts |= {"stages": [list(stage) for stage in self.stretches]} if self.stretches else {}
         return xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
-    def segment_at(self, g: int) -> Segment:
-        """The segment that the run's sample g belongs to."""
-        return self.segments[self.stage_at(g)]
+    def stage_of(self, g: int) -> Stage:
+        """The stage that the run's sample g belongs to."""
+        return self.stages[self.stage_number(g)]
 
-    def stage_at(self, g: int) -> int:
-        return bisect_right([segment.start for segment in self.segments], g) - 1
+    def stage_number(self, g: int) -> int:
+        return bisect_right([stage.start for stage in self.stages], g) - 1
 
     def block(self, g: int) -> dict[str, Ints | int]:
         """The g-th sample of the run: input_ids, labels, position_ids, int64[T], and sample = g."""
@@ -148,15 +148,15 @@ class Feed:
         Raises ValueError for samples of several stages: their blocks are not of one size.
         """
         numbers = np.asarray(samples, np.int64)
-        stages = {self.stage_at(int(g)) for g in numbers if g >= 0} or {0}
+        stages = {self.stage_number(int(g)) for g in numbers if g >= 0} or {0}
         if len(stages) > 1:
-            starts = [segment.start for segment in self.segments]
+            starts = [stage.start for stage in self.stages]
             raise ValueError(f"samples of several stages in one batch; the stages begin at {starts}")
-        return self.segments[stages.pop()].read(numbers)[0]
+        return self.stages[stages.pop()].read(numbers)[0]
 
     def places(self, samples: Ints) -> list[Place]:
         """Where each sample (not -1) comes from."""
-        return [self.segment_at(int(g)).places(samples[i : i + 1])[0] for i, g in enumerate(samples)]
+        return [self.stage_of(int(g)).places(samples[i : i + 1])[0] for i, g in enumerate(samples)]
 
     def loader(
         self,
@@ -175,42 +175,42 @@ class Feed:
         Both sizes in sequences, of every stage or of each. Closing the iterator, or dropping it, ends
         its thread. while_waiting: see `grown`. collate: see `loader.read_step`.
         """
-        from raydist.feed.loader import ahead, global_batches, read_step  # torch is needed only here
+        from raydist.feed.loader import global_batches, prefetch, read_step  # torch is needed only here
 
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
         batches, micro = self._of_each_stage(global_batch_size), self._of_each_stage(micro_batch_size)
 
         def steps(feed: Feed) -> Iterator[Step]:
-            for stage, lo, hi in global_batches([s.start for s in feed.segments], start, stop, batches):
+            for stage, lo, hi in global_batches([s.start for s in feed.stages], start, stop, batches):
                 feed = feed.grown(hi, while_waiting)
-                yield read_step(feed.segments[stage], lo, hi, rank, world_size, micro[stage], collate)
+                yield read_step(feed.stages[stage], lo, hi, rank, world_size, micro[stage], collate)
 
-        return ahead(steps(self))
+        return prefetch(steps(self))
 
     def _of_each_stage(self, size: int | Sequence[int]) -> Sequence[int]:
-        return [size] * len(self.segments) if isinstance(size, int) else size
+        return [size] * len(self.stages) if isinstance(size, int) else size
 
     def counts(self, start: int, stop: int) -> Counts:
         """Of samples [start, stop)."""
-        each = [segment.counts(lo, hi) for segment, lo, hi in self.parts(start, stop)]
+        each = [stage.counts(lo, hi) for stage, lo, hi in self.parts(start, stop)]
         return Counts(*(sum(column) for column in zip(*each, strict=True))) if each else Counts(0, 0, 0, 0)
 
-    def parts(self, start: int, stop: int) -> Iterator[tuple[Segment, int, int]]:
-        """Samples [start, stop) a segment at a time: the segment, and the samples that are of it."""
-        ends = [segment.start for segment in self.segments[1:]]
-        for segment, end in zip(self.segments, [*ends, stop], strict=True):
-            lo, hi = max(start, segment.start), min(stop, end)
+    def parts(self, start: int, stop: int) -> Iterator[tuple[Stage, int, int]]:
+        """Samples [start, stop) a stage at a time: the stage, and the samples that are of it."""
+        ends = [stage.start for stage in self.stages[1:]]
+        for stage, end in zip(self.stages, [*ends, stop], strict=True):
+            lo, hi = max(start, stage.start), min(stop, end)
             if lo < hi:
-                yield segment, lo, hi
+                yield stage, lo, hi
 
 
 def _made(made_of: tuple[Sequence[FeedSource], Packing, int, float], options: dict[str, object]) -> Feed:
     return Feed(*made_of, **options)  # type: ignore[arg-type]
 
 
-def open_sources(job: Job, logs: Mapping[str, TokenLog]) -> Feed:
+def make_feed(job: Job, logs: Mapping[str, TokenLog]) -> Feed:
     """The feed of a job whose sources have these logs, by name."""
     sources = [FeedSource(name, logs[name], source.weight) for name, source in job.corpus.sources.items()]
-    dedup, stages = job.corpus.dedup == "exact", stretches(job) if job.stages else ()
-    return Feed(sources, job.packing, job.seed, job.corpus.holdout, dedup=dedup, stages=stages)
+    dedup, lengths = job.corpus.dedup == "exact", stretches(job) if job.stages else ()
+    return Feed(sources, job.packing, job.seed, job.corpus.holdout, dedup=dedup, stretches=lengths)

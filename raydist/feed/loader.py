@@ -20,11 +20,11 @@ from raydist.corpus.log import Ints
 from raydist.feed.packing import IGNORED, Batch
 
 if TYPE_CHECKING:
-    from raydist.feed.segment import Segment
+    from raydist.feed.stage import Stage
 
 Tensors = dict[str, torch.Tensor]
 
-STEPS_AHEAD = 2
+PREFETCHED_STEPS = 2
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def rank_samples(start: int, stop: int, rank: int, world_size: int) -> Ints:
 
 
 def read_step(
-    segment: Segment,
+    stage: Stage,
     start: int,
     stop: int,
     rank: int,
@@ -80,7 +80,7 @@ def read_step(
     collate: Callable[[Tensors], Tensors] | None = None,
 ) -> Step:
     """collate: called on each micro batch; it may take labels out, so these are counted after it."""
-    batch, counts = segment.read(rank_samples(start, stop, rank, world_size))
+    batch, counts = stage.read(rank_samples(start, stop, rank, world_size))
     step = Step(start, stop, list(micro_batches(batch, micro_batch_size)), *counts.sum(axis=0).tolist())
     if collate is None:
         return step
@@ -95,11 +95,11 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Tensors]:
         yield {name: torch.from_numpy(array[row : row + size]) for name, array in batch.items()}
 
 
-def ahead(steps: Iterator[Step]) -> Iterator[Step]:
-    """The same steps, read by a thread STEPS_AHEAD of the consumer; what is raised there is raised here."""
+def prefetch(steps: Iterator[Step]) -> Iterator[Step]:
+    """The same steps, read by a thread PREFETCHED_STEPS ahead; what is raised there is raised here."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="raydist-feed")
     try:
-        pending = deque(pool.submit(next, steps, None) for _ in range(STEPS_AHEAD))
+        pending = deque(pool.submit(next, steps, None) for _ in range(PREFETCHED_STEPS))
         while True:
             began = perf_counter()
             step = pending.popleft().result()

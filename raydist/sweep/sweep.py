@@ -16,7 +16,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 
 from raydist import files
 from raydist.cluster.connect import ray_session
-from raydist.cluster.room import require_room
+from raydist.cluster.resources import require_room
 from raydist.errors import JobError, RunChanged, Stopped, TrainingError
 from raydist.folder import RunFolder
 from raydist.job.identity import differences
@@ -24,8 +24,8 @@ from raydist.job.load import job_yaml, load_job
 from raydist.job.schema import Job
 from raydist.job.search import trial_job, trial_name
 from raydist.job.tune import Tune
-from raydist.prepared import Prepared, prepare_logs
-from raydist.run import folder_of, status_of, stop_if_asked, stop_signals
+from raydist.run.dataset import Prepared, prepare_logs
+from raydist.run.run import folder_of, status_of, stop_if_asked, stop_signals
 from raydist.sweep.suggest import METRIC, Journal, Parameters, read_parameters
 from raydist.sweep.trial import ENDED, SweepSpec, TrialRun, curve
 from raydist.track.mlflow import finish_parent, start_parent
@@ -83,15 +83,13 @@ def _refuse_changed(job: Job, folder: RunFolder) -> None:
 
 
 def _claim(job: Job, folder: RunFolder) -> None:
-    from raydist.track.start import check_trackers
-    from raydist.training.model import check_model
+    from raydist.run.preflight import check_job
 
     folder.stop_flag.unlink(missing_ok=True)
     folder.write_job(job_yaml(job))
     folder.set_status("planning")
-    check_trackers(job)
     for end in (0, -1):
-        check_model(_at_an_end(job, end))
+        check_job(_at_an_end(job, end))
 
 
 def _at_an_end(job: Job, end: int) -> Job:

@@ -18,7 +18,7 @@ from raydist.folder import RunFolder
 from raydist.job.plan import tokens_after
 from raydist.job.schema import Job
 from raydist.job.search import trial_job
-from raydist.run import folder_of, run_job
+from raydist.run.run import folder_of, run_job
 from raydist.sweep.suggest import METRIC, read_parameters
 from raydist.track.progress import Progress
 from raydist.track.records import Record, effective

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from raydist.track.words import short
+from raydist.track.humanize import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

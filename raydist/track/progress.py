@@ -13,8 +13,8 @@ from rich import progress
 from rich.console import Console, RenderableType
 from rich.text import Text
 
+from raydist.track.humanize import clean, duration, number, workers
 from raydist.track.records import Record
-from raydist.track.words import clean, duration, number, workers
 
 PREPARE_SECONDS = 5.0
 """Least time between plain lines of preparation."""

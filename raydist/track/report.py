@@ -10,9 +10,9 @@ from typing import Any
 
 from raydist import files
 from raydist.folder import RunFolder
+from raydist.track.humanize import date, duration, number, short, shown, workers
 from raydist.track.plots import Curve, draw, smoothed
 from raydist.track.records import HISTORY, Record, evaluations, read_metrics, redact, supersede
-from raydist.track.words import date, duration, number, short, shown, workers
 
 MOST_POINTS = 2000
 

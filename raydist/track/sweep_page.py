@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from raydist import files
+from raydist.track.humanize import shown
 from raydist.track.plots import MUTED, SERIES, Curve, draw
 from raydist.track.report import page
-from raydist.track.words import shown
 
 STATES = ("finished", "pruned", "running", "stopped", "failed")
 

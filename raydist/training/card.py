@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from raydist.job.plan import Plan
 from raydist.job.schema import Job
+from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Commit
-from raydist.training.spec import TrainSpec
 
 
-def model_card(spec: TrainSpec, weights: Commit) -> str:
+def model_card(spec: AttemptSpec, weights: Commit) -> str:
     """Markdown with a Hub header. weights: the commit, made or not, of the weights beside the card."""
     job, base = spec.job, spec.job.model.base
     origin = f"base_model: {base}\n" if base else ""

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from raydist.corpus.identity import fingerprint
 from raydist.errors import TrainingError
+from raydist.fingerprint import fingerprint
 from raydist.job.functions import import_function, source_of
-from raydist.training.loss import IGNORED
+from raydist.model.loss import IGNORED
 
 Tensors = dict[str, torch.Tensor]
 GIVEN = ("input_ids", "labels", "position_ids", "sample")

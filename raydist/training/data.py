@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.evaluate import EvalData
-from raydist.training.spec import TrainSpec
 
 if TYPE_CHECKING:
     from raydist.feed import Feed
@@ -21,10 +21,10 @@ class Data:
     eval_sets: Sequence[EvalData]
 
 
-def open_data(spec: TrainSpec) -> Data:
+def open_data(spec: AttemptSpec) -> Data:
     """Open the spec's token logs. Raises LogError for one that is not whole."""
     from raydist.corpus.log import open_log
-    from raydist.feed import EvalSet, open_sources
+    from raydist.feed import EvalSet, make_feed
 
     job, limit = spec.job, spec.job.eval.max_tokens
     logs = {name: open_log(path, growing=spec.growing) for name, path in spec.logs.items()}
@@ -37,4 +37,4 @@ def open_data(spec: TrainSpec) -> Data:
         if share > 0 and log.complete  # without a share none was asked for; lowest hashes are of all
     ]
     extra = [EvalSet(n, log, packing, holdout=None, max_tokens=limit) for n, log in eval_logs.items()]
-    return Data(open_sources(job, logs), [*held_out, *extra])
+    return Data(make_feed(job, logs), [*held_out, *extra])

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from raydist.training.loss import IGNORED, autocast, logits_of, summed_cross_entropy
-from raydist.training.world import World
+from raydist.model.loss import IGNORED, autocast, logits_of, summed_cross_entropy
+from raydist.parallel.world import World
 
 
 class EvalData(Protocol):

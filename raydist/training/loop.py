@@ -17,7 +17,13 @@ from torch import Tensor
 
 from raydist.errors import CheckpointError, TrainingError
 from raydist.folder import RunFolder
+from raydist.model.build import n_parameters
+from raydist.model.export import full_state, save_model, saved_dtype
+from raydist.parallel.strategy import Strategy, make_strategy
+from raydist.parallel.weights import build_on_ranks
+from raydist.parallel.world import World, contact
 from raydist.training import checkpoint
+from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.card import model_card
 from raydist.training.checkpoint import Commit, Counts
 from raydist.training.collate import make_collator
@@ -25,12 +31,7 @@ from raydist.training.data import Data, open_data
 from raydist.training.evaluate import evaluate
 from raydist.training.memory import memory_watched
 from raydist.training.metrics import Clock, MetricsWriter, memory_bytes, mfu
-from raydist.training.model import build_model, n_parameters, save_model, saved_dtype
 from raydist.training.schedule import learning_rate
-from raydist.training.spec import TrainSpec
-from raydist.training.strategy import Strategy, make_strategy
-from raydist.training.weights import full_state
-from raydist.training.world import World, contact
 
 if TYPE_CHECKING:
     from raydist.feed.loader import Step
@@ -51,7 +52,7 @@ class TrainResult:
 
 
 def train(
-    spec: TrainSpec,
+    spec: AttemptSpec,
     *,
     rank: int = 0,
     world_size: int = 1,
@@ -80,7 +81,7 @@ class Attempt:
 
     def __init__(
         self,
-        spec: TrainSpec,
+        spec: AttemptSpec,
         world: World,
         data: Data,
         on_commit: OnCommit | None,
@@ -91,7 +92,7 @@ class Attempt:
         self.on_commit, self.should_stop = on_commit, should_stop
         self.collate = make_collator(self.job.train.collator)
         self.metrics = MetricsWriter(spec.run, spec.attempt, enabled=world.is_main)
-        model = build_model(spec.job, spec.tokenizer, world)
+        model = build_on_ranks(spec.job, spec.tokenizer, world)
         self.n_parameters, self.n_trainable = n_parameters(model), n_parameters(model, trainable=True)
         self.strategy: Strategy = make_strategy(model, spec.job, world, spec.plan.accumulation_steps)
         self.last_commit = self._resume()
@@ -345,7 +346,8 @@ class Attempt:
         exported = self._load_best() or self._planned(self.run_folder)
         module = self.strategy.module
         dtype = saved_dtype(self.job) if self.job.adapter is None else None
-        state = full_state(module, self.strategy.whole, self.world, dtype)
+        main = self.world.is_main
+        state = full_state(module, dtype, gather_full=self.strategy.gather_full, keep=main)
         if self.world.is_main:
             card = model_card(self.spec, exported)
             save_model(module, state, self.job, self.spec.tokenizer, self.run_folder / "model", card)

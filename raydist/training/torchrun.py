@@ -1,6 +1,6 @@
 """An attempt without Ray: `torchrun --nproc-per-node 2 -m raydist.training.torchrun SPEC.json`, or python.
 
-SPEC.json is what `TrainSpec.to_json` gives. SIGTERM asks for a checkpoint and a clean end.
+SPEC.json is what `AttemptSpec.to_json` gives. SIGTERM asks for a checkpoint and a clean end.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from raydist.parallel.world import backend_of
+from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.loop import train
-from raydist.training.spec import TrainSpec
-from raydist.training.world import backend_of
 
 
 def main(path: str) -> int:
-    spec = TrainSpec.from_json(Path(path).read_text())
+    spec = AttemptSpec.from_json(Path(path).read_text())
     rank, world_size, local_rank = (int(os.environ.get(name, at)) for name, at in _RANK_VARIABLES)
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

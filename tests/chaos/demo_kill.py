@@ -21,6 +21,10 @@ from pathlib import Path
 
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from tests.weights import weight_hash
+
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "quickstart.yaml"
 TAG = "RAYDIST_RUN_TAG"
 """In the environment of the driver and so of all that it starts: raylet, gcs and workers can outlive it."""
@@ -170,8 +174,6 @@ def send(process: psutil.Process, number: signal.Signals) -> None:
 
 
 def verdict(undisturbed: Run, killed: Run) -> int:
-    from raydist.training.model import weight_hash
-
     hashes = [weight_hash(run.folder / "model") for run in (undisturbed, killed)]
     for run, value in zip((undisturbed, killed), hashes, strict=True):
         say(f"   {run.name:18} {value}")

@@ -15,7 +15,7 @@ import pytest
 from raydist import files
 from raydist.errors import BadRecords, CorpusError, EmptyCorpus, JobError, ModelError, RaydistError
 from raydist.job.load import build_job
-from raydist.run import run_job
+from raydist.run.run import run_job
 
 CONFIG = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 TEXT = "a document with a few words in it, long enough to be worth a block of its own"

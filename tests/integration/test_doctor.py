@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from raydist.cluster import doctor as checks
+from raydist.cluster.checks import hung
 from raydist.cluster.doctor import require_healthy
-from raydist.cluster.findings import hung
 from raydist.errors import ClusterError
 from raydist.job.load import build_job
 from tests.hosts import OBJECT_STORE_BYTES, PROGRAMS, ROOT, Host, Hosts, can_run

@@ -13,11 +13,11 @@ import pytest
 from raydist.errors import CorpusError, LogError, RaydistError
 from raydist.folder import RunFolder
 from raydist.job.load import build_job
-from raydist.run import run_job
+from raydist.run.run import run_job
 from raydist.track.records import effective
-from raydist.training.model import weight_hash
 from tests.integration.test_run import losses, write_corpus
 from tests.integration.test_sweep import CONFIG
+from tests.weights import weight_hash
 
 GATE = Path(os.environ["RAY_TMPDIR"], "follow")
 """Names the storage whose preparation is held up; the tasks of Ray see it too."""

@@ -21,7 +21,7 @@ from raydist import files
 from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.job.plan import make_plan
-from raydist.prepared import find_prepared
+from raydist.run.dataset import find_prepared
 from raydist.track.records import read_metrics
 from raydist.training.loop import train
 from tests.hosts import Host, Hosts, can_run
@@ -155,7 +155,7 @@ def check_unbroken(job: dict[str, Any], folder: RunFolder) -> None:
     assert sum(line["tokens"] for line in kept.values()) == audit["n_trained"] + audit["n_repeated"]
     alone, built = RunFolder(folder.path.parent / "alone"), build_job(job)
     prepared = find_prepared(built, folder.data()["pins"])
-    train(prepared.train_spec(alone, make_plan(built, 1, None), 1))
+    train(prepared.attempt_spec(alone, make_plan(built, 1, None), 1))
     assert losses(folder) == pytest.approx(losses(alone), rel=1e-4)
 
 

@@ -21,12 +21,12 @@ from raydist.cli import main
 from raydist.folder import RunFolder
 from raydist.job.load import load_job
 from raydist.job.plan import make_plan
-from raydist.prepared import find_prepared
-from raydist.training.model import weight_hash
-from raydist.training.trained import load_trained
+from raydist.model.export import load_trained
+from raydist.run.dataset import find_prepared
 from tests.integration.test_run import write_corpus
 from tests.integration.test_train_ray import workers
-from tests.unit.training.train_parts import losses, run_ranks
+from tests.train_parts import losses, run_ranks
+from tests.weights import weight_hash
 
 ROOT = Path(__file__).resolve().parents[2]
 END = "<|endoftext|>"
@@ -119,7 +119,9 @@ def test_its_command_survives_a_kill_and_ends_as_two_undisturbed_ranks(
 
     job = load_job(run.job_file)
     prepared = find_prepared(job, run.data()["pins"])
-    undisturbed = prepared.train_spec(RunFolder(tmp_path / "undisturbed"), make_plan(job, 2, None), attempt=1)
+    undisturbed = prepared.attempt_spec(
+        RunFolder(tmp_path / "undisturbed"), make_plan(job, 2, None), attempt=1
+    )
     run_ranks(undisturbed)
     assert losses(run.path) == losses(undisturbed.run) and len(losses(run.path)) == 20
     assert weight_hash(run.model) == weight_hash(undisturbed.run / "model")

@@ -16,8 +16,8 @@ from raydist.errors import JobError, ModelError
 from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.job.plan import make_plan
-from raydist.prepared import find_prepared
-from raydist.run import run_job
+from raydist.run.dataset import find_prepared
+from raydist.run.run import run_job
 from raydist.track.records import effective, read_metrics
 from raydist.training.loop import train
 from tests.integration.test_run import CONFIG, write_corpus
@@ -90,7 +90,7 @@ def test_the_micro_batch_that_fits_is_found(job: dict[str, Any], capfd: pytest.C
     free = build_job(change(job, train={"micro_batch_size": 4, "collator": f"{__name__}:mask"}))
     roomy = RunFolder(folder.path.with_name("roomy"))
     roomy.path.mkdir()
-    train(find_prepared(free).train_spec(roomy, make_plan(free, 1, None), 1))
+    train(find_prepared(free).attempt_spec(roomy, make_plan(free, 1, None), 1))
     assert len(losses(folder)) == 3
     assert losses(folder) == pytest.approx(losses(roomy), abs=1e-4)
 

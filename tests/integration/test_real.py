@@ -91,8 +91,8 @@ def test_qlora_by_the_command_line_lowers_perplexity_and_merges(tmp_path: Path) 
     import torch
     from transformers import AutoModelForCausalLM
 
+    from raydist.model.export import load_trained
     from raydist.track.records import effective
-    from raydist.training.trained import load_trained
 
     sets = {
         "storage": tmp_path,

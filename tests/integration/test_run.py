@@ -161,7 +161,7 @@ def losses(folder: RunFolder) -> dict[int, float]:
 
 
 def weights(folder: RunFolder) -> str:
-    from raydist.training.model import weight_hash
+    from tests.weights import weight_hash
 
     return weight_hash(folder.model)
 

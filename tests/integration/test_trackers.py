@@ -15,7 +15,7 @@ import pytest
 from raydist.errors import JobError
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
-from raydist.run import run_job
+from raydist.run.run import run_job
 from raydist.sweep.sweep import run_sweep
 from raydist.track.mlflow import finish_parent, start_parent, tracking_uri
 from raydist.track.start import start_trackers
@@ -268,7 +268,7 @@ def test_a_tracker_that_fails_is_one_warning_and_the_others_go_on(
 def test_wandb_that_is_not_installed_is_told_before_anything_is_done(
     sweep: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import raydist.training.model  # noqa: F401 - with all that is imported later
+    import raydist.model.build  # noqa: F401 - with all that is imported later
 
     tune = {"search": {"train.lr": {"choice": [1e-3, 1e-4]}}, "trials": 2} if sweep else None
     job = Job.model_validate(

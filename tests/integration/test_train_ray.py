@@ -13,19 +13,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raydist.cluster.trainer import run_attempt
 from raydist.errors import CheckpointError, TrainingError, WorkerLost
 from raydist.files import read_json
+from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import newest_valid
 from raydist.training.loop import train
-from raydist.training.model import weight_hash
-from raydist.training.ray_trainer import run_attempt
-from raydist.training.spec import TrainSpec
-from tests.unit.training.train_parts import losses, make_spec, run_ranks
+from tests.train_parts import losses, make_spec, run_ranks
+from tests.weights import weight_hash
 
 pytestmark = pytest.mark.usefixtures("ray_local")
 
 
-def when(spec: TrainSpec, step: int, act: Callable[[], None]) -> threading.Thread:
+def when(spec: AttemptSpec, step: int, act: Callable[[], None]) -> threading.Thread:
     """Call `act` once that step is recorded."""
 
     def watch() -> None:

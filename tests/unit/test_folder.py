@@ -14,7 +14,7 @@ from raydist import files
 from raydist.errors import RunBusy, RunError
 from raydist.folder import RunFolder, find_run
 from raydist.job.schema import Job
-from raydist.run import run_job
+from raydist.run.run import run_job
 from raydist.sweep.sweep import run_sweep
 
 HOLD = "import sys,time,pathlib\nfrom raydist.folder import RunFolder\n\

@@ -3,7 +3,7 @@ import pytest
 
 from raydist.errors import LogError
 from raydist.feed import Feed, FeedSource, audit
-from raydist.feed.packs import _checksum
+from raydist.feed.pack_index import _checksum
 from raydist.job.schema import Packing
 
 SHARDS = [[20, 7, 33, 5] * 4] * 5

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from raydist.corpus.log import held_out
 from raydist.errors import EmptyCorpus, JobError, LogError
 from raydist.feed import Feed, FeedSource
-from raydist.feed.packs import packs_folder, remember
+from raydist.feed.pack_index import cached_array, pack_index_folder
 from raydist.job.schema import Packing
 
 SHARDS = [[5, 40, 1, 16, 15, 17, 3], [100, 2, 2], [7] * 30, [16]]
@@ -162,7 +162,7 @@ def test_counts_of_a_range_are_the_sum_of_its_samples(make_log):
     for weights in ([None, None], [0.6, 0.4]):
         sources = [FeedSource(log.path.name, log, weight) for log, weight in zip(logs, weights, strict=True)]
         feed = Feed(sources, packing(), 0, 0.1)
-        each = feed.segments[0].read(np.arange(200))[1]
+        each = feed.stages[0].read(np.arange(200))[1]
         for start, stop in [(0, 200), (3, 3), (17, 18), (11, 157), (50, 51)]:
             assert list(feed.counts(start, stop)) == each[start:stop].sum(axis=0).tolist()
 
@@ -222,12 +222,12 @@ def test_opening_again_reads_the_totals_alone_and_a_lost_index_is_made_again(mak
     source = [FeedSource("a", log)]
     feed = Feed(source, packing(), 0, 0.1)
     expected = feed.batch(np.arange(20))
-    for index in packs_folder(log).rglob("*.pack"):
+    for index in pack_index_folder(log).rglob("*.pack"):
         index.unlink()
     again = Feed(source, packing(), 0, 0.1)
-    assert not list(packs_folder(log).rglob("*.pack"))
+    assert not list(pack_index_folder(log).rglob("*.pack"))
     assert np.array_equal(again.batch(np.arange(20))["labels"], expected["labels"])
-    assert list(packs_folder(log).rglob("*.pack"))
+    assert list(pack_index_folder(log).rglob("*.pack"))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def test_a_damaged_pack_file_is_made_again(make_log, damage):
     log = make_log(SHARDS)
     source = [FeedSource("a", log)]
     expected = Feed(source, packing(), 0, 0.1).batch(np.arange(20))
-    whole = {path: path.read_bytes() for path in packs_folder(log).rglob("*") if path.is_file()}
+    whole = {path: path.read_bytes() for path in pack_index_folder(log).rglob("*") if path.is_file()}
     assert len(whole) == 1 + len(SHARDS)
     for path, content in whole.items():
         path.write_bytes(damage(content))
@@ -256,10 +256,10 @@ def test_the_log_folder_is_not_touched(make_log):
 
 def test_storage_that_cannot_be_written_is_no_obstacle(tmp_path):
     refused = Path("/sys/raydist/pack")  # refused to root as well
-    assert remember(refused, lambda: np.arange(3)).tolist() == [0, 1, 2]
+    assert cached_array(refused, lambda: np.arange(3)).tolist() == [0, 1, 2]
     (tmp_path / "file").write_text("")
     with pytest.raises(NotADirectoryError):
-        remember(tmp_path / "file" / "pack", lambda: np.arange(3))
+        cached_array(tmp_path / "file" / "pack", lambda: np.arange(3))
 
 
 def test_a_feed_travels_to_other_processes(make_log):

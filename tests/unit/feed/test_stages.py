@@ -25,7 +25,7 @@ def build(make_log, stages, weights=(None, None), strategy="best_fit", holdout=0
         for name, weight in zip("ab", weights, strict=True)
     ]
     packing = Packing(block_size=16, window_shards=2, strategy=strategy)
-    return Feed(sources, packing, 0, holdout, stages=[Stretch(*stage) for stage in stages])
+    return Feed(sources, packing, 0, holdout, stretches=[Stretch(*stage) for stage in stages])
 
 
 def tokens_of(feed: Feed, start: int, stop: int) -> list[Counter[int]]:
@@ -50,7 +50,7 @@ def to_train(feed: Feed) -> list[set[int]]:
 
 def samples_in_last(feed: Feed) -> int:
     """Samples from the last stage's start to the end of the epoch that it began in."""
-    (stream,) = feed.segments[-1].streams
+    (stream,) = feed.stages[-1].streams
     epoch, window = stream.begins
     return stream.n_head + (stream.n_blocks - stream.window_start(window) if epoch == 0 else 0)
 
@@ -59,9 +59,9 @@ def samples_in_last(feed: Feed) -> int:
 @given(LENGTHS, st.sampled_from(["best_fit", "concat"]))
 def test_an_epoch_over_stages_is_every_token_once(make_log, stages, strategy):
     feed = build(make_log, [*stages, (16, 1)], strategy=strategy)
-    if feed.segments[-1].streams[0].begins[0] > 0:
+    if feed.stages[-1].streams[0].begins[0] > 0:
         return  # the stages are longer than an epoch: see the next test
-    end = feed.segments[-1].start + samples_in_last(feed)
+    end = feed.stages[-1].start + samples_in_last(feed)
     for seen, wanted in zip(tokens_of(feed, 0, end), to_train(feed), strict=True):
         assert seen == Counter(wanted)
     result = audit(feed, end)
@@ -90,7 +90,7 @@ def test_labels_are_the_next_token_of_the_document_also_of_what_was_left(make_lo
         (place,) = feed.places(np.array([g]))
         block, counts = feed.block(g), feed.counts(g, g + 1)
         ids, labels = block["input_ids"], block["labels"]
-        assert len(ids) == feed.segment_at(g).packing.block_size == sum(counts[:3])
+        assert len(ids) == feed.stage_of(g).packing.block_size == sum(counts[:3])
         for token, label in zip(ids.tolist(), labels.tolist(), strict=True):
             assert label == (after[place.source][token] if token else -100)
         assert np.count_nonzero(labels != -100) == counts.n_labels

@@ -2,8 +2,8 @@ import io
 import re
 from typing import Any
 
+from raydist.track.humanize import duration, number
 from raydist.track.progress import Progress
-from raydist.track.words import duration, number
 
 
 class Terminal(io.StringIO):

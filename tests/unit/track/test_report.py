@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from raydist.track.humanize import short
 from raydist.track.report import render, wall_seconds, write_report
-from raydist.track.words import short
 
 
 def run_folder(run: Path, steps: int = 60) -> Path:

@@ -11,12 +11,12 @@ import torch
 
 from raydist.errors import JobError, RunChanged, TrainingError
 from raydist.folder import RunFolder
-from raydist.run import _keep_collator
+from raydist.model.loss import logits_of
+from raydist.run.run import _keep_collator
 from raydist.training.collate import make_collator
 from raydist.training.data import open_data
 from raydist.training.loop import train
-from raydist.training.loss import logits_of
-from tests.unit.training.train_parts import losses, make_spec
+from tests.train_parts import losses, make_spec
 
 Tensors = dict[str, torch.Tensor]
 HERE = __name__

@@ -19,13 +19,12 @@ from raydist.errors import CheckpointError, TrainingError
 from raydist.files import read_jsonl
 from raydist.job.plan import make_plan
 from raydist.training import checkpoint
+from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Commit
 from raydist.training.data import Data, open_data
 from raydist.training.loop import train
-from raydist.training.model import weight_hash
 from raydist.training.schedule import learning_rate
-from raydist.training.spec import TrainSpec
-from tests.unit.training.train_parts import (
+from tests.train_parts import (
     LLAMA,
     VOCABULARY,
     finish,
@@ -35,6 +34,7 @@ from tests.unit.training.train_parts import (
     run_ranks,
     start_ranks,
 )
+from tests.weights import weight_hash
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def plain_losses(spec: TrainSpec) -> list[float]:
+def plain_losses(spec: AttemptSpec) -> list[float]:
     """What anyone would write: stock masked attention, mean loss of the global batch, clip, AdamW."""
     job, feed = spec.job, open_data(spec).feed
     torch.manual_seed(job.seed)
@@ -86,7 +86,7 @@ def test_loss_for_loss_it_is_a_plain_loop(tmp_path: Path, world_size: int) -> No
     assert max(norms) > spec.job.train.max_grad_norm  # or clipping was not tested
 
 
-def launch(spec: TrainSpec) -> None:
+def launch(spec: AttemptSpec) -> None:
     """As a user would, all of it in processes of its own; elsewhere ranks are forked."""
     path = spec.run.parent / "spec.json"
     path.write_text(spec.to_json())
@@ -101,7 +101,7 @@ class Cut(Exception):
     pass
 
 
-def cut_after(spec: TrainSpec, steps: int) -> Data:
+def cut_after(spec: AttemptSpec, steps: int) -> Data:
     """The spec's data, in which the process dies before the step after `steps`."""
     data = open_data(spec)
 

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 
 from raydist.errors import TrainingError
 from raydist.job.schema import Train
-from raydist.training import loss
-from raydist.training.loss import summed_cross_entropy
-from raydist.training.optimizer import clip_, gradient_norm, make_optimizer, refuse_non_finite
+from raydist.model import loss
+from raydist.model.loss import summed_cross_entropy
+from raydist.parallel.optimizer import clip_, gradient_norm, make_optimizer, refuse_non_finite
 from raydist.training.schedule import learning_rate
 
 

@@ -13,9 +13,9 @@ from raydist.files import append_json
 from raydist.folder import RunFolder
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
-from raydist.run import _halved
+from raydist.run.run import _halved
 from raydist.training.memory import memory_watched, out_of_memory
-from tests.unit.training.train_parts import make_job
+from tests.train_parts import make_job
 
 
 def test_a_failed_allocation_is_told_apart_from_other_errors() -> None:

@@ -11,13 +11,13 @@ import pytest
 
 from raydist.feed import audit
 from raydist.files import read_jsonl
+from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Commit
 from raydist.training.data import open_data
 from raydist.training.loop import train
-from raydist.training.model import weight_hash
 from raydist.training.schedule import learning_rate
-from raydist.training.spec import TrainSpec
-from tests.unit.training.train_parts import losses, make_spec, run_ranks
+from tests.train_parts import losses, make_spec, run_ranks
+from tests.weights import weight_hash
 
 STAGES = [{"block_size": 16, "max_tokens": 500}, {"block_size": 32, "max_tokens": 1280}]
 """8 steps of 4 blocks of 16 tokens, then 10 of 4 of 32."""
@@ -35,7 +35,7 @@ def dying_at(step: int) -> Callable[[Commit], None]:
     return on_commit
 
 
-def spec_of(folder: Path, run: str, **more: Any) -> TrainSpec:
+def spec_of(folder: Path, run: str, **more: Any) -> AttemptSpec:
     return make_spec(folder, run=run, stages=STAGES, **{"train": {"max_steps": None}, **more})
 
 

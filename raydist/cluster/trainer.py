@@ -1,0 +1,214 @@
+"""One attempt at training on a Ray cluster: the loop inside Ray Train's workers.
+
+Each attempt is a Ray Train run of its own, <run>/ray/attempt-N: Ray's snapshot of earlier ones can
+be torn, and the run's own COMMIT.json files are the authority in any case.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray.train
+import torch
+from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.train import Checkpoint
+from ray.train.torch import TorchConfig, get_device
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from raydist import files
+from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost
+from raydist.folder import RunFolder
+from raydist.parallel.world import backend_of
+from raydist.training.attempt_spec import AttemptSpec
+from raydist.training.checkpoint import Commit
+from raydist.training.loop import TrainResult, train
+from raydist.training.memory import out_of_memory
+
+COLLECTIVE_TIMEOUT_SECONDS = 300
+NODES_BACK_SECONDS = 600
+"""How long a run that had room for its workers once waits for nodes to come back."""
+
+
+def run_attempt(spec: AttemptSpec, say: Callable[[str], None] = lambda text: None) -> TrainResult:
+    """Train `spec` on the Ray that this process is connected to, until it ends or stops.
+
+    Raises WorkerLost when a worker process or its node went away, so that another attempt can go on
+    from the last checkpoint; ClusterError when there was no room for the workers, in a later attempt
+    only after a wait for nodes, of which `say` is told; what the training function raised, if it is a
+    RaydistError, else TrainingError with the worker's traceback.
+    """
+    deadline = time.monotonic() + (NODES_BACK_SECONDS if spec.attempt > 1 else 0)
+    if spec.attempt > 1 and (missing := _missing(spec)):
+        say(f"waiting up to {NODES_BACK_SECONDS // 60} minutes for nodes: {missing}")
+    while True:
+        try:
+            return _fit(spec)
+        except ClusterError:
+            if time.monotonic() >= deadline:
+                raise
+            if RunFolder(spec.run).stop_flag.exists():
+                raise Stopped("stopped while waiting for nodes", where=str(spec.run)) from None
+
+
+def _fit(spec: AttemptSpec) -> TrainResult:
+    scaling = _scaling(spec)
+    backend = backend_of(torch.device("cuda" if scaling.use_gpu else "cpu"))
+    trainer = TorchTrainer(
+        _train_on_worker,
+        train_loop_config={"spec": spec},
+        torch_config=BetweenHosts(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        scaling_config=scaling,
+        run_config=RunConfig(
+            name=f"attempt-{spec.attempt}",
+            storage_path=str(spec.run / "ray"),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
+            checkpoint_config=CheckpointConfig(num_to_keep=spec.job.checkpoint.save_total_limit),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        fitted = trainer.fit()
+    except TrainingFailedError as error:
+        # Its frames hold the controller, and that one the CPUs of workers that did not all start.
+        traceback.clear_frames(error.__traceback__)
+        raise _explain(error, spec) from error
+    result: TrainResult = fitted.return_value  # type: ignore[attr-defined]
+    return result
+
+
+def _scaling(spec: AttemptSpec) -> ScalingConfig:
+    asked = spec.job.scaling
+    use_gpu = asked.on_gpus(ray.cluster_resources().get("GPU", 0))
+    return ScalingConfig(
+        num_workers=spec.plan.world_size,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": asked.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+    )
+
+
+def _missing(spec: AttemptSpec) -> str:
+    """What the cluster lacks to hold all workers, were it idle; empty if nothing."""
+    count, there = spec.plan.world_size, ray.cluster_resources()
+    asked = {"CPU": count * spec.job.scaling.cpus_per_worker, "GPU": count * bool(_scaling(spec).use_gpu)}
+    short = [name for name, least in asked.items() if there.get(name, 0) < least]
+    return ", ".join(f"{there.get(name, 0):g} of {asked[name]} {name}s are there" for name in short)
+
+
+class BetweenHosts(TorchConfig):
+    """PyTorch's process group on the network that Ray uses.
+
+    Left alone, gloo takes the interface that the host's name resolves to: on many systems the loopback,
+    where no other host can be reached.
+    """
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _OnRaysNetwork
+
+
+class _OnRaysNetwork(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        worker_group.execute(_choose_interface)
+        super().on_start(worker_group, backend_config)
+
+
+# --- on the worker -------------------------------------------------------------------------------
+
+
+def _choose_interface() -> None:
+    address = ray.util.get_node_ip_address()
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(each.address == address for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _train_on_worker(config: dict[str, Any]) -> TrainResult:
+    spec: AttemptSpec = config["spec"]
+    context, device = ray.train.get_context(), get_device()
+    torch.set_num_threads(spec.job.scaling.cpus_per_worker)
+    try:
+        return train(
+            spec,
+            rank=context.get_world_rank(),
+            world_size=context.get_world_size(),
+            local_rank=context.get_local_rank(),
+            device=device if isinstance(device, torch.device) else device[0],
+            on_commit=_report,
+        )
+    except RaydistError:
+        raise
+    except Exception as error:  # whole, since Ray cuts a traceback to 1,000 characters
+        raise TrainingError(
+            f"rank {context.get_world_rank()}: {type(error).__name__}: {error}", why=traceback.format_exc()
+        ) from error
+
+
+def _report(commit: Commit) -> None:
+    """Tell Ray Train of a commit, on all ranks alike: a pointer, since the state lies in the run's folder."""
+    metrics = {"step": commit.step, "samples": commit.samples, "eval_loss": commit.eval_loss}
+    if ray.train.get_context().get_world_rank() != 0:
+        ray.train.report(metrics)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        files.write_json(Path(folder) / "pointer.json", {"checkpoint": str(commit.path), "step": commit.step})
+        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+
+# --- what went wrong -----------------------------------------------------------------------------
+
+
+def _explain(error: TrainingFailedError, spec: AttemptSpec) -> RaydistError:
+    if isinstance(error, ControllerError):
+        return _explain_controller(error, spec)
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
+    if killed := next((failure for failure in failures if _is_for_memory(failure)), None):
+        return out_of_memory("on a worker's node: Ray ended the worker", killed)
+    raised = [failure for failure in failures if not _is_loss(failure)]
+    own = next((failure for failure in raised if isinstance(failure, RaydistError)), None)
+    if own is not None:
+        return own
+    if raised:
+        return TrainingError(f"a worker failed: {raised[0]}", where=_logs(spec), why=str(error))
+    return WorkerLost(_first_line(failures) or "a worker was lost", where=_logs(spec))
+
+
+def _is_loss(failure: Exception) -> bool:
+    """The process or its node is gone, or it could not reach one that is."""
+    ray_own = type(failure).__module__.startswith("ray.train.v2._internal")  # a failed health check
+    return ray_own or isinstance(failure, WorkerLost | RayActorError)
+
+
+def _is_for_memory(failure: Exception) -> bool:
+    """Or a health check that failed of it."""
+    return isinstance(getattr(failure, "health_check_failure", failure), OutOfMemoryError)
+
+
+def _explain_controller(error: ControllerError, spec: AttemptSpec) -> RaydistError:
+    cause = error.controller_failure
+    if "Timeout" not in type(cause).__name__:
+        return WorkerLost(f"the workers could not be started: {_first_line([cause])}", where=_logs(spec))
+    asked = f"{spec.plan.world_size} workers of {spec.job.scaling.cpus_per_worker} CPUs"
+    return ClusterError(
+        f"the cluster has no room for {asked}",
+        where=f"it has {ray.available_resources()} free of {ray.cluster_resources()}",
+        why=_first_line([cause]),
+        fix="wait for other jobs, add nodes, or lower scaling.num_workers",
+    )
+
+
+def _first_line(failures: Iterable[Exception]) -> str:
+    return next((str(failure).strip().splitlines()[0] for failure in failures if str(failure).strip()), "")
+
+
+def _logs(spec: AttemptSpec) -> str:
+    return str(spec.run / "ray" / f"attempt-{spec.attempt}")

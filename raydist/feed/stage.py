@@ -1,0 +1,234 @@
+"""A stretch of a run under one packing: which block is its n-th sample, and what the block holds.
+
+A run has one stage, or one for each of its stages. A stage that follows another first packs anew
+what that one left of the windows it had open; then it goes on with the windows after these. So nothing is
+lost or repeated, whatever the block size becomes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raydist.corpus.log import Ints, TokenLog
+from raydist.errors import EmptyCorpus, LogError
+from raydist.feed.mixture import Mixture
+from raydist.feed.pack_index import FeedSource, PackedSource
+from raydist.feed.packing import Batch, Blocks, PackIndex, pack_fragments
+from raydist.feed.shuffle import HEAD, Span, Stream
+from raydist.job.schema import Packing
+
+
+class Counts(NamedTuple):
+    """Inputs that are document tokens, added EOS and padding, and inputs with a label."""
+
+    n_tokens: int
+    n_eos: int
+    n_padding: int
+    n_labels: int
+
+
+class Place(NamedTuple):
+    """Where a sample comes from: the source, the shard of its log, the block of the shard.
+
+    nth: the shard's number in the stream. In its head, blocks are those of what is left of the shard.
+    """
+
+    source: int
+    shard: int
+    block: int
+    stream: int
+    nth: int
+
+
+class Stage:
+    """Packed blocks in order, without end: epoch after epoch, each in an order of its own.
+
+    Weighted sources are one stream each, mixed by Tijdeman's rule. Without weights the shards of all
+    sources are merged into one stream, and an epoch is every document once. `start` is the run's sample
+    that it begins with; all samples here are counted from the start of the run. `before`: the stage
+    that it follows.
+
+    Raises EmptyCorpus if a stream has no block, LogError if the logs do not belong together.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[FeedSource],
+        packing: Packing,
+        seed: int,
+        holdout: float,
+        repeats: Sequence[tuple[Ints, str] | None],
+        before: Stage | None = None,
+        start: int = 0,
+    ) -> None:
+        self.packing, self.seed, self.start = packing, seed, start
+        self.blocks = blocks_for([source.log for source in sources], packing)
+        self.sources = tuple(
+            PackedSource(source, packing, holdout, of) for source, of in zip(sources, repeats, strict=True)
+        )
+        weights = [source.weight for source in sources if source.weight is not None]
+        if weights and len(weights) != len(sources):
+            raise ValueError("give every source a weight, or none")
+        self.mixture = Mixture(weights) if weights else None
+        self._shards = self._shards_by_source() if weights else [self._shards_merged()]
+        self.streams = tuple(self._stream(shards) for shards in self._shards)
+        self._heads: list[list[PackIndex]] = [[] for _ in self.streams]
+        self._refuse_empty()
+        # Samples of a window are drawn from all of its shards: one that is closed too early is read again.
+        open_at_once = (packing.window_shards + 1) * len(self.streams)
+        self._open = lru_cache(maxsize=min(256, max(32, open_at_once)))(self._open_shard)
+        if before is not None:
+            self._follow(before)
+
+    def read(self, samples: Ints) -> tuple[Batch, Ints]:
+        """Samples as int64[B, T] and `sample`, int64[B]; and the four Counts of each, int64[B, 4].
+
+        Sample -1 is padding: labels all -100, counts zero.
+        """
+        batch, counts = self.blocks.empty(samples), np.zeros((len(samples), 4), np.int64)
+        rows = np.flatnonzero(samples >= 0)
+        for row, place in zip(rows.tolist(), self.places(samples[rows]), strict=True):
+            index, tokens = self._open(place.stream, place.nth)
+            self.blocks.fill(batch, row, tokens, index, place.block)
+            counts[row] = index.counts[place.block]
+        return batch, counts
+
+    def places(self, samples: Ints) -> list[Place]:
+        """Where each sample (not -1) comes from."""
+        of_segment = samples - self.start
+        streams, nth = (
+            self.mixture.locate(of_segment) if self.mixture else (np.zeros_like(of_segment), of_segment)
+        )
+        places: list[Place] = [Place(-1, -1, -1, -1, -1)] * len(samples)
+        for number in np.unique(streams).tolist():
+            rows = np.flatnonzero(streams == number)
+            shards, blocks = self.streams[number].locate(nth[rows])
+            for row, shard, block in zip(rows.tolist(), shards.tolist(), blocks.tolist(), strict=True):
+                source, of_source = self._shards[number][shard]
+                places[row] = Place(source, of_source, block, number, shard)
+        return places
+
+    def consumed(self, g: int) -> list[int]:
+        """Samples of each stream among the stage's samples before the run's sample g."""
+        n = max(0, g - self.start)
+        return [int(of) for of in self.mixture.before(n)] if self.mixture else [n]
+
+    def spans(self, start: int, stop: int) -> Iterator[tuple[int, Span]]:
+        """Number of a stream, and a span of it, until together they are samples [start, stop)."""
+        bounds = zip(self.consumed(start), self.consumed(stop), strict=True)
+        for number, (lo, hi) in enumerate(bounds):
+            yield from ((number, span) for span in self.streams[number].spans(lo, hi))
+
+    def counts(self, start: int, stop: int) -> Counts:
+        """Of samples [start, stop)."""
+        total = np.zeros(4, np.int64)
+        for number, span in self.spans(start, stop):
+            if span.window != HEAD and self.is_whole(number, span):
+                total += self._whole_counts(number, span.window)
+            else:
+                parts = self.indexes(number, span)
+                total += sum(index.counts[blocks].sum(axis=0) for _, _, index, blocks in parts)
+        return Counts(*total.tolist())
+
+    def is_whole(self, number: int, span: Span) -> bool:
+        """Whether the span is all of its window."""
+        return span.hi - span.lo == self.streams[number].size(span.window)
+
+    def shards_of(self, number: int, window: int) -> list[tuple[int, int]]:
+        """Source and shard of each shard of a window of a stream."""
+        return [self._shards[number][nth] for nth in self.streams[number].shards_of(window)]
+
+    def indexes(self, number: int, span: Span) -> Iterator[tuple[int, int, PackIndex, Ints]]:
+        """Of each shard that a span reads from: source, shard, its blocks' index, and the blocks read."""
+        shards, blocks = self.streams[number].places(span)
+        for nth in np.unique(shards).tolist():
+            yield *self._shards[number][nth], self._open(number, nth)[0], np.sort(blocks[shards == nth])
+
+    def _whole_counts(self, number: int, window: int) -> Ints:
+        rows = [
+            [column[shard] for column in self.sources[source].totals[1:5]]
+            for source, shard in self.shards_of(number, window)
+        ]
+        total: Ints = np.array(rows, np.int64).sum(axis=0)
+        return total
+
+    def _follow(self, before: Stage) -> None:
+        """Begin with what `before` leaves of its open windows, packed anew."""
+        size, strategy, eos = self.packing.block_size, self.packing.strategy, self.packing.add_eos_token
+        streams = list(self.streams)
+        for number, n in enumerate(before.consumed(self.start)):
+            span, begins = before.streams[number].left(n)
+            for source, shard, index, blocks in before.indexes(number, span):
+                left = index.fragments(blocks)
+                self._heads[number].append(pack_fragments(left, block_size=size, strategy=strategy, eos=eos))
+                self._shards[number].append((source, shard))
+            head = np.array([index.n_blocks for index in self._heads[number]], np.int64)
+            streams[number] = replace(streams[number], head=head, begins=begins)
+        self.streams = tuple(streams)
+
+    def _open_shard(self, number: int, nth: int) -> tuple[PackIndex, NDArray[np.integer]]:
+        source, shard = self._shards[number][nth]
+        in_head = nth - len(self.streams[number].blocks)
+        index = self.sources[source].index(shard) if in_head < 0 else self._heads[number][in_head]
+        return index, self.sources[source].log.shards[shard].tokens()
+
+    def _shards_by_source(self) -> list[list[tuple[int, int]]]:
+        counts = [len(source.log.shards) for source in self.sources]
+        return [[(source, shard) for shard in range(count)] for source, count in enumerate(counts)]
+
+    def _shards_merged(self) -> list[tuple[int, int]]:
+        """All shards in one order: each log's in its own, spread evenly, so that sources mix."""
+        spread = [
+            (Fraction(2 * shard + 1, 2 * len(shards)), source, shard)
+            for shards in self._shards_by_source()
+            for source, shard in shards
+        ]
+        return [(source, shard) for _, source, shard in sorted(spread)]
+
+    def _stream(self, shards: list[tuple[int, int]]) -> Stream:
+        if not all(self.sources[source].log.complete for source, _ in shards):
+            del shards[len(shards) // self.packing.window_shards * self.packing.window_shards :]
+        blocks = np.array([self.sources[source].totals.blocks[shard] for source, shard in shards], np.int64)
+        logs = {self.sources[source].log.fingerprint: None for source, _ in sorted(shards)}
+        return Stream("+".join(logs), self.seed, blocks, self.packing.window_shards)
+
+    def _refuse_empty(self) -> None:
+        for number, stream in enumerate(self.streams):
+            if stream.n_blocks == 0:
+                sources = self.sources[number : number + 1] if self.mixture else self.sources
+                raise EmptyCorpus(
+                    f"no document of {', '.join(source.name for source in sources)} is left to train on",
+                    where="corpus.sources",
+                    why="the log is empty, all of it is held out for evaluation, or its texts stand in an"
+                    " earlier source too",
+                    fix="add documents, loosen corpus.clean or lower corpus.holdout",
+                )
+
+
+def blocks_for(logs: Sequence[TokenLog], packing: Packing) -> Blocks:
+    """How blocks of these logs are made. Raises LogError if their tokenizers differ or lack an EOS."""
+    ids = {(log.tokenizer, log.vocab_size, log.eos_token_id) for log in logs}
+    if len(ids) != 1:
+        raise LogError(
+            f"{len(logs)} logs of {len(ids)} different tokenizers",
+            where=", ".join(str(log.path) for log in logs),
+            why="the same id would mean different text in each",
+            fix="prepare all sources with one tokenizer",
+        )
+    eos = logs[0].eos_token_id
+    if packing.add_eos_token and eos is None:
+        raise LogError(
+            "the tokenizer has no end-of-sequence token",
+            where=str(logs[0].path),
+            why="packing.add_eos_token ends every document with it",
+            fix="set packing.add_eos_token: false, or use a tokenizer that has one",
+        )
+    added = eos if packing.add_eos_token else None
+    return Blocks(packing.block_size, packing.document_mask, added, padding=eos if eos is not None else 0)

@@ -1,0 +1,298 @@
+"""From a job to a model in memory.
+
+Heavy imports are inside the functions: the driver validates jobs with `load_config` and `check_fits`
+alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from raydist.errors import JobError, ModelError
+from raydist.job.schema import Job
+from raydist.model import quantization
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+"""Of a base, nothing is unpickled and no code is run."""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without progress bars, and the warnings of peft and of DeepSpeed, which saving a model imports."""
+    from transformers.utils import logging as hub
+
+    bars, level = hub.is_progress_bar_enabled(), logging.root.manager.disable
+    hub.disable_progress_bar()
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft finds out by itself
+            yield
+    finally:
+        logging.disable(level)
+        if bars:
+            hub.enable_progress_bar()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """total, trainable: parameters.  weight_bytes: held in training.  vocabulary: rows of the embedding."""
+
+    total: int
+    trainable: int
+    weight_bytes: int
+    vocabulary: int
+    layers: int
+    hidden: int
+
+
+def load_config(job: Job, vocab_size: int | None = None) -> PretrainedConfig:
+    """The model's transformers configuration; a new model's vocabulary is its tokenizer's, `vocab_size`.
+
+    Raises ModelError for a base that cannot be used, JobError for a configuration with unknown
+    names. Code that comes with a model is never run.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    if job.model.config is not None:
+        return _config_from(job.model.config, vocab_size)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(base_path(job), trust_remote_code=False)
+        return config
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
+        raise _unusable(job, error) from error
+
+
+def base_path(job: Job) -> str:
+    """The hub id as it is, a folder absolute: the trained adapter names it, wherever it is loaded from."""
+    assert job.model.base is not None
+    folder = Path(job.model.base).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else job.model.base
+
+
+def _config_from(given: dict[str, Any], vocab_size: int | None) -> PretrainedConfig:
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    kind, options = given["model_type"], {k: v for k, v in given.items() if k != "model_type"}
+    try:
+        default = AutoConfig.for_model(kind)
+    except ValueError as error:
+        raise JobError(
+            f"no model type {kind!r}", where="model.config.model_type", fix=_closest(kind, _model_types())
+        ) from error
+    known = {*default.to_dict(), *default.attribute_map}
+    for name in options.keys() - known:
+        raise JobError(
+            f"{kind} has no setting {name!r}", where=f"model.config.{name}", fix=_closest(name, sorted(known))
+        )
+    if vocab_size is not None:
+        options["vocab_size"] = vocab_size
+    try:
+        return AutoConfig.for_model(kind, **options)
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise _no_such_model(kind, error) from error
+
+
+def _model_types() -> list[str]:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def _closest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, 3)
+    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
+
+
+def _unusable(job: Job, error: Exception) -> ModelError:
+    return ModelError(
+        f"the base model {job.model.base} cannot be used",
+        where="model.base",
+        why=str(error).strip().splitlines()[0],
+        fix="give a hub id that this machine can reach, or a folder with config.json and *.safetensors",
+    )
+
+
+def check_fits(config: PretrainedConfig, job: Job) -> None:
+    """Raises JobError or ModelError for what the model cannot do."""
+    from raydist.model.attention import check_model_attention
+
+    check_model_attention(config, job.model.attn_implementation)
+    positions = getattr(config, "max_position_embeddings", None)
+    sections = [*(["stages"] * len(job.stages) or ["packing"]), "eval"]
+    for section, block_size in zip(sections, [*job.block_sizes, job.eval_block_size], strict=True):
+        if positions is not None and block_size > positions:
+            raise JobError(
+                f"block_size {block_size} is above the model's {positions} positions",
+                where=f"{section}.block_size",
+                why="the model has never seen, or cannot address, positions beyond that",
+                fix=f"{positions} or less; or, for a new model, more max_position_embeddings",
+            )
+    if job.adapter is not None and job.model.base is None:
+        raise JobError(
+            "an adapter on random weights",
+            where="adapter",
+            why="the frozen random base is not stored anywhere, so the adapter could never be used",
+            fix="give model.base, or remove adapter",
+        )
+    quantization.check_quantization(config, job)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return tokenizer
+
+
+ChooseAttention = Callable[[nn.Module], object]
+
+
+@quietly()
+def build_model(
+    job: Job,
+    tokenizer_folder: Path,
+    device: torch.device,
+    *,
+    place: torch.device | None = None,
+    choose: ChooseAttention | None = None,
+) -> nn.Module:
+    """The model to train on `device`, probed, in training mode.
+
+    Trainable weights are fp32. With an adapter the base is frozen and keeps its dtype. place: where the
+    weights are put, `device` by default; on meta there are none. choose: gives the bare model its attention,
+    by default the fastest one that passes the probe.
+    """
+    from raydist.model.adapter import add_lora
+    from raydist.model.attention import check_attention
+
+    check_attention(job.model.attn_implementation, device.type, on_worker=True)
+    config = load_config(job, len(load_tokenizer(tokenizer_folder)))
+    check_fits(config, job)
+    place = place or device
+    with torch.random.fork_rng(devices=[]), torch.device(place if place.type == "meta" else "cpu"):
+        torch.manual_seed(job.seed)
+        model = _bare(config, job, tokenizer_folder, place)
+        _check_vocabulary(model, tokenizer_folder)
+        # on the bare model, which knows how attention is chosen
+        choose(model) if choose else choose_attention(model, job, device)
+        model = model if job.adapter is None else add_lora(model, job.adapter)
+    model = model.to(place)
+    if job.train.gradient_checkpointing:
+        _save_activation_memory(model)
+    return model.train()
+
+
+def _bare(config: PretrainedConfig, job: Job, tokenizer_folder: Path, place: torch.device) -> nn.Module:
+    if job.model.base is None:
+        return _random(config, tokenizer_folder).to(place)
+    if place.type == "meta":
+        from transformers import AutoModelForCausalLM
+
+        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        return model
+    return _base(job, place).to(place)
+
+
+def choose_attention(model: nn.Module, job: Job, device: torch.device) -> str:
+    """Give the bare model its attention for `device`; the name of it."""
+    from raydist.model.attention import set_attention
+
+    asked = job.model.attn_implementation
+    return set_attention(model, device, document_mask=job.packing.document_mask, asked=asked)
+
+
+def _no_such_model(kind: str, error: Exception) -> JobError:
+    return JobError(
+        f"no {kind} model can be made from this configuration",
+        where="model.config",
+        why=" ".join(str(error).split()),
+        fix="check the types and sizes: heads divide hidden_size, key-value heads divide heads",
+    )
+
+
+def _save_activation_memory(model: nn.Module) -> None:
+    """transformers renamed it in 5.23 and warns about the old name."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})  # type: ignore[operator]
+
+
+def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:
+    """The special tokens are the tokenizer's, whatever the configuration says."""
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_config(
+            config, attn_implementation="eager", dtype=torch.float32
+        )
+        return model
+    except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
+        raise _no_such_model(config.model_type, error) from error
+
+
+def _base(job: Job, device: torch.device) -> nn.Module:
+    """Quantized ones are on `device`, others on the CPU."""
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if job.adapter is None else "auto"
+    options = {**SAFE, "attn_implementation": "eager"}
+    try:
+        if job.quantization is not None:
+            config = quantization.quantization_config(job)
+            return quantization.load_quantized(base_path(job), config, device, **options)
+        return AutoModelForCausalLM.from_pretrained(base_path(job), dtype=dtype, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unusable(job, error) from error
+
+
+def _check_vocabulary(model: nn.Module, tokenizer_folder: Path) -> None:
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    tokens = len(load_tokenizer(tokenizer_folder))
+    if tokens > rows:
+        raise ModelError(
+            f"the tokenizer has {tokens} tokens and the model embeds {rows}",
+            where="model.tokenizer",
+            why="the tokens beyond have no embedding",
+            fix="use the base model's own tokenizer",
+        )
+
+
+@quietly()
+def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
+    """Counted on a model without storage."""
+    from transformers import AutoModelForCausalLM
+
+    from raydist.model.adapter import add_lora
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        rows = model.get_input_embeddings().weight.shape[0]
+        base_bytes = quantization.base_bytes(model, job)
+        model = model if job.adapter is None else add_lora(model, job.adapter)
+    total, trainable = n_parameters(model), n_parameters(model, trainable=True)
+    held = 4 * total if job.adapter is None else base_bytes + 4 * trainable
+    return Sizes(total, trainable, held, rows, config.num_hidden_layers, config.hidden_size)
+
+
+def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """All of them, or only those that training changes."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

@@ -1,0 +1,220 @@
+"""The trained model: written as a Hugging Face folder, loaded again, sampled from, merged into its base."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raydist import files
+from raydist.errors import ModelError
+from raydist.folder import RunFolder
+from raydist.job.schema import Job
+from raydist.model import quantization
+from raydist.model.build import SAFE, load_config, load_tokenizer, quietly
+from raydist.model.quantization import load_dequantized, load_quantized, read_config
+
+MODEL_FILES = (
+    "*.safetensors", "*config.json", "*.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
+    "merges.txt", "added_tokens.json", "chat_template*", "README.md",
+)  # fmt: skip
+
+
+@quietly()
+def save_model(
+    model: nn.Module, state: dict[str, Tensor], job: Job, tokenizer_folder: Path, folder: Path, card: str
+) -> None:
+    """Write a Hugging Face folder with the tokenizer and `card` as README.md.
+
+    model: for its configuration and the names in it.  state: what is written, on the CPU.
+    Made beside `folder` and renamed: it is whole or not there.
+    """
+    with replacing(folder) as temporary:
+        if job.adapter is None:
+            save_full(model, state, saved_dtype(job), temporary)
+        else:
+            model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+            quantization.write_config(job, temporary)
+        load_tokenizer(tokenizer_folder).save_pretrained(temporary)
+        (temporary / "README.md").write_text(card)
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder next to `folder`; on success flush it to disk and put it in its place.
+
+    What a user put into the old folder, by names that no model's file has, is in the new one too.
+    """
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for path in folder.iterdir() if folder.is_dir() else ():
+        target = temporary / path.name
+        if is_model_file(path.name) or target.exists():
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target, symlinks=True)
+        else:
+            shutil.copy2(path, target, follow_symlinks=False)
+    for path in [*temporary.rglob("*"), temporary]:
+        if not path.is_symlink():
+            files.flush_to_disk(path)
+    if folder.exists():
+        shutil.rmtree(folder)
+    temporary.rename(folder)
+    files.flush_to_disk(folder.parent)
+
+
+def is_model_file(name: str) -> bool:
+    """Whether transformers, peft or raydist write files of this name into a model's folder."""
+    return any(fnmatch(name, known) for known in MODEL_FILES)
+
+
+def save_full(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
+    model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+    config = files.read_json(folder / "config.json")
+    files.write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def saved_dtype(job: Job) -> torch.dtype:
+    """Of model/: the base's; fp32 for a model that began at random."""
+    dtype = load_config(job).dtype if job.model.base is not None else None
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def full_state(
+    module: nn.Module,
+    dtype: torch.dtype | None,
+    *,
+    gather_full: Callable[[nn.Parameter], Tensor] = lambda parameter: parameter,
+    keep: bool = True,
+) -> dict[str, Tensor]:
+    """The state to save, on the CPU, a tensor at a time. Tied tensors appear once.
+
+    dtype: of floating tensors; None keeps each in its own and leaves out what was not trained.
+    gather_full: gives one whole parameter, called for all of them, in order, also by a rank that keeps none.
+    """
+    state = {}
+    for name, parameter in module.named_parameters():
+        if dtype is not None or parameter.requires_grad:
+            tensor = gather_full(parameter)
+            if keep:
+                state[name] = _on_cpu(tensor, dtype)
+    if keep and dtype is not None:
+        state.update({name: _on_cpu(buffer, dtype) for name, buffer in _saved_buffers(module)})
+    return state
+
+
+def _on_cpu(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
+
+
+def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for path, part in module.named_modules():
+        for name, buffer in part.named_buffers(path, recurse=False):
+            if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                yield name, buffer
+
+
+@quietly()
+def load_trained(folder: Path) -> Any:
+    """The model in a run's model/, for inference; an adapter is on its base, quantized as in training."""
+    from transformers import AutoModelForCausalLM
+
+    if not (folder / "adapter_config.json").exists():
+        return AutoModelForCausalLM.from_pretrained(folder).eval()
+    from peft import PeftConfig, PeftModel
+
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if (quantized := read_config(folder)) is not None:
+        model = load_quantized(base, quantized, torch.device("cpu"), **SAFE)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, **SAFE)
+    return PeftModel.from_pretrained(model, folder).eval()
+
+
+def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int = 0) -> tuple[str, str]:
+    """The prompt and a sampled continuation, at most `n_tokens` long, by the model in `folder`.
+
+    Sampled at temperature 0.8: the likeliest continuation of a small model only repeats itself.
+    """
+    model, tokenizer = load_trained(folder), load_tokenizer(folder)
+    ids = torch.tensor([list(prompt)])
+    with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=n_tokens,
+            do_sample=True,
+            temperature=0.8,
+            top_p=0.95,
+        )
+    before, after = out[0, : len(prompt)], out[0, len(prompt) :]
+    return str(tokenizer.decode(before)), str(tokenizer.decode(after, skip_special_tokens=True))
+
+
+@quietly()
+def merge_adapter(run: Path, base: Path | None = None) -> Path:
+    """Add the run's adapter to its base, in fp32, and write <run>/export/merged in the base's dtype.
+
+    A quantized base is dequantized first, and the merged model is fp32. base: the folder of a copy of
+    an unquantized base. Raises ModelError when there is no adapter, or no base that it fits.
+    """
+    source, target = RunFolder(run).model, RunFolder(run).merged
+    quantized = _check(source, base)
+    from peft import PeftConfig
+
+    name = str(base or PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
+    try:
+        model, dtype = _merged(name, source, quantized)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"the adapter cannot be merged into {name}",
+            where=str(source),
+            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            fix="put the base back there" + ("" if quantized else ", or give a copy of it: --base FOLDER"),
+        ) from error
+    with replacing(target) as temporary:
+        save_full(model, full_state(model, dtype), dtype, temporary)
+        load_tokenizer(source).save_pretrained(temporary)
+    return target
+
+
+def _check(source: Path, base: Path | None) -> dict[str, Any] | None:
+    """How the adapter's base was quantized, None when it was not."""
+    if not (source / "adapter_config.json").exists():
+        raise ModelError(
+            f"{source} is not an adapter",
+            why="there is nothing to merge",
+            fix="use model/ as it is" if source.exists() else "let the run finish first",
+        )
+    quantized = read_config(source)
+    if quantized is not None and base is not None:
+        raise ModelError(
+            "the adapter of a quantized run is not merged into another base",
+            where=f"--base {base}",
+            why="it was trained on the quantized weights; those of int4 move a layer's output by about 9%",
+            fix="leave --base out: the weights that it was trained on are dequantized and merged with it",
+        )
+    return quantized
+
+
+def _merged(base: str, adapter: Path, quantized: dict[str, Any] | None) -> tuple[nn.Module, torch.dtype]:
+    """In fp32; and the dtype that the base came in."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    if quantized is not None:
+        model: Any = load_dequantized(base, quantized, **SAFE)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **SAFE)
+    dtype = model.dtype
+    return PeftModel.from_pretrained(model.float(), adapter).merge_and_unload(), dtype

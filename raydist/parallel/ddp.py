@@ -1,0 +1,104 @@
+"""Every rank holds the whole model; gradients are summed once per step.
+
+On CPU all gradients live in one flat fp32 buffer that is reduced after the last micro batch: one
+message, and the same sums at every world size after a resume (torch's buckets were not, at 3 ranks).
+On a GPU torch's DistributedDataParallel overlaps its buckets with the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raydist.job.schema import Job
+from raydist.model.loss import autocast, logits_of, summed_cross_entropy
+from raydist.parallel.optimizer import (
+    clip_,
+    gradient_norm,
+    make_optimizer,
+    refuse_non_finite,
+    set_learning_rate,
+)
+from raydist.parallel.state import adamw_state, load_adamw, write_state
+from raydist.parallel.world import World
+
+
+class OwnOptimizer:
+    """What DDP and FSDP2 share: AdamW over the model's own parameters. `module` is the bare model."""
+
+    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
+        self.module, self.job, self.world = model, job, world
+        self.model: nn.Module = model
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(model, job.train.weight_decay)
+
+    def _loss(self, batch: dict[str, Tensor], n_labels: int) -> Tensor:
+        with autocast(self.world.device, self.job.train.mixed_precision):
+            logits = logits_of(self.model, batch)
+        return summed_cross_entropy(logits, batch["labels"]) / n_labels
+
+    def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: float) -> float:
+        clip_(gradients, refuse_non_finite(norm), max_grad_norm)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        return norm
+
+    def save(self, folder: Path) -> None:
+        write_state(folder, adamw_state(self.trainable, self.optimizer))
+
+    def load(self, folder: Path, step: int | None) -> None:
+        load_adamw(folder, self.trainable, self.optimizer, step)
+
+    def gather_full(self, parameter: nn.Parameter) -> Tensor:
+        return parameter
+
+
+class DdpOnCpu(OwnOptimizer):
+    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
+        super().__init__(model, job, world)
+        self._flat = torch.zeros(sum(p.numel() for p in self.trainable.values()))
+        for parameter, view in zip(self.trainable.values(), self._views(), strict=True):
+            parameter.grad = view
+
+    def _views(self) -> list[Tensor]:
+        parts = self._flat.split([p.numel() for p in self.trainable.values()])
+        return [part.view_as(p) for part, p in zip(parts, self.trainable.values(), strict=True)]
+
+    def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
+        loss = self._loss(batch, n_labels)
+        loss.backward()
+        if last:
+            self.world.sum_(self._flat)
+        return loss.detach()
+
+    def update(self, lr: float, max_grad_norm: float | None) -> float:
+        norm = self._step(lr, max_grad_norm, [self._flat], gradient_norm([self._flat]).item())
+        self._flat.zero_()
+        return norm
+
+
+class DdpOnGpu(OwnOptimizer):
+    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
+        super().__init__(model, job, world)
+        if world.world_size > 1:
+            self.model = DistributedDataParallel(
+                model, device_ids=[world.device], gradient_as_bucket_view=True, broadcast_buffers=False
+            )
+
+    def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
+        """Buckets are averaged over the ranks, so the loss is multiplied by their number."""
+        ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
+        with ddp.no_sync() if ddp is not None and not last else contextlib.nullcontext():
+            loss = self._loss(batch, n_labels)
+            (loss * self.world.world_size).backward()
+        return loss.detach()
+
+    def update(self, lr: float, max_grad_norm: float | None) -> float:
+        gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
+        norm = self._step(lr, max_grad_norm, gradients, gradient_norm(gradients).item())
+        self.optimizer.zero_grad(set_to_none=False)
+        return norm

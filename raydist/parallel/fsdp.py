@@ -1,0 +1,64 @@
+"""FSDP2: weights, gradients and optimizer state are sharded over the ranks, a layer at a time.
+
+Each decoder layer is gathered for its forward and its backward pass and freed after it. Gradients
+are reduce-scattered after every micro batch: kept whole until the last one they would need the
+memory that sharding saves.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from raydist.job.schema import Job
+from raydist.model.attention import layers_of
+from raydist.model.loss import logits_of, summed_cross_entropy
+from raydist.parallel.ddp import OwnOptimizer
+from raydist.parallel.optimizer import gradient_norm
+from raydist.parallel.weights import broadcast_weights, materialize
+from raydist.parallel.world import World
+
+
+class Fsdp(OwnOptimizer):
+    """The weights are DTensors of fp32, sharded by rows; `mixed_precision: bf16` gathers them in bf16."""
+
+    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
+        world.ensure_group()
+        materialize(model)
+        mesh = init_device_mesh(world.device.type, (world.world_size,))
+        bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = bf16 if job.train.mixed_precision == "bf16" else MixedPrecisionPolicy()
+        for module in [*layers_of(model), model]:
+            broadcast_weights(module)
+            _sum_gradients(fully_shard(module, mesh=mesh, mp_policy=policy))
+        super().__init__(model, job, world)
+
+    def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
+        loss = summed_cross_entropy(logits_of(self.model, batch), batch["labels"]) / n_labels
+        loss.backward()
+        return loss.detach()
+
+    def update(self, lr: float, max_grad_norm: float | None) -> float:
+        gradients = [_local(p.grad) for p in self.trainable.values() if p.grad is not None]
+        squares = self.world.sum_floats([gradient_norm(gradients).item() ** 2])
+        norm = self._step(lr, max_grad_norm, gradients, math.sqrt(squares[0]))
+        self.optimizer.zero_grad()
+        return norm
+
+    def gather_full(self, parameter: nn.Parameter) -> Tensor:
+        return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
+def _sum_gradients(module: FSDPModule) -> None:
+    """Over the ranks, as the loss is normalised already; FSDP's default is their mean."""
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

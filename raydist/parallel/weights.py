@@ -1,0 +1,70 @@
+"""From rank 0's model to one that is spread over the ranks, without a whole copy on each of them.
+
+Rank 0 alone reads a sharded strategy's model; the others build it on torch's meta device. Large
+empty tensors take no memory until something is written to them, so a rank never holds more than
+its own shards and what is just being shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from raydist.job.schema import Job
+from raydist.model.attention import NAMES, use_attention
+from raydist.model.build import build_model, choose_attention
+from raydist.parallel.world import World
+
+
+def build_on_ranks(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
+    """Collective: `build_model`, the same model on every rank.
+
+    Where the strategy shards weights it is on rank 0's CPU, and elsewhere on meta, without weights: rank 0
+    alone can probe its attention then, and the others take what it took. Quantized weights are read by every
+    rank: their scales could not be told apart and sent.
+    """
+    if not job.strategy.shards_weights or job.quantization is not None:
+        return build_model(job, tokenizer_folder, world.device)
+
+    def choose(model: nn.Module) -> None:
+        chosen = NAMES.index(choose_attention(model, job, world.device)) if world.is_main else 0
+        name = NAMES[world.from_main(chosen)]
+        if not world.is_main:
+            use_attention(model, name)
+
+    place = torch.device("cpu" if world.is_main else "meta")
+    return build_model(job, tokenizer_folder, world.device, place=place, choose=choose)
+
+
+def materialize(model: nn.Module) -> None:
+    """Collective: an empty tensor on the CPU for each that is on meta, in rank 0's dtype; ties stay."""
+    dtypes = [[tensor.dtype for tensor in _tensors(model)]]
+    dist.broadcast_object_list(dtypes, src=0)
+    pairs = zip(_tensors(model), dtypes[0], strict=True)
+    made = {id(old): _empty_like(old, dtype) for old, dtype in pairs if old.is_meta}
+    for module in model.modules():
+        for store in (module._parameters, module._buffers):
+            for name, tensor in store.items():
+                if tensor is not None and tensor.is_meta:
+                    store[name] = made[id(tensor)]  # type: ignore[assignment]
+
+
+def broadcast_weights(module: nn.Module) -> None:
+    """Collective: rank 0's parameters and buffers, as far as they are not sharded yet, into the others'."""
+    for tensor in _tensors(module):
+        if not hasattr(tensor, "device_mesh"):
+            dist.broadcast(tensor.detach(), src=0)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return chain(module.parameters(), module.buffers())
+
+
+def _empty_like(old: Tensor, dtype: torch.dtype) -> Tensor:
+    empty = torch.empty(old.shape, dtype=dtype)
+    return nn.Parameter(empty, old.requires_grad) if isinstance(old, nn.Parameter) else empty

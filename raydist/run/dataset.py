@@ -1,0 +1,335 @@
+"""The data side of a run: its tokenizer and its token logs, made where they are missing.
+
+A run is pinned to the logs it began with: when the source files change later that is said, and the
+run keeps its tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydist.corpus.build import LogPlan, build_log, plan_log
+from raydist.corpus.log import TokenLog, open_log
+from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer, resolve_tokenizer
+from raydist.errors import CorpusError, EmptyCorpus, LogError
+from raydist.job.schema import Job, Source
+from raydist.track.progress import Progress
+
+if TYPE_CHECKING:
+    from raydist.corpus.pipeline import Share
+    from raydist.feed.feed import Feed
+    from raydist.feed.stage import Stage
+    from raydist.folder import RunFolder
+    from raydist.job.plan import Plan
+    from raydist.training.attempt_spec import AttemptSpec
+
+SAMPLE_PROMPT_TOKENS = 24
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """All that training needs of the data: `logs` to train on, `eval_logs` only to evaluate on."""
+
+    job: Job
+    tokenizer: TokenizerSpec
+    logs: dict[str, TokenLog]
+    eval_logs: dict[str, TokenLog]
+
+    @property
+    def complete(self) -> bool:
+        return all(log.complete for log in self.logs.values())
+
+    def pins(self) -> dict[str, Any]:
+        """What a resumed run opens again instead of planning anew."""
+        return {
+            "tokenizer": self.tokenizer.to_json(),
+            "logs": {name: log.fingerprint for name, log in self.logs.items()},
+            "eval_logs": {name: log.fingerprint for name, log in self.eval_logs.items()},
+        }
+
+    def feed(self) -> Feed:
+        """The packed blocks. Raises EmptyCorpus when holdout and cleaning leave no document."""
+        from raydist.feed import make_feed
+
+        feed = make_feed(self.job, self.logs)
+        if empty := [source.name for source in feed.sources if source.n_blocks == 0]:
+            raise EmptyCorpus(
+                f"no document is left to train on in {', '.join(empty)}",
+                why=f"a holdout of {self.job.corpus.holdout:g} and the cleaning left none",
+                fix="lower corpus.holdout, loosen corpus.clean, or add text",
+            )
+        return feed
+
+    def describe(self, feed: Feed) -> dict[str, Any]:
+        """The data's numbers, as the report and `prepare` show them; packing: of each stage."""
+        from raydist.feed.selection import unique_share
+
+        return {
+            "sources": {
+                source.name: {
+                    **describe_log(self.logs[source.name]),
+                    "held_out_documents": source.held_out_documents,
+                    "held_out_tokens": source.held_out_tokens,
+                    "duplicate_documents": source.duplicate_documents,
+                    "weight": source.weight,
+                }
+                for source in feed.sources
+            },
+            "unique_share": unique_share(list(self.logs.values())),
+            "packing": [_describe_packing(stage) for stage in feed.stages],
+        }
+
+    def attempt_spec(self, folder: RunFolder, plan: Plan, attempt: int) -> AttemptSpec:
+        from raydist.model.build import base_path
+        from raydist.training.attempt_spec import AttemptSpec
+
+        job, tokenizer = self.job, Path(self.tokenizer.folder)
+        if job.model.base is not None:  # a worker's working directory is another one
+            model = job.model.model_copy(update={"base": base_path(job)})
+            job = job.model_copy(update={"model": model})
+        return AttemptSpec(
+            job=job,
+            run=folder.path.resolve(),
+            logs={name: log.path for name, log in self.logs.items()},
+            eval_logs={name: log.path for name, log in self.eval_logs.items()},
+            tokenizer=tokenizer.resolve() if tokenizer.is_dir() else tokenizer,
+            plan=plan,
+            attempt=attempt,
+            growing=not self.complete,
+        )
+
+    def sample(self, folder: RunFolder) -> dict[str, str] | None:
+        """The trained model's sampled continuation of the start of a held-out document."""
+        from raydist.feed.eval_set import first_held_out
+        from raydist.model.export import continue_text
+
+        document = first_held_out(self.logs.values(), self.job.corpus.holdout)
+        if document is None:
+            document = first_held_out(self.eval_logs.values(), 1.0)
+        if document is None:
+            return None
+        prompt, continuation = continue_text(
+            folder.model, document[:SAMPLE_PROMPT_TOKENS].tolist(), SAMPLE_TOKENS
+        )
+        return {"prompt": prompt, "continuation": continuation}
+
+
+def prepare_logs(
+    job: Job,
+    progress: Progress,
+    *,
+    pinned: dict[str, Any] | None = None,
+    stop: Callable[[], None] = lambda: None,
+) -> Prepared:
+    """The tokenizer and every log of `job`, made where missing. Needs a Ray to run on.
+
+    pinned: what `Prepared.pins` gave when the run began. stop: called between logs; raises to stop.
+    """
+    if pinned and _complete(job, pinned):
+        prepared = _open_pinned(job, pinned)
+        _tell_what_changed(prepared, progress)
+        return prepared
+    progress.phase("planning")
+
+    def made(name: str, plan: LogPlan) -> TokenLog:
+        stop()
+        return _make(name, plan, job.corpus.on_error, progress)
+
+    return _of_plans(job, _tokenizer(job, pinned), made, pinned)
+
+
+def can_begin_early(job: Job) -> bool:
+    """Whether the order of samples is known before the logs end.
+
+    Not of epochs, nor of merged sources; duplicates are found and stages begun in whole logs.
+    """
+    if job.stages or job.corpus.dedup != "none":
+        return False
+    weighted = all(source.weight is not None for source in job.corpus.sources.values())
+    known = weighted or len(job.corpus.sources) == 1
+    return job.prepare.wait == "auto" and job.train.epochs is None and known
+
+
+def prepare_first(
+    job: Job, progress: Progress, share: Share, *, pinned: dict[str, Any] | None = None
+) -> tuple[Prepared, Callable[[], Prepared]] | None:
+    """The logs as far as their first window, and what makes the rest of them; None if that is all there is.
+
+    The rest is made a window of each source at a time, so that training never waits for one source alone.
+    """
+    if pinned and _complete(job, pinned):
+        return None
+    window, tokenizer = job.packing.window_shards, _tokenizer(job, pinned)
+    plans, eval_plans = _plans(job, tokenizer, pinned)
+    if all(plan.complete or plan.n_slices <= window for plan in plans.values()):
+        return None
+
+    def made(plan: LogPlan, slices: int) -> TokenLog:
+        stop = None if plan.complete or slices >= plan.n_slices else slices
+        return build_log(plan, on_error=job.corpus.on_error, stop=stop, share=share)
+
+    def up_to(slices: int) -> Prepared:
+        logs = {name: made(plan, slices) for name, plan in plans.items()}
+        return Prepared(job, tokenizer, logs, eval_logs)
+
+    def rest() -> Prepared:
+        longest = max(plan.n_slices for plan in plans.values())
+        for slices in range(2 * window, longest, window):
+            up_to(slices)
+        return up_to(longest)
+
+    progress.phase("preparing", f"the first {window} slices of each source; the others while it trains")
+    eval_logs = {name: made(plan, sys.maxsize) for name, plan in eval_plans.items()}
+    for slices in itertools.count(window, window):  # a slice may hold no document, and so no shard
+        prepared = up_to(slices)
+        if all(log.complete or len(log.shards) >= window for log in prepared.logs.values()):
+            return prepared, rest
+    raise AssertionError("unreachable: the last slice makes a log complete")
+
+
+def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
+    """The logs of `job` as they lie in its storage; makes nothing and needs no Ray.
+
+    Raises LogError where one is not complete. pinned: a run's pins, which win over the source files.
+    """
+    if pinned:
+        return _open_pinned(job, pinned)
+    tokenizer = planned_tokenizer(job, _storage(job))
+    if tokenizer is None:
+        raise LogError(
+            "the job's tokenizer is not trained yet", fix="raydist prepare makes it and the token logs"
+        )
+    return _of_plans(job, tokenizer, lambda name, plan: open_log(plan.path))
+
+
+def _describe_packing(stage: Stage) -> dict[str, Any]:
+    size, blocks = stage.packing.block_size, sum(source.n_blocks for source in stage.sources)
+    tokens = sum(source.n_tokens + source.n_eos for source in stage.sources)
+    return {
+        "block_size": size,
+        "strategy": stage.packing.strategy,
+        "n_blocks": blocks,
+        "padding_share": 1 - tokens / (blocks * size),
+    }
+
+
+def describe_log(log: TokenLog) -> dict[str, Any]:
+    return {
+        "log": log.fingerprint,
+        "path": str(log.path),
+        "n_documents": log.n_documents,
+        "n_tokens": log.n_tokens,
+        "n_bytes": log.n_bytes,
+        "mean_tokens": log.n_tokens / max(1, log.n_documents),
+        "n_shards": len(log.shards),
+        "n_quarantined": log.n_quarantined,
+        "n_empty": log.n_empty,
+    }
+
+
+def _storage(job: Job) -> Path:
+    return Path(job.storage).expanduser().resolve()
+
+
+def _plan(source: Source, job: Job, tokenizer: TokenizerSpec) -> LogPlan:
+    return plan_log(source, job.corpus, tokenizer, _storage(job) / "tokens")
+
+
+def _tokenizer(job: Job, pinned: dict[str, Any] | None) -> TokenizerSpec:
+    return TokenizerSpec.from_json(pinned["tokenizer"]) if pinned else resolve_tokenizer(job, _storage(job))
+
+
+def _plans(
+    job: Job, tokenizer: TokenizerSpec, pinned: dict[str, Any] | None
+) -> tuple[dict[str, LogPlan], dict[str, LogPlan]]:
+    """Of the sources to train on and of those to evaluate on. pinned: what they must come to, if given."""
+
+    def plan(kind: str, name: str, source: Source) -> LogPlan:
+        planned = _plan(source, job, tokenizer)
+        if pinned and planned.fingerprint != pinned[kind][name]:
+            raise LogError(
+                f"{name}: its source files changed before its token log was complete",
+                where=str(_storage(job) / "tokens" / pinned[kind][name]),
+                why="the run began with tokens of the files as they were",
+                fix="restore the files, or give the job a new name",
+            )
+        return planned
+
+    return (
+        {name: plan("logs", name, source) for name, source in job.corpus.sources.items()},
+        {name: plan("eval_logs", name, source) for name, source in job.eval.sources.items()},
+    )
+
+
+def _of_plans(
+    job: Job,
+    tokenizer: TokenizerSpec,
+    log_of: Callable[[str, LogPlan], TokenLog],
+    pinned: dict[str, Any] | None = None,
+) -> Prepared:
+    logs, eval_logs = (
+        {name: log_of(name, plan) for name, plan in plans.items()} for plans in _plans(job, tokenizer, pinned)
+    )
+    return Prepared(job, tokenizer, logs, eval_logs)
+
+
+def _complete(job: Job, pins: dict[str, Any]) -> bool:
+    """Whether all pinned logs are, or are gone altogether, which `_open_pinned` tells."""
+    folders = [
+        _storage(job) / "tokens" / pin for kind in ("logs", "eval_logs") for pin in pins[kind].values()
+    ]
+    return not any(
+        (path / "plan.json").exists() and not (path / "manifest.json").exists() for path in folders
+    )
+
+
+def _make(name: str, plan: LogPlan, on_error: str, progress: Progress) -> TokenLog:
+    progress.phase(f"preparing {name}", f"{plan.n_files:,} files, {plan.n_slices:,} slices")
+    log = build_log(
+        plan,
+        on_error=on_error,
+        on_progress=lambda now: progress.prepare(now.n_done, now.n_slices, now.n_documents, now.n_tokens),
+    )
+    if log.n_quarantined:
+        progress.message(
+            f"{name}: {log.n_quarantined} unreadable records or files left out;"
+            f" see {log.path / 'quarantine.jsonl'}"
+        )
+    return log
+
+
+def _tell_what_changed(prepared: Prepared, progress: Progress) -> None:
+    job, logs = prepared.job, prepared.eval_logs | prepared.logs
+    for name, source in [*job.corpus.sources.items(), *job.eval.sources.items()]:
+        try:
+            if _plan(source, job, prepared.tokenizer).fingerprint == logs[name].fingerprint:
+                continue
+            reason = "its source files changed since the run began"
+        except CorpusError as error:
+            reason = f"its source files cannot be read any more ({error.what})"
+        progress.message(f"{name}: {reason}; the run goes on with the tokens it began with")
+
+
+def _open_pinned(job: Job, pins: dict[str, Any]) -> Prepared:
+    logs, eval_logs = (
+        {name: _open(job, pin) for name, pin in pins[kind].items()} for kind in ("logs", "eval_logs")
+    )
+    return Prepared(job, TokenizerSpec.from_json(pins["tokenizer"]), logs, eval_logs)
+
+
+def _open(job: Job, fingerprint: str) -> TokenLog:
+    try:
+        return open_log(_storage(job) / "tokens" / fingerprint)
+    except LogError as error:
+        raise LogError(
+            f"the token log {fingerprint} that this run is pinned to cannot be opened",
+            where=error.where,
+            why=error.what,
+            fix="restore it (raydist prepare makes the same bytes of the same files), or take a new name",
+        ) from error

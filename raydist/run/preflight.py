@@ -1,0 +1,27 @@
+"""All that can be said of a job before anything is started or spent."""
+
+from __future__ import annotations
+
+import torch
+
+from raydist.job.schema import Job
+from raydist.model import quantization
+from raydist.model.build import check_fits, load_config, model_sizes, quietly
+from raydist.parallel.zero import check_deepspeed
+from raydist.track.start import check_trackers
+from raydist.training.collate import make_collator
+
+
+@quietly()
+def check_job(job: Job) -> None:
+    """Raises JobError or ModelError for what the model, its libraries or the trackers cannot do."""
+    check_trackers(job)
+    config = load_config(job)
+    check_fits(config, job)
+    if job.quantization is not None:
+        quantization.check_bitsandbytes(torch.device("cpu"))
+    if job.adapter is not None:
+        model_sizes(config, job)
+    if job.strategy.name == "zero":
+        check_deepspeed(job)
+    make_collator(job.train.collator)

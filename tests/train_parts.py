@@ -1,0 +1,173 @@
+"""Small real parts for the training tests: a tokenizer, token logs, jobs, ranks as processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from raydist.corpus.log import Documents, SliceWriter
+from raydist.files import read_jsonl, write_json
+from raydist.job.plan import make_plan
+from raydist.job.schema import Job
+from raydist.training.attempt_spec import AttemptSpec
+from raydist.training.data import open_data
+from tests.fork_server import Rank
+
+VOCABULARY = 64
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+def write_tokenizer(folder: Path) -> Path:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<|endoftext|>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
+    core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def write_log(path: Path, n_documents: int = 120, seed: int = 0) -> Path:
+    """Documents of 1 to 40 tokens, each mostly a function of the one before: there is something to learn."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(1, 40, n_documents)
+    ids = [int(random.integers(2, VOCABULARY))]
+    while len(ids) < lengths.sum():
+        guess = (ids[-1] * 5 + 3) % (VOCABULARY - 2) + 2
+        ids.append(guess if random.random() < 0.9 else int(random.integers(2, VOCABULARY)))
+    hashes = b"".join(xxhash.xxh3_128_digest(f"{seed}/{row}".encode()) for row in range(n_documents))
+    documents = Documents(
+        tokens=np.array(ids, np.uint16),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        hashes=np.frombuffer(hashes, np.uint8).reshape(-1, 16),
+        n_bytes=lengths.astype(np.int64) * 4,
+        files=np.zeros(n_documents, np.int32),
+        rows=np.arange(n_documents, dtype=np.int64),
+    )
+    writer = SliceWriter(path, 0, ["random.txt"])
+    writer.add(documents)
+    shards = writer.commit()["shards"]
+    totals = {key: sum(shard[key] for shard in shards) for key in ("n_documents", "n_tokens", "n_bytes")}
+    manifest = {
+        "format": 1,
+        "fingerprint": path.name,
+        "dtype": "uint16",
+        "vocab_size": VOCABULARY,
+        "eos_token_id": 0,
+        "tokenizer": "words",
+        "shards": shards,
+        "n_quarantined": 0,
+        "n_empty": 0,
+        **totals,
+    }
+    write_json(path / "manifest.json", manifest)
+    return path
+
+
+def make_job(storage: Path, **sections: Any) -> Job:
+    """A 20-step job of a tiny llama; `sections` are laid over its defaults one level deep."""
+    defaults: dict[str, Any] = {
+        "name": "run",
+        "storage": str(storage),
+        "seed": 7,
+        "model": {"config": LLAMA, "tokenizer": "words"},
+        "corpus": {"sources": {"random": {"path": "random.txt"}}, "holdout": 0.1},
+        "packing": {"block_size": 32},
+        "train": {
+            "max_steps": 20,
+            "global_batch_size": 4,
+            "micro_batch_size": 1,
+            "lr": 1e-2,
+            "max_grad_norm": 0.5,
+            "weight_decay": 0.1,
+            "mixed_precision": "fp32",
+            "logging_steps": 1,
+        },
+        "checkpoint": {"save_steps": 5},
+        "eval": {"eval_steps": 10, "max_tokens": 400},
+    }
+    for name, values in sections.items():
+        known = defaults.get(name)
+        defaults[name] = (
+            {**known, **values} if isinstance(known, dict) and isinstance(values, dict) else values
+        )
+    return Job.model_validate(defaults)
+
+
+def make_spec(
+    storage: Path, *, world_size: int = 1, attempt: int = 1, run: str = "run", **sections: Any
+) -> AttemptSpec:
+    """Its log and tokenizer are made in `storage` where they are missing."""
+    job = make_job(storage, **sections)
+    log, tokenizer = storage / "tokens" / "log", storage / "words"
+    if not log.exists():
+        write_log(log)
+        write_tokenizer(tokenizer)
+    plan = make_plan(job, world_size, None)
+    return AttemptSpec(job, storage / run, {"random": log}, tokenizer, plan, attempt)
+
+
+def start_ranks(spec: AttemptSpec) -> list[Rank]:
+    """`spec` as torchrun would run it: a process per rank, on gloo."""
+    path = spec.run.parent / f"{spec.run.name}-{spec.attempt}.json"
+    path.write_text(spec.to_json())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    size = spec.plan.world_size
+    shared = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(size),
+        "OMP_NUM_THREADS": "1",
+    }
+    return [
+        Rank(path, {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(size)
+    ]
+
+
+def run_ranks(spec: AttemptSpec) -> None:
+    """To the end. Raises with the processes' errors when one of them fails."""
+    finish(start_ranks(spec))
+
+
+def finish(processes: list[Rank]) -> None:
+    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+    if any(process.returncode for process in processes):
+        raise AssertionError("\n".join(errors))
+
+
+def losses(run: Path) -> dict[int, float]:
+    """The last recorded loss of each step."""
+    return {r["step"]: r["loss"] for r in read_jsonl(run / "metrics.jsonl") if r["kind"] == "train"}
+
+
+def training_blocks(spec: AttemptSpec) -> Any:
+    return open_data(spec).feed
+
+
+def stopped_and_resumed(storage: Path, after: int, **sections: Any) -> tuple[Path, Path]:
+    """Two runs of one rank: undisturbed, and stopped after that many steps and resumed."""
+    from raydist.training.loop import train
+
+    whole, cut = (make_spec(storage, run=run, **sections) for run in ("whole", "cut"))
+    train(whole)
+    asked = iter([False] * (after - 1) + [True])
+    assert train(cut, should_stop=lambda: next(asked)).stopped
+    train(replace(cut, attempt=2))
+    return whole.run, cut.run

@@ -1,0 +1,331 @@
+"""The strategies: the same losses as DDP, the same state whoever saved it, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from raydist.errors import CheckpointError, JobError
+from raydist.files import read_json, read_jsonl
+from raydist.job.load import build_job
+from raydist.job.schema import Job
+from raydist.training import checkpoint
+from raydist.training.attempt_spec import AttemptSpec
+from raydist.training.loop import train
+from tests.train_parts import (
+    LLAMA,
+    VOCABULARY,
+    losses,
+    make_job,
+    make_spec,
+    run_ranks,
+    start_ranks,
+    write_log,
+    write_tokenizer,
+)
+from tests.unit.parallel.matrix import (
+    ALL,
+    CASES,
+    METHODS,
+    QUICK,
+    REFUSED,
+    STRATEGIES,
+    WITHIN,
+    name_of,
+    sections,
+)
+from tests.weights import weight_hash
+
+ROOT = Path(__file__).resolve().parents[3]
+FIVE = ("ddp", "fsdp", "zero-1", "zero-2", "zero-3")
+TIED = {"config": {**LLAMA, "tie_word_embeddings": True}}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, AttemptSpec]:
+    """20 steps on two ranks in fp32, accumulated, clipped, with tied embeddings, by each strategy."""
+    folder, specs = tmp_path_factory.mktemp("undisturbed"), {}
+    for name in STRATEGIES:
+        spec = make_spec(
+            folder,
+            world_size=2,
+            run=name,
+            model=TIED,
+            strategy=STRATEGIES[name],
+            train={"global_batch_size": 5},
+        )
+        assert spec.plan.accumulation_steps == 3
+        run_ranks(spec)
+        specs[name] = spec
+    return specs
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "ddp"])
+def test_loss_for_loss_it_is_ddp(undisturbed: dict[str, AttemptSpec], name: str) -> None:
+    expected, found = (losses(undisturbed[n].run) for n in ("ddp", name))
+    assert len(found) == 20 and found[20] < 0.8 * found[1]
+    assert found == pytest.approx(expected, rel=1e-5)
+    norms, of_ddp = (
+        [r["grad_norm"] for r in read_jsonl(undisturbed[n].run / "metrics.jsonl") if r["kind"] == "train"]
+        for n in (name, "ddp")
+    )
+    assert norms == pytest.approx(of_ddp, rel=1e-4) and max(norms) > 0.5  # or nothing was clipped
+
+
+@pytest.mark.parametrize("name", FIVE)
+def test_killed_and_resumed_it_ends_as_undisturbed(undisturbed: dict[str, AttemptSpec], name: str) -> None:
+    whole = undisturbed[name]
+    cut = replace(whole, run=whole.run.with_name(f"killed-{name}"))
+    ranks = start_ranks(cut)
+    while 7 not in losses(cut.run):
+        time.sleep(0.002)
+    for rank in ranks:
+        rank.kill()
+    assert [rank.wait(30) for rank in ranks] == [-9, -9]
+    left = checkpoint.newest_valid(cut.run)
+    assert left is not None and left.step in (5, 10, 15)
+    run_ranks(replace(cut, attempt=2))
+    assert losses(cut.run) == losses(whole.run)
+    assert weight_hash(cut.run / "model") == weight_hash(whole.run / "model")
+
+
+@pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "ddp"])
+def test_it_goes_on_from_what_ddp_saved(undisturbed: dict[str, AttemptSpec], name: str) -> None:
+    """The strategy is no part of a run's identity: a run that outgrows DDP goes on under another."""
+    ddp, own = undisturbed["ddp"], undisturbed[name]
+    went_on = replace(own, run=own.run.with_name(f"on-{name}"), attempt=2)
+    shutil.copytree(ddp.run, went_on.run)
+    for step in (15, 20):
+        shutil.rmtree(checkpoint.folder_of(went_on.run, step))
+    run_ranks(went_on)
+    assert losses(went_on.run) == pytest.approx(losses(ddp.run), rel=1e-5)
+    starts = [r["step"] for r in read_jsonl(went_on.run / "metrics.jsonl") if r["kind"] == "resume"]
+    assert starts == [10]
+
+
+@pytest.mark.parametrize("name", ["fsdp", "zero-3"])
+def test_a_rank_holds_and_writes_its_share(undisturbed: dict[str, AttemptSpec], name: str) -> None:
+    commit = checkpoint.newest_valid(undisturbed[name].run)
+    assert commit is not None and commit.files is not None
+    sizes = [file["size"] for file in commit.files.values()]
+    assert len(sizes) == 2 and max(sizes) < 1.3 * min(sizes)
+    exported = AutoModelForCausalLM.from_pretrained(undisturbed[name].run / "model")
+    assert exported.config.architectures == ["LlamaForCausalLM"]
+    assert exported.lm_head.weight is exported.model.embed_tokens.weight
+
+
+def test_a_checkpoint_of_plain_files_by_name_is_read_as_well(tmp_path: Path) -> None:
+    """So were those of raydist 0.1: two files, and a step count for each tensor."""
+    from safetensors.torch import save_file
+
+    spec = make_spec(tmp_path)
+    train(spec)
+    shutil.rmtree(spec.run / "model")
+    shutil.rmtree(checkpoint.folder_of(spec.run, 20))
+    folder = checkpoint.folder_of(spec.run, 15)
+    (stored,) = folder.glob("*.safetensors")
+    with safe_open(stored, "pt") as opened:
+        state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
+    stored.unlink()
+    weights = {name: tensor for name, tensor in state.items() if not name.startswith("exp_avg")}
+    moments = {name: tensor for name, tensor in state.items() if name.startswith("exp_avg")}
+    save_file(weights, folder / "weights.safetensors")
+    save_file(
+        {**moments, **{f"step.{n}": torch.tensor(15.0) for n in weights}}, folder / "optimizer.safetensors"
+    )
+    raw = read_json(folder / "COMMIT.json")
+    raw["files"] = {p.name: checkpoint._measured(p) for p in folder.glob("*.safetensors")}
+    (folder / "COMMIT.json").write_text(json.dumps(raw))
+    before = losses(spec.run)
+    train(replace(spec, attempt=2))
+    assert losses(spec.run) == before
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, train={"max_steps": 5})
+    train(spec)
+    wider = make_spec(
+        tmp_path, train={"max_steps": 5}, model={"config": {**LLAMA, "hidden_size": 64}}, attempt=2
+    )
+    with pytest.raises(CheckpointError, match=r"do not fit the model, the first is lm_head\.weight"):
+        train(wider)
+
+
+# --- the matrix: docs/support.md is made of it
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The part of the matrix that runs in every test, with what the rest is compared with."""
+    return matrix(tmp_path_factory.mktemp("matrix"), "quick")
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return matrix(tmp_path_factory.mktemp("matrix"), "rest")
+
+
+def matrix(folder: Path, part: str) -> Path:
+    """Run once for all: on two ranks by torchrun, then alone from what the two had saved."""
+    write_log(folder / "tokens" / "log")
+    write_tokenizer(folder / "words")
+    torch.manual_seed(1)
+    config = {key: value for key, value in LLAMA.items() if key != "model_type"}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config, vocab_size=VOCABULARY))
+    model.save_pretrained(folder / "base")
+    write_tokenizer(folder / "base")
+    program = ["tests.unit.parallel.matrix", str(folder), part]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    for command in ([*torchrun, *program], [sys.executable, "-m", *program]):
+        done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    folder = request.getfixturevalue("quick" if request.param in QUICK else "rest") / name_of(request.param)
+    failed = folder / "error.txt"
+    assert not failed.exists(), failed.read_text()
+    return {**read_json(folder / "found.json"), "alone": read_json(folder / "alone.json")["losses"]}
+
+
+@pytest.mark.timeout(900)  # the first of them runs the matrix
+@pytest.mark.parametrize(
+    ("case", "found"),
+    [pytest.param(c, c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES],
+    ids=map(name_of, CASES),
+    indirect=["found"],
+)
+def test_it_trains_resumes_exports_and_merges(
+    case: tuple[str, str, str], found: dict[str, Any], quick: Path
+) -> None:
+    """Against DDP; resumed at 2 ranks and at 1; its model, and merged, by plain transformers or peft."""
+    within = {what: limits[case[2]] for what, limits in WITHIN.items()}
+    of_ddp = read_json(quick / name_of(("ddp", *case[1:])) / "found.json")["losses"]
+    assert found["losses"] == pytest.approx(of_ddp, rel=within["losses as DDP's"])
+    assert found["losses"][-1] < found["losses"][0]
+    again = within["resumed with as many workers"]
+    assert found["losses_of_cut"] == pytest.approx(found["losses"], rel=again, abs=0)
+    assert again > 0 or len(set(found["hashes"])) == 1
+    assert found["alone"] == pytest.approx(found["losses"], rel=within["resumed with one worker of two"])
+    loaded = within["model/ loaded by transformers or peft"]
+    assert found["loaded"] == pytest.approx(found["trained"], rel=loaded)
+    assert ("merged" in found) == (case[1] != "full")
+    merged = found.get("merged", found["loaded"])
+    assert merged == pytest.approx(found["loaded"], rel=within["the adapter merged"])
+
+
+@pytest.mark.parametrize("case", [c for c in ALL if c not in CASES], ids=name_of)
+def test_what_is_not_tested_is_refused_and_says_why(case: tuple[str, str, str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=REFUSED[case[:2]]):
+        make_job(tmp_path, **sections(case, tmp_path / "base"))
+
+
+def test_the_matrix_has_every_strategy_that_the_schema_has() -> None:
+    strategy = Job.model_json_schema()["$defs"]["Strategy"]["properties"]
+    assert {s["name"] for s in STRATEGIES.values()} == set(strategy["name"]["enum"])
+    stages = strategy["stage"]["anyOf"][0]["enum"]
+    assert {(s.get("stage"), s.get("offload")) for s in STRATEGIES.values()} == {
+        (None, None),
+        *((stage, offload) for stage in stages for offload in (None, "cpu")),
+    }
+    assert set(METHODS) - {"full", "lora"} == set(
+        Job.model_json_schema()["properties"]["quantization"]["anyOf"][0]["enum"]
+    )
+
+
+# --- bad input
+
+
+def strategy(**values: Any) -> Job:
+    plain = make_job(Path("runs")).model_dump(mode="json")
+    return build_job({**plain, "strategy": values})
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"name": "zero", "stage": 4}, r"strategy\.stage: Input should be 1, 2 or 3, not 4"),
+        ({"name": "zero"}, "needs stage: 1, 2 or 3"),
+        ({"name": "fsdp", "stage": 2}, "name: fsdp has no stage"),
+        ({"name": "ddp", "offload": "cpu"}, "name: ddp has no offload"),
+        ({"name": "deepspeed"}, "'ddp', 'fsdp' or 'zero', not 'deepspeed'"),
+        ({"name": "zero", "stage": 2, "config": "no.json"}, r"no\.json cannot be read: .*No such file"),
+    ],
+)
+def test_a_strategy_that_does_not_exist_is_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(JobError, match=said):
+        strategy(**values)
+
+
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        ({"train_batch_size": 8}, r"train_batch_size: 8, .* train\.global_batch_size"),
+        (
+            {"gradient_clipping": 2.0},
+            r"gradient_clipping: 2\.0, .* train\.max_grad_norm \(which gives 0\.5\)",
+        ),
+        ({"optimizer": {"type": "Adam"}}, r"optimizer: .* train\.lr and train\.weight_decay"),
+        ({"fp16": {"enabled": True}}, r"fp16: .* train\.mixed_precision"),
+        (
+            {"bf16": {"enabled": True}},
+            r"bf16\.enabled: True, .* train\.mixed_precision \(which gives False\)",
+        ),
+        (
+            {"zero_optimization": {"stage": 3}},
+            r"zero_optimization\.stage: 3, .* strategy\.stage \(which gives 2\)",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            r"offload_optimizer\.device: 'nvme', .* strategy\.offload",
+        ),
+        ({"zero_optimisation": {}}, r"zero_optimisation: raydist does not use this key"),
+    ],
+)
+def test_a_deepspeed_key_that_fights_the_job_is_refused_by_name(own: dict[str, Any], said: str) -> None:
+    with pytest.raises(JobError, match=said):
+        strategy(name="zero", stage=2, config=own)
+
+
+def test_a_deepspeed_file_is_merged_where_it_does_not_fight(tmp_path: Path) -> None:
+    """Such as Hugging Face's examples: "auto" leaves a key to the job, and so does a section that is off."""
+    own = {
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto", "loss_scale": 0},
+        "zero_optimization": {
+            "stage": 2,
+            "overlap_comm": False,
+            "reduce_bucket_size": 1000,
+            "offload_optimizer": {"pin_memory": True},
+        },
+        "train_batch_size": "auto",
+        "gradient_clipping": 0.5,
+        "steps_per_print": 7,
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(own))
+    job = strategy(name="zero", stage=2, config=str(tmp_path / "ds.json"))
+    (tmp_path / "ds.json").unlink()
+    merged = build_job(job.model_dump(mode="json")).deepspeed()  # as the run's job.yaml is read again
+    assert merged["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": False,
+        "reduce_bucket_size": 1000,
+        "allgather_bucket_size": 2**25,
+        "offload_optimizer": {"device": "none", "pin_memory": True},
+    }
+    assert (merged["gradient_clipping"], merged["steps_per_print"]) == (0.5, 7)
+    assert "train_batch_size" not in merged and "fp16" not in merged
