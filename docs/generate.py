@@ -142,7 +142,7 @@ def _refusal(pair: tuple[str, str]) -> str:
     try:
         build_job(job)
     except JobError as error:
-        return error.what.splitlines()[1].partition("job: job: ")[2]
+        return error.what.splitlines()[1].partition("job: ")[2]
     raise AssertionError(f"{pair} is not refused")
 
 

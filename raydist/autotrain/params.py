@@ -12,9 +12,9 @@ from typing import Any
 from raydist.autotrain.data import FindData, find_data
 from raydist.autotrain.table import ALIASES, INT, OTHERS, TABLE
 from raydist.errors import JobError, RaydistError
-from raydist.job.load import KeyPath, build_job
+from raydist.job.load import build_job
 from raydist.job.schema import Job
-from raydist.job.search import put
+from raydist.job.values import KeyPath, put
 
 REQUIRED = ("model", "data_path", "project_name")
 NEVER = 10**9

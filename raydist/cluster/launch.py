@@ -15,7 +15,8 @@ import yaml
 
 from raydist import files
 from raydist.errors import ClusterError, JobError
-from raydist.job.load import KeyPath, key_lines
+from raydist.job.load import key_lines
+from raydist.job.values import KeyPath
 
 TOKEN = "~/.ray/auth_token"  # noqa: S105 - where Ray looks for it
 MODE = "RAY_AUTH_MODE=token"

@@ -1,21 +1,18 @@
-"""Read a job from YAML, apply `--set` overrides, and tell all that is wrong with it at once."""
+"""Read a job from YAML and apply `--set` overrides; every key keeps its place for messages."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
 
 from raydist.errors import JobError
+from raydist.job.check import Places
 from raydist.job.schema import Job
-from raydist.job.search import put, refusal, with_parameters
-
-KeyPath = tuple[str | int, ...]
+from raydist.job.values import KeyPath, put
 
 
 class _Loader(yaml.SafeLoader):
@@ -63,40 +60,8 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 def build_job(
     values: Mapping[str, Any], places: Mapping[KeyPath, str] | None = None, where: str = "job"
 ) -> Job:
-    """Validate plain values; `places` says where each key path was written."""
-    problems: list[str] = []
-    try:
-        job = Job.model_validate(values)
-        problems = list(_search_problems(job, values, places or {}, where))
-    except ValidationError as error:
-        problems = list(_problems(error, values, places or {}, where))
-    if not problems:
-        return job
-    raise JobError(
-        f"{len(problems)} problem{'s' * (len(problems) > 1)} in the job\n"
-        + "\n".join(f"  {p}" for p in problems),
-        fix="mend these lines; raydist validate FILE checks without starting anything",
-    )
-
-
-def _search_problems(
-    job: Job, values: Mapping[str, Any], places: Mapping[KeyPath, str], where: str
-) -> Iterator[str]:
-    """A job with an extreme value of each searched key must be a job."""
-    for key, distribution in job.tune.search.items() if job.tune else ():
-        place = places.get(("tune", "search", key), where)
-        if reason := refusal(key, job):
-            yield f"{place}: {key}: {reason}"
-            continue
-        for value in distribution.extremes:
-            tried = with_parameters(values, {key: value})
-            try:
-                Job.model_validate(tried)
-            except ValidationError as error:
-                at: dict[KeyPath, str] = {tuple(key.split(".")): place}
-                yield from (
-                    f"{problem} (searched: {value!r})" for problem in _problems(error, tried, at, place)
-                )
+    """Validate plain values; `places` says where each key path was written. Raises JobError."""
+    return Job.model_validate(values, context=Places(places or {}, where))
 
 
 def _apply_overrides(
@@ -109,8 +74,17 @@ def _apply_overrides(
         if not equals or not all(keys):
             raise JobError(f"--set {text} is not KEY=VALUE", fix="for example --set train.lr=1e-4")
         put(values, keys, yaml.load(value, Loader=_Loader))  # noqa: S506 - a subclass of the safe loader
-        places[tuple(keys)] = f"--set {dotted}"
+        _write_over(places, tuple(keys), f"--set {dotted}")
     return values
+
+
+def _write_over(places: dict[KeyPath, str], path: KeyPath, place: str) -> None:
+    """What the file had below the path is gone; sections made on the way are written here."""
+    for gone in [key for key in places if key[: len(path)] == path]:
+        del places[gone]
+    for length in range(1, len(path)):
+        places.setdefault(path[:length], place)
+    places[path] = place
 
 
 def job_yaml(job: Job) -> str:
@@ -141,69 +115,3 @@ def key_lines(node: yaml.Node | None, path: KeyPath) -> Iterator[tuple[KeyPath, 
         for index, item in enumerate(node.value):
             yield (*path, index), item.start_mark.line + 1
             yield from key_lines(item, (*path, index))
-
-
-def _problems(
-    error: ValidationError, values: Mapping[str, Any], places: Mapping[KeyPath, str], where: str
-) -> Iterator[str]:
-    """One line per place: pydantic tells a wrong union once for each of its members."""
-    told: set[KeyPath] = set()
-    for detail in error.errors():
-        path = _written_path(detail["loc"], values)
-        if path in told:
-            continue
-        told.add(path)
-        dotted = ".".join(map(str, path)) or "job"
-        starts = (path[:length] for length in range(len(path), 0, -1))
-        place = next((places[start] for start in starts if start in places), where)
-        yield f"{place}: {dotted}: {_message(detail, path)}"
-
-
-def _written_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:
-    """Drop the names of union members, which pydantic puts among the keys."""
-    path: list[str | int] = []
-    for index, key in enumerate(loc):
-        listed = isinstance(values, list) and isinstance(key, int) and key < len(values)
-        if listed or (isinstance(values, Mapping) and key in values):
-            values = values[key]
-        elif not (isinstance(values, Mapping) and index == len(loc) - 1):
-            continue
-        path.append(key)
-    return tuple(path)
-
-
-def _message(detail: Any, path: KeyPath) -> str:
-    if detail["type"] == "extra_forbidden":
-        return f"unknown key{_nearest(path)}"
-    text = str(detail["msg"]).removeprefix("Value error, ")
-    if detail["type"] in ("missing", "value_error"):
-        return text
-    return f"{text}, not {detail['input']!r}"
-
-
-def _nearest(path: KeyPath) -> str:
-    *parents, name = map(str, path)
-    section = ".".join("*" if i and parents[i - 1] == "sources" else key for i, key in enumerate(parents))
-    known = list(dict.fromkeys(_known_keys(Job)))
-    here = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
-    if close := difflib.get_close_matches(name, here, 1):
-        return f"; did you mean {close[0]}?"
-    if elsewhere := [key for key in known if key.rpartition(".")[2] == name]:
-        return f"; it belongs at {' or '.join(elsewhere)}"
-    return f"; known here: {', '.join(here)}"
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted, with * for the free names below sources."""
-    for name, field in section.model_fields.items():
-        yield prefix + name
-        below = f"{prefix}{name}.*." if name == "sources" else f"{prefix}{name}."
-        for inner in _sections(field.annotation):
-            yield from _known_keys(inner, below)
-
-
-def _sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for inner in get_args(annotation):
-        yield from _sections(inner)

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, ValidationInfo, model_validator
 
+from raydist.job.check import Places, require_valid
 from raydist.job.deepspeed import deepspeed_config
 from raydist.job.section import Section
 from raydist.job.tune import Tune
@@ -38,18 +39,6 @@ class Model(Section):
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto", description="auto: the fastest that keeps documents apart; another is used, or refused"
     )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Model:
-        if (self.base is None) == (self.config is None):
-            raise ValueError("give exactly one of base (a pretrained model) and config (random weights)")
-        if self.config is not None and "model_type" not in self.config:
-            raise ValueError("config needs model_type, such as llama")
-        if self.config is not None and self.tokenizer is None:
-            raise ValueError(
-                "a model from config needs a tokenizer: a hub id, a folder or {train: {vocab_size: N}}"
-            )
-        return self
 
 
 Format = Literal["auto", "parquet", "jsonl", "json", "csv", "text", "arrow"]
@@ -90,16 +79,6 @@ class Corpus(Section):
         32 * 2**20, description="bytes of source files that one task turns into a shard"
     )
 
-    @model_validator(mode="after")
-    def _weights(self) -> Corpus:
-        weights = [source.weight for source in self.sources.values()]
-        given = [weight for weight in weights if weight is not None]
-        if given and len(given) != len(weights):
-            raise ValueError("give every source a weight, or none")
-        if given and abs(sum(given) - 1) > 1e-6:
-            raise ValueError(f"the weights add up to {sum(given):g}, not 1")
-        return self
-
 
 class Prepare(Section):
     wait: Literal["auto", "all"] = Field(
@@ -116,9 +95,6 @@ class Packing(Section):
     document_mask: bool = Field(True, description="attention does not cross documents")
     add_eos_token: bool = Field(True, description="end every document with the end-of-sequence token")
     window_shards: PositiveInt = Field(16, description="shards whose blocks are shuffled together")
-
-
-ONE_LENGTH = "give exactly one of max_steps, max_tokens and epochs"
 
 
 class Train(Section):
@@ -161,18 +137,6 @@ class Train(Section):
     )
     logging_steps: PositiveInt = Field(10, description="steps between records in metrics.jsonl")
 
-    @model_validator(mode="after")
-    def _one_batch(self) -> Train:
-        if self.global_batch_size is not None and self.global_batch_tokens is not None:
-            raise ValueError("give one of global_batch_size and global_batch_tokens, not both")
-        return self
-
-    @model_validator(mode="after")
-    def _one_length(self) -> Train:
-        if sum(value is not None for value in (self.max_steps, self.max_tokens, self.epochs)) > 1:
-            raise ValueError(ONE_LENGTH)
-        return self
-
     @property
     def has_length(self) -> bool:
         return any(value is not None for value in (self.max_steps, self.max_tokens, self.epochs))
@@ -191,6 +155,16 @@ class Lora(Section):
     target_modules: str | list[str] = Field("all-linear", description="names of modules to adapt")
 
 
+def _of_a_file(given: Any) -> Any:
+    """The file's content becomes the job's: workers and later resumes need no file."""
+    if not isinstance(given, str):
+        return {} if given is None else given
+    try:
+        return json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the DeepSpeed config {given} cannot be read: {error}") from error
+
+
 class Strategy(Section):
     name: Literal["ddp", "fsdp", "zero"] = Field(
         "ddp",
@@ -202,7 +176,7 @@ class Strategy(Section):
     offload: Literal["none", "cpu"] = Field(
         "none", description="zero only; cpu: the optimizer, and at stage 3 the weights, live in host memory"
     )
-    config: dict[str, Any] = Field(
+    config: Annotated[dict[str, Any], BeforeValidator(_of_a_file)] = Field(
         default_factory=dict,
         description="zero only; further DeepSpeed keys, or the name of a JSON file of them",
     )
@@ -210,28 +184,6 @@ class Strategy(Section):
     @property
     def shards_weights(self) -> bool:
         return self.name == "fsdp" or self.stage == 3
-
-    @field_validator("config", mode="before")
-    @classmethod
-    def _read(cls, given: Any) -> Any:
-        """The file's content becomes the job's: workers and later resumes need no file."""
-        if not isinstance(given, str):
-            return {} if given is None else given
-        try:
-            return json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"the DeepSpeed config {given} cannot be read: {error}") from error
-
-    @model_validator(mode="after")
-    def _belongs_to_zero(self) -> Strategy:
-        given = [
-            key for key in ("stage", "offload", "config") if getattr(self, key) not in (None, "none", {})
-        ]
-        if self.name != "zero" and given:
-            raise ValueError(f"name: {self.name} has no {' and no '.join(given)}; only zero has")
-        if self.name == "zero" and self.stage is None:
-            raise ValueError("name: zero needs stage: 1, 2 or 3")
-        return self
 
 
 class Scaling(Section):
@@ -280,8 +232,8 @@ class Cluster(Section):
     address: str | None = Field(None, description="Ray's dashboard address, http://host:8265")
 
 
-class Job(Section):
-    """A whole job. `Job(...)` in Python and a YAML file are the same thing."""
+class Fields(Section):
+    """The keys of a job, each valid by itself. `Job` adds the rules between them."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
         description="the run; its folder is <storage>/<name>"
@@ -311,68 +263,6 @@ class Job(Section):
     cluster: Cluster = Cluster()
     tune: Tune | None = Field(None, description="a sweep, for raydist tune; null: one run")
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Job:
-        if not self.train.has_length and not self.stages:
-            raise ValueError(f"train: {ONE_LENGTH}")
-        if self.train.has_length and self.stages:
-            raise ValueError(
-                "stages have lengths of their own: give no train.max_steps, max_tokens or epochs"
-            )
-        by_epoch = [
-            key
-            for key, every in (
-                ("checkpoint.save_steps", self.checkpoint.save_steps),
-                ("eval.eval_steps", self.eval.eval_steps),
-            )
-            if every == "epoch"
-        ]
-        if by_epoch and self.train.epochs is None:
-            raise ValueError(f"{' and '.join(by_epoch)}: epoch needs train.epochs; give a number of steps")
-        if self.model.attn_implementation == "flash_attention_2" and self.train.mixed_precision != "bf16":
-            raise ValueError(
-                "model.attn_implementation: flash_attention_2 computes in 16 bits only;"
-                " set train.mixed_precision: bf16"
-            )
-        tokens = self.train.global_batch_tokens
-        for size in self.block_sizes:
-            if tokens is not None and tokens % size:
-                raise ValueError(
-                    f"train.global_batch_tokens {tokens} is not a multiple of"
-                    f" {'a block_size of stages,' if self.stages else 'packing.block_size'} {size}"
-                )
-        if self.quantization is not None and self.adapter is None:
-            raise ValueError(
-                f"quantization: {self.quantization} needs an adapter: quantized weights cannot be trained"
-            )
-        if self.quantization is not None and self.strategy.name == "fsdp":
-            raise ValueError(
-                f"quantization: {self.quantization} does not work under strategy fsdp: FSDP2 shards a"
-                " weight as a plain tensor and drops the scales that bitsandbytes keeps beside it;"
-                " take ddp or zero"
-            )
-        self.deepspeed()
-        weighted = any(source.weight is not None for source in self.corpus.sources.values())
-        if weighted and self.train.epochs is not None:
-            raise ValueError(
-                "sources with weights need train.max_steps or train.max_tokens, not train.epochs"
-            )
-        if "://" in self.storage:
-            raise ValueError(
-                f"storage {self.storage} is a URI: runs need a folder on a shared file system so far"
-            )
-        if self.tune is not None and self.tune.max_tokens is not None:
-            if self.train.max_tokens is None:
-                raise ValueError("tune.max_tokens, a budget, needs the length of a trial in train.max_tokens")
-            if self.tune.max_tokens < self.train.max_tokens:
-                raise ValueError(
-                    f"tune.max_tokens {self.tune.max_tokens:g} does not pay for one trial"
-                    f" of train.max_tokens {self.train.max_tokens:g}"
-                )
-        if self.name in ("tokens", "tokenizers"):
-            raise ValueError(f"{self.name} is the folder that runs share, not a name for a run")
-        return self
-
     @property
     def block_sizes(self) -> list[int]:
         """Tokens per sequence, of each stage or of the one that there is."""
@@ -393,3 +283,18 @@ class Job(Section):
             bf16=self.train.mixed_precision == "bf16",
             max_grad_norm=self.train.max_grad_norm,
         )
+
+
+class Job(Fields):
+    """A whole job. `Job(...)` in Python and a YAML file are the same thing.
+
+    Raises JobError with all that is wrong, not pydantic's ValidationError.
+    """
+
+    @model_validator(mode="before")
+    @classmethod
+    def _all_problems(cls, given: Any, info: ValidationInfo) -> Any:
+        """context: the Places of the values."""
+        if not isinstance(given, Job):
+            require_valid(Fields, given, info.context or Places())
+        return given

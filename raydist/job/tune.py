@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt
 
 from raydist.job.section import Section
 
@@ -19,17 +19,6 @@ class Distribution(Section):
     uniform: Range | None = Field(None, description="[low, high]")
     choice: list[Any] | None = Field(None, min_length=1, description="values, drawn with equal chances")
     grid: list[Any] | None = Field(None, min_length=1, description="values, each with each of other grids")
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> Distribution:
-        if sum(value is not None for value in (self.loguniform, self.uniform, self.choice, self.grid)) != 1:
-            raise ValueError("give exactly one of loguniform, uniform, choice and grid")
-        low, high = self.loguniform or self.uniform or (0, 1)
-        if low >= high:
-            raise ValueError(f"the range [{low:g}, {high:g}] is inverted or empty; low comes first")
-        if self.loguniform is not None and low <= 0:
-            raise ValueError(f"loguniform needs a low end above 0, not {low:g}")
-        return self
 
     @property
     def extremes(self) -> list[Any]:
@@ -68,15 +57,3 @@ class Tune(Section):
     @property
     def n_trials(self) -> int:
         return self.trials or self.grid_size
-
-    @model_validator(mode="after")
-    def _counts(self) -> Tune:
-        grids = [key for key, of in self.search.items() if of.grid is not None]
-        if grids and self.searcher == "optuna":
-            raise ValueError(f"optuna has no grid ({', '.join(grids)}); give choice instead")
-        drawn = len(grids) < len(self.search)
-        if self.trials is None and drawn:
-            raise ValueError("say how many trials: only a grid has a number of its own")
-        if self.n_trials < self.grid_size or (self.n_trials > self.grid_size and not drawn):
-            raise ValueError(f"trials: {self.n_trials}, but the grid has {self.grid_size} points")
-        return self

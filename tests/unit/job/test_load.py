@@ -54,12 +54,12 @@ def test_unknown_keys_name_the_nearest_or_their_place(tmp_path: Path) -> None:
 def test_all_problems_at_once_with_lines(tmp_path: Path) -> None:
     text = (
         "name: x\nmodel: {base: a, config: {model_type: llama}}\n"
-        "corpus:\n  sources:\n    a: {weight: 2}\ntrain:\n  lr: fast\n"
+        "corpus:\n  sources:\n    a: {weight: 2}\ntrain:\n  lr: fast\n  max_steps: 1\n"
     )
     told = problems(tmp_path, text)
     assert told.startswith("4 problems in the job")
     for place in (
-        "job.yaml:2: model:",
+        "job.yaml:2: model.base: give exactly one of base",
         "job.yaml:5: corpus.sources.a.path",
         "job.yaml:5: corpus.sources.a.weight",
     ):
@@ -120,9 +120,9 @@ def test_identity_is_what_decides_the_weights() -> None:
 
 def test_an_end_of_an_epoch_needs_epochs(tmp_path: Path) -> None:
     by_epoch = MINIMAL + "checkpoint: {save_steps: epoch}\neval: {eval_steps: epoch}\n"
-    assert "checkpoint.save_steps and eval.eval_steps: epoch needs train.epochs" in problems(
-        tmp_path, by_epoch
-    )
+    told = problems(tmp_path, by_epoch)
+    assert "job.yaml:5: checkpoint.save_steps: epoch needs train.epochs" in told
+    assert "job.yaml:6: eval.eval_steps: epoch needs train.epochs" in told
     epochs = by_epoch.replace("max_steps: 10", "epochs: 2")
     assert load_job(write(tmp_path, epochs)).eval.eval_steps == "epoch"
 

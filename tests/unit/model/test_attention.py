@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from raydist.errors import ModelError
+from raydist.errors import JobError, ModelError
 from raydist.job.identity import differences
 from raydist.model.attention import (
     PER_DOCUMENT,
@@ -231,6 +231,6 @@ def test_another_attention_is_the_same_run_and_flash_needs_16_bits(tmp_path: Pat
     auto, eager = (make_job(tmp_path, model={"attn_implementation": name}) for name in ("auto", "eager"))
     assert not differences(auto, eager)
     flash = {"attn_implementation": "flash_attention_2"}
-    with pytest.raises(ValueError, match="flash_attention_2 computes in 16 bits only"):
+    with pytest.raises(JobError, match="flash_attention_2 computes in 16 bits only"):
         make_job(tmp_path, model=flash)
     assert make_job(tmp_path, model=flash, train={"mixed_precision": "bf16"})

@@ -11,7 +11,6 @@ import bitsandbytes.functional
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from pydantic import ValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -198,9 +197,9 @@ def test_another_base_is_refused_for_a_quantized_run_and_taken_for_others(tmp_pa
 
 
 def test_it_needs_an_adapter_and_weights_that_are_not_taken_apart(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(ValidationError, match="int4 needs an adapter"):
+    with pytest.raises(JobError, match="int4 needs an adapter"):
         make_job(tmp_path, **{**qlora(base, "int4"), "adapter": None})
-    with pytest.raises(ValidationError, match=r"int4 .*under strategy fsdp"):
+    with pytest.raises(JobError, match=r"int4 .*under strategy fsdp"):
         make_job(tmp_path, **qlora(base, "int4"), strategy={"name": "fsdp"})
     one, other = (make_job(tmp_path, **qlora(base, bits)) for bits in ("int4", "int8"))
     assert differences(one, other) == ["quantization: 'int4' -> 'int8'"]

@@ -230,7 +230,7 @@ def test_it_trains_resumes_exports_and_merges(
 
 @pytest.mark.parametrize("case", [c for c in ALL if c not in CASES], ids=name_of)
 def test_what_is_not_tested_is_refused_and_says_why(case: tuple[str, str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=REFUSED[case[:2]]):
+    with pytest.raises(JobError, match=REFUSED[case[:2]]):
         make_job(tmp_path, **sections(case, tmp_path / "base"))
 
 
