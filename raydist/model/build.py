@@ -21,12 +21,10 @@ from torch import nn
 from raydist.errors import JobError, ModelError
 from raydist.job.schema import Job
 from raydist.model import quantization
+from raydist.model.base import SAFE, check_stored, load_base
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
-"""Of a base, nothing is unpickled and no code is run."""
 
 
 @contextmanager
@@ -66,16 +64,13 @@ def load_config(job: Job, vocab_size: int | None = None) -> PretrainedConfig:
     Raises ModelError for a base that cannot be used, JobError for a configuration with unknown
     names. Code that comes with a model is never run.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     if job.model.config is not None:
         return _config_from(job.model.config, vocab_size)
-    try:
+    with _usable(job):
         config: PretrainedConfig = AutoConfig.from_pretrained(base_path(job), trust_remote_code=False)
         return config
-    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
-        raise _unusable(job, error) from error
 
 
 def base_path(job: Job) -> str:
@@ -120,13 +115,27 @@ def _closest(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known)}"
 
 
-def _unusable(job: Job, error: Exception) -> ModelError:
-    return ModelError(
-        f"the base model {job.model.base} cannot be used",
-        where="model.base",
-        why=str(error).strip().splitlines()[0],
-        fix="give a hub id that this machine can reach, or a folder with config.json and *.safetensors",
-    )
+@contextmanager
+def _usable(job: Job) -> Iterator[None]:
+    """Turns what reading the base raises into a ModelError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, KeyError, StrictDataclassError, SafetensorError) as error:
+        raise ModelError(
+            f"the base model {job.model.base} cannot be used",
+            where="model.base",
+            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            fix="give a hub id that this machine can reach, or a folder with config.json and *.safetensors",
+        ) from error
+
+
+def check_base(job: Job) -> None:
+    """Raises ModelError where the stored tensors are not those of the base's configuration; loads none."""
+    with _usable(job):
+        check_stored(base_path(job))
 
 
 def check_fits(config: PretrainedConfig, job: Job) -> None:
@@ -251,17 +260,14 @@ def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:
 
 def _base(job: Job, device: torch.device) -> nn.Module:
     """Quantized ones are on `device`, others on the CPU."""
-    from transformers import AutoModelForCausalLM
-
     dtype = torch.float32 if job.adapter is None else "auto"
     options = {**SAFE, "attn_implementation": "eager"}
-    try:
+    with _usable(job):
         if job.quantization is not None:
             config = quantization.quantization_config(job)
             return quantization.load_quantized(base_path(job), config, device, **options)
-        return AutoModelForCausalLM.from_pretrained(base_path(job), dtype=dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
-        raise _unusable(job, error) from error
+        model: nn.Module = load_base(base_path(job), dtype=dtype, **options)
+        return model
 
 
 def _check_vocabulary(model: nn.Module, tokenizer_folder: Path) -> None:

@@ -17,7 +17,8 @@ from raydist.errors import ModelError
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.model import quantization
-from raydist.model.build import SAFE, load_config, load_tokenizer, quietly
+from raydist.model.base import SAFE, load_adapter, load_base
+from raydist.model.build import load_config, load_tokenizer, quietly
 from raydist.model.quantization import load_dequantized, load_quantized, read_config
 
 MODEL_FILES = (
@@ -126,18 +127,16 @@ def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 @quietly()
 def load_trained(folder: Path) -> Any:
     """The model in a run's model/, for inference; an adapter is on its base, quantized as in training."""
-    from transformers import AutoModelForCausalLM
-
     if not (folder / "adapter_config.json").exists():
-        return AutoModelForCausalLM.from_pretrained(folder).eval()
-    from peft import PeftConfig, PeftModel
+        return load_base(str(folder), where=str(folder)).eval()
+    from peft import PeftConfig
 
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if (quantized := read_config(folder)) is not None:
-        model = load_quantized(base, quantized, torch.device("cpu"), **SAFE)
+        model = load_quantized(base, quantized, torch.device("cpu"), where=base, **SAFE)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base, **SAFE)
-    return PeftModel.from_pretrained(model, folder).eval()
+        model = load_base(base, where=base, **SAFE)
+    return load_adapter(model, folder).eval()
 
 
 def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int = 0) -> tuple[str, str]:
@@ -209,12 +208,9 @@ def _check(source: Path, base: Path | None) -> dict[str, Any] | None:
 
 def _merged(base: str, adapter: Path, quantized: dict[str, Any] | None) -> tuple[nn.Module, torch.dtype]:
     """In fp32; and the dtype that the base came in."""
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     if quantized is not None:
-        model: Any = load_dequantized(base, quantized, **SAFE)
+        model: Any = load_dequantized(base, quantized, where=base, **SAFE)
     else:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", **SAFE)
+        model = load_base(base, where=base, dtype="auto", **SAFE)
     dtype = model.dtype
-    return PeftModel.from_pretrained(model.float(), adapter).merge_and_unload(), dtype
+    return load_adapter(model.float(), adapter).merge_and_unload(), dtype

@@ -21,6 +21,7 @@ from raydist import files
 from raydist.errors import JobError, ModelError
 from raydist.job.schema import Job
 from raydist.model.adapter import is_linear
+from raydist.model.base import load_base
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -72,11 +73,11 @@ def load_quantized(base: str, config: dict[str, Any], device: torch.device, **op
 
     It is placed while it is loaded: int8 weights lose their scales when a model is moved later.
     """
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     check_bitsandbytes(device)
     options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": str(device)}}
-    model: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    model: nn.Module = load_base(base, dtype=torch.float32, **options)
     for _, layer in _quantized_layers(model):
         layer.forward = MethodType(_forward, layer)
     return model
@@ -84,9 +85,7 @@ def load_quantized(base: str, config: dict[str, Any], device: torch.device, **op
 
 def load_dequantized(base: str, config: dict[str, Any], **options: Any) -> nn.Module:
     """The base in fp32, of plain layers, with the values that its quantized weights stand for."""
-    from transformers import AutoModelForCausalLM
-
-    plain: nn.Module = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, **options)
+    plain: nn.Module = load_base(base, dtype=torch.float32, **options)
     for name, layer in _quantized_layers(load_quantized(base, config, torch.device("cpu"), **options)):
         target, weight = plain.get_submodule(name), dequantized(layer, torch.float32)
         # GPT-2's Conv1D holds its weight as (in, out)

@@ -6,7 +6,7 @@ import torch
 
 from raydist.job.schema import Job
 from raydist.model import quantization
-from raydist.model.build import check_fits, load_config, model_sizes, quietly
+from raydist.model.build import check_base, check_fits, load_config, model_sizes, quietly
 from raydist.parallel.zero import check_deepspeed
 from raydist.track.start import check_trackers
 from raydist.training.collate import make_collator
@@ -18,6 +18,8 @@ def check_job(job: Job) -> None:
     check_trackers(job)
     config = load_config(job)
     check_fits(config, job)
+    if job.model.base is not None:
+        check_base(job)
     if job.quantization is not None:
         quantization.check_bitsandbytes(torch.device("cpu"))
     if job.adapter is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import JobError, ModelError
@@ -20,6 +22,7 @@ from raydist.model.build import (
     n_parameters,
 )
 from raydist.model.export import continue_text, load_trained, merge_adapter
+from raydist.run.preflight import check_job
 from raydist.training.loop import train
 from tests.train_parts import (
     LLAMA,
@@ -221,3 +224,184 @@ def test_the_hash_is_of_names_and_bytes_and_text_goes_on(tmp_path: Path) -> None
     assert prompt == "w5 w6 w7"
     assert 1 <= len(continuation.split()) <= 4
     assert load_trained(one.run / "model").training is False
+
+
+# --- a base whose weights do not fit its configuration --------------------------------------------
+
+
+def edited(base: Path, change: Any) -> Path:
+    """Write what `change` makes of the stored tensors."""
+    tensors = change(load_file(base / "model.safetensors"))
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    return base
+
+
+def configured(base: Path, **changes: Any) -> Path:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, **changes}))
+    return base
+
+
+def without(part: str) -> Any:
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def small(folder: Path, kind: str, **options: Any) -> Path:
+    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return write_tokenizer(folder)
+
+
+def gpt2(folder: Path) -> Path:
+    return small(folder, "gpt2", n_embd=32, n_layer=2, n_head=4, n_positions=64)
+
+
+UNFIT = {
+    "a missing layer": (
+        lambda base: edited(base, without("layers.1.")),
+        r"9 tensors missing: model\.layers\.1\.input_layernorm\.weight, .*, \.\.\.$",
+    ),
+    "fewer layers in the configuration": (
+        lambda base: configured(base, num_hidden_layers=1),
+        r"9 tensors unexpected: model\.layers\.1\.input_layernorm\.weight",
+    ),
+    "another prefix": (
+        lambda base: edited(base, lambda of: {f"net.{name}": tensor for name, tensor in of.items()}),
+        r"21 tensors missing: .*; 21 tensors unexpected: net\.",
+    ),
+    "more rows in the configuration": (
+        lambda base: configured(base, vocab_size=VOCABULARY + 8),
+        r"2 tensors of another shape: lm_head\.weight \(64x32, not 72x32\), model\.embed",
+    ),
+    "another width of a linear layer": (
+        lambda base: configured(base, intermediate_size=40),
+        r"6 tensors of another shape: .*down_proj\.weight \(32x48, not 32x40\)",
+    ),
+    "an untied head that is not stored": (
+        lambda base: edited(base, without("lm_head")),
+        r"1 tensor missing: lm_head\.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_a_base_whose_weights_do_not_fit_is_refused_by_the_tensors_names(
+    tmp_path: Path, base: Path, case: str
+) -> None:
+    spoil, said = UNFIT[case]
+    job = make_job(tmp_path, model=from_base(spoil(base)))
+    check = re.compile(rf"(?ms)do not fit its config\.json.*model\.base.*{said}")
+    with pytest.raises(ModelError, match=check):
+        check_job(job)
+    with pytest.raises(ModelError, match=check):
+        build_model(job, base, CPU)
+    with pytest.raises(ModelError, match=rf"(?m){said}"):
+        load_trained(base)  # a run's own model/ is such a folder
+
+
+def test_a_base_is_checked_before_loading_without_reading_its_weights(tmp_path: Path) -> None:
+    """128 GiB of them, all but the header a hole in the file."""
+    config = AutoConfig.for_model(**{**LLAMA, "vocab_size": 2**30})
+    with torch.device("meta"):
+        tensors = AutoModelForCausalLM.from_config(config).state_dict()
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + 2 * tensor.numel()
+        header[name] = {"dtype": "BF16", "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    config.save_pretrained(tmp_path / "vast")
+    with (tmp_path / "vast" / "model.safetensors").open("wb") as stored:
+        text = json.dumps(header).encode()
+        stored.write(len(text).to_bytes(8, "little") + text)
+        stored.truncate(stored.tell() + end)
+    check_job(make_job(tmp_path, model=from_base(tmp_path / "vast")))
+
+
+def test_what_transformers_makes_again_or_ties_is_no_misfit(tmp_path: Path) -> None:
+    tied = gpt2(tmp_path / "gpt2")
+    assert "lm_head.weight" not in load_file(tied / "model.safetensors")
+    mask = torch.ones(1, 1, 64, 64)
+    old = {f"transformer.h.{i}.attn.{name}": mask.clone() for i in (0, 1) for name in ("bias", "masked_bias")}
+    edited(tied, lambda of: of | old)
+    bare = gpt2(tmp_path / "bare")  # as GPT2Model writes it, without the head's model around it
+    edited(bare, lambda of: {name.removeprefix("transformer."): tensor for name, tensor in of.items()})
+    llama = {k: v for k, v in LLAMA.items() if k != "model_type"}
+    rotary = edited(
+        small(tmp_path / "rotary", "llama", **llama),
+        lambda of: of | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in (0, 1)},
+    )
+    for folder in (tied, bare, rotary):
+        job = make_job(tmp_path, model=from_base(folder))
+        check_job(job)
+        build_model(job, folder, CPU)
+
+
+def test_experts_are_merged_and_those_that_are_missing_named(tmp_path: Path) -> None:
+    llama = {k: v for k, v in LLAMA.items() if k != "model_type"}
+    folder = small(tmp_path / "experts", "mixtral", num_local_experts=4, **llama)
+    job = make_job(tmp_path, model=from_base(folder))
+    check_job(job)
+    build_model(job, folder, CPU)
+    edited(folder, without("layers.0.block_sparse_moe.experts.1.w1"))
+    for refused in (lambda: check_job(job), lambda: build_model(job, folder, CPU)):
+        with pytest.raises(ModelError, match=r"1 tensor incomplete: model\.layers\.0\.mlp\.experts\.gate_up"):
+            refused()
+
+
+def test_shards_are_checked_together(tmp_path: Path, base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="10KB")
+    folder = write_tokenizer(tmp_path / "shards")
+    parts = sorted(folder.glob("*.safetensors"))
+    assert len(parts) > 2
+    job = make_job(tmp_path, model=from_base(folder))
+    check_job(job)
+    build_model(job, folder, CPU)
+    parts[1].unlink()
+    with pytest.raises(ModelError, match=r"(?s)cannot be used.*00002-of"):
+        check_job(job)
+
+
+def test_a_folder_without_weights_is_refused_before_loading(tmp_path: Path, base: Path) -> None:
+    (base / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"(?s)cannot be used.*no model\.safetensors"):
+        check_job(make_job(tmp_path, model=from_base(base)))
+
+
+def test_a_base_that_is_not_in_the_hubs_cache_is_left_to_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: Path
+) -> None:
+    """The cache of the hub has its configuration alone."""
+    snapshot = tmp_path / "hub" / "models--some--base" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    shutil.copy(base / "config.json", snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    job = make_job(tmp_path, model={"base": "some/base", "config": None, "tokenizer": None})
+    check_job(job)
+    shutil.copy(edited(base, without("layers.1.")) / "model.safetensors", snapshot)
+    with pytest.raises(ModelError, match=r"weights of some/base.*(?s:.*)9 tensors missing"):
+        check_job(job)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft uses an old name of transformers
+def test_an_adapter_or_its_base_that_does_not_fit_is_refused(tmp_path: Path, base: Path) -> None:
+    spec = make_spec(tmp_path, model=from_base(base), adapter={"r": 4}, train={"max_steps": 2})
+    train(spec)
+    folder = spec.run / "model"
+    whole = load_file(folder / "adapter_model.safetensors")
+    for spoilt, said in (
+        (without("layers.1.self_attn.q_proj")(whole), r"2 tensors missing: .*layers\.1\.self_attn\.q_proj"),
+        (whole | {"base_model.model.other.lora_A.weight": torch.ones(4, 4)}, r"1 tensor unexpected: .*other"),
+    ):
+        save_file(spoilt, folder / "adapter_model.safetensors")
+        for refused in (lambda: load_trained(folder), lambda: merge_adapter(spec.run)):
+            with pytest.raises(ModelError, match=rf"(?s)the adapter's tensors.*{said}"):
+                refused()
+    save_file(whole, folder / "adapter_model.safetensors")
+    load_trained(folder)
+    edited(base, without("layers.1."))
+    for refused in (lambda: load_trained(folder), lambda: merge_adapter(spec.run)):
+        with pytest.raises(ModelError, match=r"9 tensors missing"):
+            refused()

@@ -16,10 +16,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import JobError, ModelError
 from raydist.job.identity import differences
+from raydist.model.base import SAFE
 from raydist.model.build import build_model, check_fits, load_config, model_sizes
 from raydist.model.export import load_trained, merge_adapter
 from raydist.model.loss import autocast
-from raydist.model.quantization import dequantized
+from raydist.model.quantization import dequantized, load_dequantized, quantization_config
 from raydist.parallel import weights
 from raydist.run.preflight import check_job
 from raydist.training.attempt_spec import AttemptSpec
@@ -246,3 +247,22 @@ def test_the_memory_of_the_weights_is_foreseen(tmp_path: Path, base: Path) -> No
         foreseen[bits] = model_sizes(load_config(job), job).weight_bytes
         assert foreseen[bits] == pytest.approx(held, rel=0.02)  # the scales are not parameters
     assert foreseen["int4"] < foreseen["int8"]
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_a_quantized_base_whose_weights_do_not_fit_is_refused(tmp_path: Path, base: Path, bits: str) -> None:
+    """A layer of another width too: transformers does not compare the shapes of what it quantizes."""
+    job = make_job(tmp_path, **qlora(base, bits))
+    whole = (base / "config.json").read_text()
+    for change, said in (
+        ({"num_hidden_layers": 1}, "unexpected: "),
+        ({"intermediate_size": 80}, "another shape: "),
+    ):
+        (base / "config.json").write_text(json.dumps({**json.loads(whole), **change}))
+        for refused in (
+            lambda: check_job(job),
+            lambda: build_model(job, base, CPU),
+            lambda: load_dequantized(str(base), quantization_config(job), **SAFE),
+        ):
+            with pytest.raises(ModelError, match=rf"do not fit its config(?s:.*){said}"):
+                refused()

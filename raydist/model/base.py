@@ -1,0 +1,178 @@
+"""The weights of a base model: loaded, and refused where they are not those of its configuration.
+
+transformers itself decides which tensors fit: it renames and merges the stored ones in many ways. What
+does not fit it fills with random weights or leaves out, with a warning at most.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from raydist.errors import ModelError
+
+SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
+"""Of a base, nothing is unpickled and no code is run."""
+
+_MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
+"""Causal masks in checkpoints of old GPTs, also where transformers no longer has such a buffer."""
+
+_SHOWN = 3
+
+
+def load_base(base: str, where: str = "model.base", **options: Any) -> Any:
+    """The model in `base`, a folder or a hub id, by from_pretrained with `options`.
+
+    where: for the error.  Raises ModelError when a tensor is missing, unexpected or of another shape.
+    """
+    from transformers import AutoModelForCausalLM
+
+    check_stored(base, where, download=True)  # on loading, the shapes of quantized weights are not compared
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(base, **options)
+    model, info = loaded
+    _check(model, info, base, where)
+    return model
+
+
+def load_adapter(model: nn.Module, folder: Path) -> Any:
+    """`model` with the adapter in `folder`, by peft. Raises ModelError when its tensors do not fit."""
+    from peft import PeftConfig, PeftModelForCausalLM
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.inference_mode = True
+    adapted = PeftModelForCausalLM(model, config)
+    found = adapted.load_adapter(str(folder), "default")  # from_pretrained only warns of what is missing
+    problems = [*_named("missing", found.missing_keys), *_named("unexpected", found.unexpected_keys)]
+    if problems:
+        raise ModelError(
+            "the adapter's tensors are not those of its adapter_config.json",
+            where=str(folder),
+            why="; ".join(problems),
+            fix="restore the folder: the files were changed or mixed after training",
+        )
+    return adapted
+
+
+def check_stored(base: str, where: str = "model.base", *, download: bool = False) -> None:
+    """Raises ModelError when the tensors in `base` do not fit; only their names and shapes are read.
+
+    A hub id that is not in the cache is left to loading, unless `download`. A base that is stored
+    quantized is too: its names and shapes are those of the quantization.
+    """
+    from safetensors import safe_open
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    paths = _weight_files(base, config, download=download)
+    if kind is None or not paths or getattr(config, "quantization_config", None) is not None:
+        return
+    stored: dict[str, torch.Tensor] = {}
+    for path in paths:
+        with safe_open(
+            path, "np"
+        ) as header:  # "pt" maps the whole file, and fails on a machine too small for it
+            for name in header.keys():  # noqa: SIM118 - it is no dict
+                stored[name] = torch.empty(header.get_slice(name).get_shape(), device="meta")
+    options: dict[str, Any] = {"device_map": {"": "meta"}, "dtype": torch.float32}
+    options |= {"attn_implementation": "eager", "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _conversion_report() as report:
+        try:
+            model, info = kind.from_pretrained(None, config=config, state_dict=stored, **options)
+        except RuntimeError as error:
+            if "automatic conversion" not in str(error):
+                raise
+            names = re.findall(r"^(\S.*?) +\| *CONVERSION", "\n".join(report), re.MULTILINE)
+            raise _misfit(base, where, _named("incomplete", names)) from error
+    _check(model, info, base, where)
+
+
+def _weight_files(base: str, config: Any, *, download: bool) -> list[str]:
+    """As from_pretrained chooses them; none when they are not on this machine."""
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    local = not download
+    options: dict[str, Any] = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
+    if getattr(config, "transformers_weights", None) or type(config).extra_files:
+        return []  # further files, which from_pretrained alone knows
+    if (whole := cached_file(base, SAFE_WEIGHTS_NAME, **options)) is not None:
+        return [whole]
+    if (index := cached_file(base, SAFE_WEIGHTS_INDEX_NAME, **options)) is None:
+        if Path(base).is_dir():
+            raise FileNotFoundError(f"no {SAFE_WEIGHTS_NAME} in {base}")
+        return []
+    try:
+        return list(get_checkpoint_shard_files(base, index, local_files_only=local)[0])
+    except OSError:
+        if download:
+            raise
+        return []
+
+
+def _check(model: nn.Module, info: dict[str, Any], base: str, where: str) -> None:
+    """info: from_pretrained's, which leaves out tied heads and what the model's class says to ignore."""
+    buffers = {f".{name}" for name, _ in model.named_buffers()}
+    unexpected = [
+        name
+        for name in info["unexpected_keys"]
+        if not _MASKS.search(f".{name}") and not any(buffer.endswith(f".{name}") for buffer in buffers)
+    ]
+    shapes = [f"{name} ({_shape(has)}, not {_shape(asked)})" for name, has, asked in info["mismatched_keys"]]
+    problems = [
+        *_named("missing", info["missing_keys"]),
+        *_named("unexpected", unexpected),
+        *_named("of another shape", shapes),
+    ]
+    if problems:
+        raise _misfit(base, where, problems)
+
+
+def _misfit(base: str, where: str, problems: list[str]) -> ModelError:
+    return ModelError(
+        f"the weights of {base} do not fit its config.json",
+        where=where,
+        why=f"transformers would fill these with random values or leave them out: {'; '.join(problems)}",
+        fix="restore the base's config.json and *.safetensors, or copy the whole model from its source again",
+    )
+
+
+def _named(what: str, names: Iterable[str]) -> list[str]:
+    """One text with the count and the first names, or none."""
+    in_order = sorted(
+        names, key=lambda name: [(int(part) if part.isdigit() else -1, part) for part in name.split(".")]
+    )
+    if not in_order:
+        return []
+    count = f"{len(in_order)} tensor{'s' * (len(in_order) > 1)} {what}"
+    return [f"{count}: {', '.join(in_order[:_SHOWN])}{', ...' * (len(in_order) > _SHOWN)}"]
+
+
+def _shape(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
+
+
+@contextmanager
+def _conversion_report() -> Iterator[list[str]]:
+    """What transformers logs: its error says only that the log names the tensors."""
+    lines: list[str] = []
+    logger, disabled = logging.getLogger("transformers.modeling_utils"), logging.root.manager.disable
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    propagate, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    logging.disable(logging.NOTSET)
+    try:
+        yield lines
+    finally:
+        logging.disable(disabled)
+        logger.removeHandler(handler)
+        logger.propagate = propagate
