@@ -27,7 +27,8 @@ from raydist.job.plan import make_plan
 from raydist.job.schema import Job
 from raydist.model.build import build_model
 from raydist.run.dataset import Prepared
-from raydist.training.loop import train
+from raydist.training.hooks import Hook, StepResult
+from raydist.training.loop import Attempt, train
 
 CPU = torch.device("cpu")
 
@@ -83,17 +84,17 @@ def overrides(options: argparse.Namespace, folder: Path) -> list[str]:
 
 
 def raydist_steps(prepared: Prepared, turn: int) -> list[float]:
-    """Seconds of each step. The loop asks at each step, at the same point, whether it should stop."""
-    starts: list[float] = []
+    """Seconds of each step, with everything between two of them."""
+    ends: list[float] = []
 
-    def should_stop() -> bool:
-        starts.append(time.perf_counter())
-        return False
+    class Clock(Hook):
+        def on_step(self, attempt: Attempt, result: StepResult) -> None:
+            ends.append(time.perf_counter())
 
     folder = RunFolder(Path(prepared.job.storage) / f"turn-{turn}")
     plan = make_plan(prepared.job, 1, prepared.feed().samples_per_epoch)
-    train(prepared.attempt_spec(folder, plan, attempt=1), should_stop=should_stop)
-    return differences(starts)
+    train(prepared.attempt_spec(folder, plan, attempt=1), hooks=[Clock()])
+    return differences(ends)
 
 
 def bare_steps(prepared: Prepared) -> list[float]:

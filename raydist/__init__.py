@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from raydist.api import blocks, load_job, open_feed, open_log, prepare, submit, train, tune
     from raydist.job.schema import Job
     from raydist.run.run import RunResult
+    from raydist.training.hooks import Hook
 
 __all__ = [
+    "Hook",
     "Job",
     "RunResult",
     "blocks",
@@ -34,5 +36,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module raydist has no attribute {name}")
-    home = {"Job": "raydist.job.schema", "RunResult": "raydist.run.run"}.get(name, "raydist.api")
-    return getattr(import_module(home), name)
+    return getattr(import_module(_HOMES.get(name, "raydist.api")), name)
+
+
+_HOMES = {"Hook": "raydist.training.hooks", "Job": "raydist.job.schema", "RunResult": "raydist.run.run"}

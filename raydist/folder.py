@@ -27,6 +27,9 @@ STATES = (*LIVE, "finished", "failed", "stopped")
 
 Kind = Literal["run", "sweep"]
 MARKER = ".raydist"
+COMMIT = "COMMIT.json"
+"""In a checkpoint's folder, written last: what makes it count."""
+
 OLD_JOB = "job.yaml"
 """What the resolved job was called before runs had a marker."""
 
@@ -169,18 +172,51 @@ class RunFolder:
     def add_data(self, **more: Any) -> None:
         files.write_json(self.data_file, {**self.data(), **more})
 
+    def append_metric(self, record: dict[str, Any]) -> None:
+        files.append_json(self.metrics_file, record)
+
+    # --- checkpoints and attempts ------------------------------------------------------------------
+
+    def checkpoint(self, step: int) -> Path:
+        return self.checkpoints / f"step-{step:08d}"
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps of all folders of checkpoints, whole or not, in order."""
+        found = self.checkpoints.glob("step-????????")
+        return sorted(int(path.name.removeprefix("step-")) for path in found)
+
+    def committed_steps(self) -> list[int]:
+        """Steps of the checkpoints that have a COMMIT.json, in order."""
+        return [step for step in self.checkpoint_steps() if (self.checkpoint(step) / COMMIT).exists()]
+
     def committed(self) -> bool:
         return bool(self.committed_steps())
 
-    def committed_steps(self) -> list[int]:
-        """Of the checkpoints that are whole, in order."""
-        found = self.checkpoints.glob("step-*/COMMIT.json")
-        return sorted(int(path.parent.name.removeprefix("step-")) for path in found)
+    def append_ledger(self, line: dict[str, Any]) -> None:
+        """The line is on disk when this returns."""
+        files.append_json(self.ledger_file, line, flush=True)
+
+    def cut_torn_lines(self) -> None:
+        """Take the last line without its newline, which a killed writer left, off the streams of records.
+
+        It was never a record, and must not swallow the next one.
+        """
+        for path in (self.ledger_file, self.metrics_file):
+            if path.exists():
+                whole, newline, torn = path.read_bytes().rpartition(b"\n")
+                if torn:
+                    os.truncate(path, len(whole) + len(newline))
+
+    def attempt(self, number: int) -> Path:
+        """Ray Train's own folder of an attempt."""
+        return self.ray / f"attempt-{number}"
 
     def next_attempt(self) -> int:
         """Attempts count from 1 over the whole life of the run."""
         taken = [int(p.name.removeprefix("attempt-")) for p in self.ray.glob("attempt-*")]
         return max(taken, default=0) + 1
+
+    # --- locks -------------------------------------------------------------------------------------
 
     def lease(self) -> AbstractContextManager[None]:
         """Hold the run for this driver. Raises RunBusy, naming the holder, while another one lives."""

@@ -2,7 +2,7 @@
 
 A rank that starts as a program of its own imports for several seconds of CPU before it trains for one, and
 the tests start a hundred of them. Here one server per test session imports, and forks a child per rank; the
-child has its own environment and calls what `python -m raydist.training.torchrun` calls. The server runs no
+child has its own environment and calls what `python -m tests.rank` calls. The server runs no
 torch operation and has one thread: what a fork copies is then whole. It ends when the test session does,
 however that ends, and its children end with it.
 """
@@ -29,7 +29,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
-    "raydist.training.torchrun",
+    "tests.rank",
     "raydist.model.adapter",
     "raydist.model.attention",
     "raydist.parallel.ddp",
@@ -131,7 +131,7 @@ def main(requests: socket.socket) -> None:
     path = serve(requests)
     if path is None:
         os._exit(0)  # at once
-    sys.exit(sys.modules["raydist.training.torchrun"].main(path))
+    sys.exit(sys.modules["tests.rank"].main(path))
 
 
 def serve(requests: socket.socket) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 from dataclasses import replace
 from pathlib import Path
@@ -121,10 +122,16 @@ def make_spec(
     return AttemptSpec(job, storage / run, {"random": log}, tokenizer, plan, attempt)
 
 
+def write_spec(spec: AttemptSpec) -> Path:
+    """For `tests.rank`."""
+    path = spec.run.parent / f"{spec.run.name}-{spec.attempt}.pickle"
+    path.write_bytes(pickle.dumps(spec))
+    return path
+
+
 def start_ranks(spec: AttemptSpec) -> list[Rank]:
     """`spec` as torchrun would run it: a process per rank, on gloo."""
-    path = spec.run.parent / f"{spec.run.name}-{spec.attempt}.json"
-    path.write_text(spec.to_json())
+    path = write_spec(spec)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -163,11 +170,12 @@ def training_blocks(spec: AttemptSpec) -> Any:
 
 def stopped_and_resumed(storage: Path, after: int, **sections: Any) -> tuple[Path, Path]:
     """Two runs of one rank: undisturbed, and stopped after that many steps and resumed."""
+    from raydist.training.hooks import StopOnRequest
     from raydist.training.loop import train
 
     whole, cut = (make_spec(storage, run=run, **sections) for run in ("whole", "cut"))
     train(whole)
     asked = iter([False] * (after - 1) + [True])
-    assert train(cut, should_stop=lambda: next(asked)).stopped
+    assert train(cut, hooks=[StopOnRequest(lambda: next(asked))]).stopped
     train(replace(cut, attempt=2))
     return whole.run, cut.run

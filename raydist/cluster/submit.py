@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from raydist import files
@@ -88,8 +88,10 @@ def own_modules(job: Job) -> list[Path]:
     """Files and packages of the user's, named in the job as module:function; installed ones stay here."""
     installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
     found = []
-    named = {f"corpus.clean[{index}]": step for index, step in enumerate(job.corpus.clean)}
-    for where, function in {**named, "train.collator": job.train.collator}.items():
+    named: dict[str, Any] = {f"corpus.clean[{index}]": step for index, step in enumerate(job.corpus.clean)}
+    named["train.collator"] = job.train.collator
+    named |= {f"train.hooks[{index}]": hook for index, hook in enumerate(job.train.hooks)}
+    for where, function in named.items():
         if isinstance(function, str) and ":" in function:
             path = _find_module(function.partition(":")[0].partition(".")[0], function, where)
             if path is not None and installed.isdisjoint(path.resolve().parents) and path not in found:

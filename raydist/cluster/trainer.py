@@ -28,10 +28,11 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from raydist import files
 from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost
 from raydist.folder import RunFolder
-from raydist.parallel.world import backend_of
+from raydist.parallel.world import World, backend_of
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Commit
-from raydist.training.loop import TrainResult, train
+from raydist.training.hooks import Hook
+from raydist.training.loop import Attempt, TrainResult, train
 from raydist.training.memory import out_of_memory
 
 COLLECTIVE_TIMEOUT_SECONDS = 300
@@ -70,7 +71,7 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         scaling_config=scaling,
         run_config=RunConfig(
             name=f"attempt-{spec.attempt}",
-            storage_path=str(spec.run / "ray"),
+            storage_path=str(RunFolder(spec.run).ray),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=spec.job.checkpoint.save_total_limit),
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -137,14 +138,13 @@ def _train_on_worker(config: dict[str, Any]) -> TrainResult:
     context, device = ray.train.get_context(), get_device()
     torch.set_num_threads(spec.job.scaling.cpus_per_worker)
     try:
-        return train(
-            spec,
-            rank=context.get_world_rank(),
-            world_size=context.get_world_size(),
-            local_rank=context.get_local_rank(),
-            device=device if isinstance(device, torch.device) else device[0],
-            on_commit=_report,
+        world = World(
+            context.get_world_rank(),
+            context.get_world_size(),
+            context.get_local_rank(),
+            device if isinstance(device, torch.device) else device[0],
         )
+        return train(spec, world, hooks=[ReportToRay()])
     except RaydistError:
         raise
     except Exception as error:  # whole, since Ray cuts a traceback to 1,000 characters
@@ -153,15 +153,18 @@ def _train_on_worker(config: dict[str, Any]) -> TrainResult:
         ) from error
 
 
-def _report(commit: Commit) -> None:
-    """Tell Ray Train of a commit, on all ranks alike: a pointer, since the state lies in the run's folder."""
-    metrics = {"step": commit.step, "samples": commit.samples, "eval_loss": commit.eval_loss}
-    if ray.train.get_context().get_world_rank() != 0:
-        ray.train.report(metrics)
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        files.write_json(Path(folder) / "pointer.json", {"checkpoint": str(commit.path), "step": commit.step})
-        ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+class ReportToRay(Hook):
+    """Reports each commit to Ray Train: a pointer, since the state lies in the run's folder."""
+
+    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
+        metrics = {"step": commit.step, "samples": commit.samples, "eval_loss": commit.eval_loss}
+        if not attempt.world.is_main:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            pointer = {"checkpoint": str(commit.path), "step": commit.step}
+            files.write_json(Path(folder) / "pointer.json", pointer)
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
 
 
 # --- what went wrong -----------------------------------------------------------------------------
@@ -211,4 +214,4 @@ def _first_line(failures: Iterable[Exception]) -> str:
 
 
 def _logs(spec: AttemptSpec) -> str:
-    return str(spec.run / "ray" / f"attempt-{spec.attempt}")
+    return str(RunFolder(spec.run).attempt(spec.attempt))

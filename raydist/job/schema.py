@@ -135,6 +135,10 @@ class Train(Section):
         description="module:function, called on each micro batch: may mask labels and add keys;"
         " a run goes on with the source that it began with",
     )
+    hooks: list[Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]] = Field(
+        default_factory=list,
+        description="module:Class each, extending raydist.Hook: called at every step, evaluation and commit",
+    )
     logging_steps: PositiveInt = Field(10, description="steps between records in metrics.jsonl")
 
     @property

@@ -24,6 +24,7 @@ from raydist.parallel.optimizer import (
     set_learning_rate,
 )
 from raydist.parallel.state import adamw_state, load_adamw, write_state
+from raydist.parallel.strategy import Saved, SaveHandle
 from raydist.parallel.world import World
 
 
@@ -47,8 +48,9 @@ class OwnOptimizer:
         self.optimizer.step()
         return norm
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> SaveHandle:
         write_state(folder, adamw_state(self.trainable, self.optimizer))
+        return Saved()
 
     def load(self, folder: Path, step: int | None) -> None:
         load_adamw(folder, self.trainable, self.optimizer, step)

@@ -7,9 +7,25 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from raydist.errors import JobError
-from raydist.job.schema import Job
-from raydist.parallel.world import World
+
+class SaveHandle(Protocol):
+    """State that is being written by this rank. A checkpoint is committed when every rank is done."""
+
+    def done(self) -> bool:
+        """Whether this rank's files are complete. Raises what went wrong in writing them."""
+
+    def wait(self) -> None:
+        """Returns once they are."""
+
+
+class Saved:
+    """The handle of what was written before `save` returned."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        return
 
 
 class Strategy(Protocol):
@@ -34,8 +50,8 @@ class Strategy(Protocol):
         Raises TrainingError when the norm is not finite; the attempt must then end.
         """
 
-    def save(self, folder: Path) -> None:
-        """Write trainable weights and optimizer state; on return this rank's files are complete."""
+    def save(self, folder: Path) -> SaveHandle:
+        """Begin to write trainable weights and optimizer state as they are now; training may go on."""
 
     def load(self, folder: Path, step: int | None) -> None:
         """Take back what any strategy saved at `step`, at any number of ranks; None: the weights alone.
@@ -45,22 +61,3 @@ class Strategy(Protocol):
 
     def gather_full(self, parameter: nn.Parameter) -> Tensor:
         """The parameter gathered from all ranks, on rank 0; what it is elsewhere does not matter."""
-
-
-def make_strategy(model: nn.Module, job: Job, world: World, accumulation_steps: int) -> Strategy:
-    """accumulation_steps: micro batches per step and rank."""
-    if world.device.type not in ("cpu", "cuda"):
-        raise JobError(
-            f"no strategy for {world.device.type} devices", fix="train on CPU or on NVIDIA or AMD GPUs"
-        )
-    if job.strategy.name == "fsdp":
-        from raydist.parallel.fsdp import Fsdp
-
-        return Fsdp(model, job, world)
-    if job.strategy.name == "zero":
-        from raydist.parallel.zero import Zero
-
-        return Zero(model, job, world, accumulation_steps)
-    from raydist.parallel.ddp import DdpOnCpu, DdpOnGpu
-
-    return (DdpOnCpu if world.device.type == "cpu" else DdpOnGpu)(model, job, world)

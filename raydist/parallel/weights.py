@@ -9,36 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import chain
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-from raydist.job.schema import Job
-from raydist.model.attention import NAMES, use_attention
-from raydist.model.build import build_model, choose_attention
-from raydist.parallel.world import World
-
-
-def build_on_ranks(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
-    """Collective: `build_model`, the same model on every rank.
-
-    Where the strategy shards weights it is on rank 0's CPU, and elsewhere on meta, without weights: rank 0
-    alone can probe its attention then, and the others take what it took. Quantized weights are read by every
-    rank: their scales could not be told apart and sent.
-    """
-    if not job.strategy.shards_weights or job.quantization is not None:
-        return build_model(job, tokenizer_folder, world.device)
-
-    def choose(model: nn.Module) -> None:
-        chosen = NAMES.index(choose_attention(model, job, world.device)) if world.is_main else 0
-        name = NAMES[world.from_main(chosen)]
-        if not world.is_main:
-            use_attention(model, name)
-
-    place = torch.device("cpu" if world.is_main else "meta")
-    return build_model(job, tokenizer_folder, world.device, place=place, choose=choose)
 
 
 def materialize(model: nn.Module) -> None:

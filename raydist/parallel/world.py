@@ -76,5 +76,18 @@ class World:
         return tensor
 
     def from_main(self, value: int) -> int:
-        """Rank 0's value, on every rank. Also a barrier."""
+        """Rank 0's value, on every rank."""
         return self.sum_ints([value if self.is_main else 0])[0]
+
+    def float_from_main(self, value: float) -> float:
+        """Rank 0's value, on every rank."""
+        return self.sum_floats([value if self.is_main else 0.0])[0]
+
+    def all(self, here: bool) -> bool:
+        """Whether it is so on every rank."""
+        return self.sum_ints([not here]) == [0]
+
+    def barrier(self) -> None:
+        """Returns once every rank is here."""
+        if self.world_size > 1:
+            dist.barrier()

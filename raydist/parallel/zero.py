@@ -22,6 +22,7 @@ from raydist.job.schema import Job
 from raydist.model.loss import logits_of, summed_cross_entropy
 from raydist.parallel.optimizer import make_optimizer, refuse_non_finite, set_learning_rate
 from raydist.parallel.state import MOMENTS, check_fits, chunks, fresh_moments, read_state, write_state
+from raydist.parallel.strategy import Saved, SaveHandle
 from raydist.parallel.weights import materialize
 from raydist.parallel.world import World
 
@@ -78,7 +79,7 @@ class Zero:
         self.engine.step()
         return refuse_non_finite(float(self.engine.get_global_grad_norm()))
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path) -> SaveHandle:
         """Gathered a tensor at a time; each rank keeps and writes its share of them."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -90,6 +91,7 @@ class Zero:
             if index % self.world.world_size == self.world.rank:
                 state.update({key: tensor.view(self.shapes[name]).cpu() for key, tensor in whole.items()})
         write_state(folder, state)
+        return Saved()
 
     def load(self, folder: Path, step: int | None) -> None:
         check_fits(folder, self.shapes)

@@ -10,6 +10,7 @@ from raydist.model.build import check_base, check_fits, load_config, model_sizes
 from raydist.parallel.zero import check_deepspeed
 from raydist.track.start import check_trackers
 from raydist.training.collate import make_collator
+from raydist.training.hooks import load_hooks
 
 
 @quietly()
@@ -27,3 +28,4 @@ def check_job(job: Job) -> None:
     if job.strategy.name == "zero":
         check_deepspeed(job)
     make_collator(job.train.collator)
+    load_hooks(job.train.hooks)

@@ -351,7 +351,7 @@ def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
     from raydist.feed.audit import audit
     from raydist.training.checkpoint import newest_valid
 
-    commit = newest_valid(folder.path)
+    commit = newest_valid(folder)
     counted = audit(feed, commit.samples if commit else 0)
     sample = prepared.sample(folder) if folder.model.exists() else None
     began = next(r for r in reversed(read_metrics(folder.path)) if r["kind"] in ("start", "resume"))

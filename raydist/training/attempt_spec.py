@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from raydist.job.plan import Plan, StagePlan
+from raydist.job.plan import Plan
 from raydist.job.schema import Job
 
 
@@ -25,32 +24,3 @@ class AttemptSpec:
     attempt: int = 1
     eval_logs: dict[str, Path] = field(default_factory=dict)
     growing: bool = False
-
-    def to_json(self) -> str:
-        return json.dumps(
-            {
-                "job": self.job.model_dump(mode="json"),
-                "run": str(self.run),
-                "logs": {name: str(path) for name, path in self.logs.items()},
-                "tokenizer": str(self.tokenizer),
-                "plan": asdict(self.plan),
-                "attempt": self.attempt,
-                "eval_logs": {name: str(path) for name, path in self.eval_logs.items()},
-                "growing": self.growing,
-            },
-            indent=2,
-        )
-
-    @classmethod
-    def from_json(cls, text: str) -> AttemptSpec:
-        raw = json.loads(text)
-        return cls(
-            job=Job.model_validate(raw["job"]),
-            run=Path(raw["run"]),
-            logs={name: Path(path) for name, path in raw["logs"].items()},
-            tokenizer=Path(raw["tokenizer"]),
-            plan=Plan(**{**raw["plan"], "stages": tuple(StagePlan(**of) for of in raw["plan"]["stages"])}),
-            attempt=raw["attempt"],
-            eval_logs={name: Path(path) for name, path in raw["eval_logs"].items()},
-            growing=raw["growing"],
-        )

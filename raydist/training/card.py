@@ -5,11 +5,11 @@ from __future__ import annotations
 from raydist.job.plan import Plan
 from raydist.job.schema import Job
 from raydist.training.attempt_spec import AttemptSpec
-from raydist.training.checkpoint import Commit
+from raydist.training.checkpoint import Position
 
 
-def model_card(spec: AttemptSpec, weights: Commit) -> str:
-    """Markdown with a Hub header. weights: the commit, made or not, of the weights beside the card."""
+def model_card(spec: AttemptSpec, weights: Position, feed: str) -> str:
+    """Markdown with a Hub header. weights: where the run was with these weights.  feed: its fingerprint."""
     job, base = spec.job, spec.job.model.base
     origin = f"base_model: {base}\n" if base else ""
     library = "peft" if job.adapter else "transformers"
@@ -41,7 +41,7 @@ tokens, learning rate {job.train.lr:g} ({job.train.scheduler}), compute in {job.
 {rows}
 ## Data
 
-Token logs by fingerprint, and the fingerprint of the feed that mixed and packed them: `{weights.feed}`.
+Token logs by fingerprint, and the fingerprint of the feed that mixed and packed them: `{feed}`.
 
 {logs}"""
 

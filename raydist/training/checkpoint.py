@@ -3,26 +3,31 @@
     <run>/ledger.jsonl                       a line per commit, on disk before its COMMIT.json
     <run>/checkpoints/step-00000100/         the strategy's files, then COMMIT.json
 
+    Checkpoints.save ─▶ Strategy.save ─▶ SaveHandle ─ done ─▶ Checkpoints.poll ─▶ ledger line, COMMIT.json
+
 A ledger line that no COMMIT names is void: its attempt died between the two. Each line names the one
 before it, so that from the newest COMMIT the whole history can be added up, also of removed checkpoints.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 import xxhash
 
 from raydist import files
 from raydist.errors import CheckpointError
+from raydist.folder import COMMIT, RunFolder
+from raydist.parallel.world import World
 
-COMMIT = "COMMIT.json"
+if TYPE_CHECKING:
+    from raydist.parallel.strategy import SaveHandle, Strategy
+
 HASH_CHUNK_BYTES = 2**24
 
 
@@ -37,79 +42,160 @@ class Counts:
     def __add__(self, other: Counts) -> Counts:
         return Counts(self.tokens + other.tokens, self.eos + other.eos, self.padding + other.padding)
 
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(self.tokens - other.tokens, self.eos - other.eos, self.padding - other.padding)
 
-@dataclass(frozen=True)
-class Commit:
-    """A checkpoint that counts. step: optimizer steps made.  samples: the data position.
 
-    seen: counts since the start of the run.  evals: of this very step, by source, if there were any.
-    ledger: the id of its ledger line.  files: {name: {size, xxh3_128}}.
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """How far a run is. step: optimizer steps made.  samples: the data position.
+
+    seen: counts since the start of the run.  evals: results of this very step by source, if there are any.
     """
 
-    path: Path
-    step: int
-    samples: int
-    feed: str
-    attempt: int
-    world_size: int
-    seen: Counts
-    evals: dict[str, dict[str, Any]]
-    ledger: str = ""
-    files: dict[str, dict[str, Any]] | None = None
+    step: int = 0
+    samples: int = 0
+    seen: Counts = Counts()
+    evals: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def eval_loss(self) -> float | None:
-        """Mean over the sources; None where this step was not evaluated."""
+        """Mean over the sources, in nats; None where this step was not evaluated."""
         losses = [result["eval_loss"] for result in self.evals.values()]
         return sum(losses) / len(losses) if losses else None
 
 
-def folder_of(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step-{step:08d}"
+@dataclass(frozen=True, kw_only=True)
+class Commit(Position):
+    """A position whose state is in `path` and counts. feed: the fingerprint of the data.
+
+    ledger: the id of its ledger line.  files: {name: {size, xxh3_128}}, known to rank 0 and to readers.
+    """
+
+    path: Path
+    feed: str
+    attempt: int
+    world_size: int
+    ledger: str = ""
+    files: dict[str, dict[str, Any]] | None = None
 
 
-def begin(run: Path, step: int) -> Path:
-    """An empty folder for the state of `step`. One writer at a time; rank 0 alone calls this."""
-    folder = folder_of(run, step)
+class Checkpoints:
+    """What one attempt saves, and what it goes on from. Collective: all ranks call each method alike."""
+
+    def __init__(
+        self, folder: RunFolder, world: World, strategy: Strategy, *, feed: str, attempt: int, keep: int
+    ) -> None:
+        self.folder, self.world, self.strategy = folder, world, strategy
+        self.feed, self.attempt, self.keep = feed, attempt, keep
+        self.last: Commit | None = None
+        self.resumed_from = 0
+        self._saving: tuple[Position, SaveHandle] | None = None
+
+    def resume(self, on_damage: Callable[[CheckpointError], None]) -> Commit | None:
+        """The newest checkpoint that verifies, as rank 0 finds it, loaded; None for a run without one.
+
+        Raises CheckpointError when it was trained on other data, or does not fit the model.
+        """
+        found = newest_valid(self.folder, on_damage) if self.world.is_main else None
+        if self.world.is_main:
+            tidy(self.folder, found)
+        step = self.world.from_main(found.step if found else -1)
+        if step < 0:
+            return None
+        self.last = found or read_commit(self.folder.checkpoint(step))
+        check_same_data(self.last, self.feed)
+        self.strategy.load(self.last.path, step)
+        self.resumed_from = step
+        return self.last
+
+    def save(self, position: Position) -> None:
+        """Begin to write the state at `position`. `poll` commits it once it is written."""
+        assert self._saving is None, "one checkpoint at a time"
+        folder = self.folder.checkpoint(position.step)
+        if self.world.is_main:
+            begin(folder)
+        self.world.barrier()  # the folder is there, and empty
+        self._saving = position, self.strategy.save(folder)
+
+    def poll(self) -> Commit | None:
+        """The commit of what was being written, if all ranks have written it by now."""
+        if self._saving is None or not self.world.all(self._saving[1].done()):
+            return None
+        return self._commit()
+
+    def finish(self) -> Commit | None:
+        """Wait for what is being written, and commit it."""
+        if self._saving is None:
+            return None
+        self._saving[1].wait()
+        self.world.barrier()  # every rank's files are there
+        return self._commit()
+
+    def load_weights(self, step: int) -> Commit:
+        """Those of an earlier commit, without its optimizer state."""
+        found = read_commit(self.folder.checkpoint(step))
+        self.strategy.load(found.path, None)
+        return found
+
+    def _commit(self) -> Commit:
+        assert self._saving is not None
+        (position, _), self._saving = self._saving, None
+        made = Commit(
+            **{each.name: getattr(position, each.name) for each in fields(Position)},
+            path=self.folder.checkpoint(position.step),
+            feed=self.feed,
+            attempt=self.attempt,
+            world_size=self.world.world_size,
+            ledger=f"{self.attempt}-{position.step}",
+        )
+        if self.world.is_main:
+            made = commit(self.folder, made, self.resumed_from, self.last)
+            retain(self.folder, self.keep)
+        self.last = made
+        return made
+
+
+def begin(folder: Path) -> None:
+    """An empty folder. One writer at a time; rank 0 alone calls this."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    return folder
 
 
-def commit(run: Path, planned: Commit, resumed_from: int, since: Commit | None, stretch: Counts) -> Commit:
-    """Make the files in planned.path count: checksums, ledger line, COMMIT.json, in this order on disk.
+def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | None) -> Commit:
+    """Make the files in made.path count: checksums, ledger line, COMMIT.json, in this order on disk.
 
-    resumed_from: the step that this attempt began at.  since, stretch: the last commit before this
-    one, and what was trained from there to here.
+    resumed_from: the step that this attempt began at.  since: the last commit before this one.
     """
-    ledger = f"{planned.attempt}-{planned.step}"
-    done = replace(planned, ledger=ledger, files={p.name: _sealed(p) for p in _state_files(planned.path)})
+    state = sorted(path for path in made.path.iterdir() if path.name != COMMIT)
+    done = Commit(**{**_values(made), "files": {path.name: _sealed(path) for path in state}})
     line = {
-        "id": ledger,
+        "id": done.ledger,
         "previous": since.ledger if since else None,
-        "attempt": planned.attempt,
+        "attempt": done.attempt,
         "resumed_from": resumed_from,
-        "world_size": planned.world_size,
-        "steps": [since.step if since else 0, planned.step],
-        "samples": [since.samples if since else 0, planned.samples],
-        **asdict(stretch),
+        "world_size": done.world_size,
+        "steps": [since.step if since else 0, done.step],
+        "samples": [since.samples if since else 0, done.samples],
+        **asdict(done.seen - since.seen if since else done.seen),
     }
-    files.append_json(run / "ledger.jsonl", line, flush=True)
-    files.write_json(planned.path / COMMIT, {k: v for k, v in asdict(done).items() if k != "path"})
-    files.flush_to_disk(planned.path.parent)
+    folder.append_ledger(line)
+    files.write_json(done.path / COMMIT, {k: v for k, v in asdict(done).items() if k != "path"})
+    files.flush_to_disk(folder.checkpoints)
     return done
 
 
-def _state_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.name != COMMIT)
+def _values(made: Commit) -> dict[str, Any]:
+    return {each.name: getattr(made, each.name) for each in fields(made)}
 
 
 def _sealed(path: Path) -> dict[str, Any]:
     files.flush_to_disk(path)
-    return _measured(path)
+    return measure(path)
 
 
-def _measured(path: Path) -> dict[str, Any]:
+def measure(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file, as COMMIT.json has them."""
     digest = xxhash.xxh3_128()
     with path.open("rb") as stream:
         while chunk := stream.read(HASH_CHUNK_BYTES):
@@ -117,23 +203,23 @@ def _measured(path: Path) -> dict[str, Any]:
     return {"size": path.stat().st_size, "xxh3_128": digest.hexdigest()}
 
 
-def commits(run: Path) -> Iterator[Commit]:
+def commits(folder: RunFolder) -> Iterator[Commit]:
     """Those with a readable COMMIT.json, newest first; their files are not verified here."""
-    for path in sorted((run / "checkpoints").glob(f"step-*/{COMMIT}"), reverse=True):
+    for step in reversed(folder.committed_steps()):
         try:
-            yield read_commit(path.parent)
+            yield read_commit(folder.checkpoint(step))
         except CheckpointError:
-            continue  # `newest_valid` tells of these
+            continue  # `newest_valid` reports these
 
 
-def read_commit(folder: Path) -> Commit:
+def read_commit(path: Path) -> Commit:
     try:
-        raw = files.read_json(folder / COMMIT)
-        return Commit(**{**raw, "path": folder, "seen": Counts(**raw["seen"])})
+        raw = files.read_json(path / COMMIT)
+        return Commit(**{**raw, "path": path, "seen": Counts(**raw["seen"])})
     except (orjson.JSONDecodeError, KeyError, TypeError) as error:
         raise CheckpointError(
-            "COMMIT.json cannot be read",
-            where=str(folder),
+            f"{COMMIT} cannot be read",
+            where=str(path),
             why=str(error),
             fix="remove the folder; the run goes on from the checkpoint before it",
         ) from error
@@ -143,10 +229,10 @@ def verify(found: Commit) -> None:
     """Raises CheckpointError for a file that is missing, cut short or altered."""
     for name, expected in (found.files or {}).items():
         path = found.path / name
-        actual = _measured(path) if path.exists() else None
+        actual = measure(path) if path.exists() else None
         if actual != expected:
             raise CheckpointError(
-                f"{name} does not match its COMMIT.json",
+                f"{name} does not match its {COMMIT}",
                 where=str(path),
                 why=f"expected {expected['size']} bytes, {expected['xxh3_128']}; found "
                 + (f"{actual['size']} bytes, {actual['xxh3_128']}" if actual else "no such file"),
@@ -154,14 +240,16 @@ def verify(found: Commit) -> None:
             )
 
 
-def newest_valid(run: Path, on_damage: Callable[[CheckpointError], None] | None = None) -> Commit | None:
+def newest_valid(
+    folder: RunFolder, on_damage: Callable[[CheckpointError], None] | None = None
+) -> Commit | None:
     """The newest checkpoint whose every byte verifies; None for a run without one.
 
-    Damaged ones are passed over, and told to `on_damage`.
+    Damaged ones are passed over, and reported to `on_damage`.
     """
-    for path in sorted((run / "checkpoints").glob(f"step-*/{COMMIT}"), reverse=True):
+    for step in reversed(folder.committed_steps()):
         try:
-            found = read_commit(path.parent)
+            found = read_commit(folder.checkpoint(step))
             verify(found)
             return found
         except CheckpointError as error:
@@ -170,41 +258,32 @@ def newest_valid(run: Path, on_damage: Callable[[CheckpointError], None] | None 
     return None
 
 
-def best(run: Path) -> Commit | None:
+def best(folder: RunFolder) -> Commit | None:
     """The commit of least mean evaluation loss, the newest of equals; None when none was evaluated."""
-    evaluated = [found for found in commits(run) if found.eval_loss is not None]
+    evaluated = [found for found in commits(folder) if found.eval_loss is not None]
     return min(evaluated, key=lambda found: (found.eval_loss, -found.step), default=None)
 
 
-def tidy(run: Path, resumed: Commit | None) -> None:
+def tidy(folder: RunFolder, resumed: Commit | None) -> None:
     """For the run's new writer: remove half-written state, set damaged checkpoints aside.
 
     Every checkpoint newer than the one resumed from is damaged or has no COMMIT.
     """
-    for folder in (run / "checkpoints").glob("step-????????"):
-        if not (folder / COMMIT).exists():
-            shutil.rmtree(folder)
-        elif resumed is None or int(folder.name.removeprefix("step-")) > resumed.step:
-            aside = folder.with_name(f"damaged-{folder.name}")
+    for step in folder.checkpoint_steps():
+        path = folder.checkpoint(step)
+        if not (path / COMMIT).exists():
+            shutil.rmtree(path)
+        elif resumed is None or step > resumed.step:
+            aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
-            folder.rename(aside)
-    for name in ("ledger.jsonl", "metrics.jsonl"):
-        _cut_torn_line(run / name)
+            path.rename(aside)
+    folder.cut_torn_lines()
 
 
-def _cut_torn_line(path: Path) -> None:
-    """A killed writer's last line without its newline was never a record, and must not swallow the next."""
-    if not path.exists():
-        return
-    whole = path.read_bytes().rpartition(b"\n")
-    if whole[2]:
-        os.truncate(path, len(whole[0]) + len(whole[1]))
-
-
-def retain(run: Path, save_total_limit: int) -> None:
+def retain(folder: RunFolder, save_total_limit: int) -> None:
     """Keep the newest `save_total_limit` and the best."""
-    found = list(commits(run))
-    kept = {c.path for c in found[:save_total_limit]} | {c.path for c in [best(run)] if c is not None}
+    found = list(commits(folder))
+    kept = {c.path for c in found[:save_total_limit]} | {c.path for c in [best(folder)] if c is not None}
     for old in found:
         if old.path not in kept:
             (old.path / COMMIT).unlink()  # first: half a folder must not look like a checkpoint

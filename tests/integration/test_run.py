@@ -313,7 +313,7 @@ def stop_after(step: int, job: dict[str, Any], number: signal.Signals) -> None:
 def check_stopped(folder: RunFolder, code: int, output: str) -> None:
     assert code == 130 and "submit the job again" in output, output
     assert folder.status()["state"] == "stopped" and folder.report.exists()
-    found = newest_valid(folder.path)
+    found = newest_valid(folder)
     assert found is not None and found.step == max(losses(folder))
 
 
@@ -423,7 +423,7 @@ def test_a_job_on_a_cluster_is_left_found_and_stopped(
     assert command("stop", "left", "--address", head)[0] == 0
     code, output = command("logs", "left", "--follow", "--address", head)
     assert code == 130 and "run left was stopped" in output, output
-    found = newest_valid(folder.path)
+    found = newest_valid(folder)
     assert found is not None and found.step == max(losses(folder)) and folder.state() == "stopped"
     assert re.search("^left +(stopped|failed) ", command("ls", "--address", head)[1], re.MULTILINE)
     code, output = command("stop", "left", "--address", head)

@@ -16,6 +16,7 @@ import pytest
 from raydist.cluster.trainer import run_attempt
 from raydist.errors import CheckpointError, TrainingError, WorkerLost
 from raydist.files import read_json
+from raydist.folder import RunFolder
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import newest_valid
 from raydist.training.loop import train
@@ -54,7 +55,7 @@ def test_a_killed_worker_is_a_loss_and_the_next_attempt_ends_bit_identical(tmp_p
     with pytest.raises(WorkerLost):
         run_attempt(cut)
     killer.join()
-    found = newest_valid(cut.run)
+    found = newest_valid(RunFolder(cut.run))
     assert found is not None and found.step < 20
     result = run_attempt(replace(cut, attempt=2))
     assert (result.stopped, result.step) == (False, 20)

@@ -21,7 +21,7 @@ from raydist.model.build import build_model, check_fits, load_config, model_size
 from raydist.model.export import load_trained, merge_adapter
 from raydist.model.loss import autocast
 from raydist.model.quantization import dequantized, load_dequantized, quantization_config
-from raydist.parallel import weights
+from raydist.parallel import build
 from raydist.run.preflight import check_job
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.loop import train
@@ -102,7 +102,7 @@ def test_the_loss_falls_and_the_base_stays(
         assert sum(isinstance(module, KINDS[bits]) for module in model.modules()) == 14  # all but the head
         return model
 
-    monkeypatch.setattr(weights, "build_model", keep)
+    monkeypatch.setattr(build, "build_model", keep)
     found = losses(trained(tmp_path, base, bits, steps=20).run)
     assert found[20] < found[1] - 0.2
     assert kept and all(torch.equal(parameter, before) for parameter, before in kept)

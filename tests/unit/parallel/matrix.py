@@ -24,10 +24,11 @@ import torch.distributed as dist
 
 from raydist.errors import RaydistError
 from raydist.files import write_json
+from raydist.folder import RunFolder
 from raydist.model.export import load_trained, merge_adapter
 from raydist.parallel.world import World
 from raydist.training.attempt_spec import AttemptSpec
-from raydist.training.checkpoint import folder_of, newest_valid
+from raydist.training.checkpoint import newest_valid
 from raydist.training.data import open_data
 from raydist.training.evaluate import evaluate
 from raydist.training.loop import train
@@ -102,20 +103,20 @@ def spec_of(case: tuple[str, str, str], folder: Path, world_size: int) -> Attemp
 def with_two(case: tuple[str, str, str], folder: Path, rank: int) -> None:
     whole = spec_of(case, folder, 2)
     cut = replace(whole, run=whole.run.with_name("cut"))
-    train(whole, rank=rank, world_size=2)
+    train(whole, World(rank, 2))
     if rank == 0:
         shutil.copytree(whole.run, cut.run)
         shutil.rmtree(cut.run / "model")
-        shutil.rmtree(folder_of(cut.run, STEPS))
+        shutil.rmtree(RunFolder(cut.run).checkpoint(STEPS))
         shutil.copytree(cut.run, cut.run.with_name("alone"))
     dist.barrier()
-    train(replace(cut, attempt=2), rank=rank, world_size=2)
+    train(replace(cut, attempt=2), World(rank, 2))
     if rank == 0:
         write_json(whole.run.with_name("found.json"), judge(whole, cut))
 
 
 def judge(whole: AttemptSpec, cut: AttemptSpec) -> dict[str, Any]:
-    commit = newest_valid(whole.run)
+    commit = newest_valid(RunFolder(whole.run))
     assert commit is not None
     found = {
         "losses": [*losses(whole.run).values()],

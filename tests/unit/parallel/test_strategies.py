@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import CheckpointError, JobError
 from raydist.files import read_json, read_jsonl
+from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.job.schema import Job
 from raydist.training import checkpoint
@@ -94,7 +95,7 @@ def test_killed_and_resumed_it_ends_as_undisturbed(undisturbed: dict[str, Attemp
     for rank in ranks:
         rank.kill()
     assert [rank.wait(30) for rank in ranks] == [-9, -9]
-    left = checkpoint.newest_valid(cut.run)
+    left = checkpoint.newest_valid(RunFolder(cut.run))
     assert left is not None and left.step in (5, 10, 15)
     run_ranks(replace(cut, attempt=2))
     assert losses(cut.run) == losses(whole.run)
@@ -108,7 +109,7 @@ def test_it_goes_on_from_what_ddp_saved(undisturbed: dict[str, AttemptSpec], nam
     went_on = replace(own, run=own.run.with_name(f"on-{name}"), attempt=2)
     shutil.copytree(ddp.run, went_on.run)
     for step in (15, 20):
-        shutil.rmtree(checkpoint.folder_of(went_on.run, step))
+        shutil.rmtree(RunFolder(went_on.run).checkpoint(step))
     run_ranks(went_on)
     assert losses(went_on.run) == pytest.approx(losses(ddp.run), rel=1e-5)
     starts = [r["step"] for r in read_jsonl(went_on.run / "metrics.jsonl") if r["kind"] == "resume"]
@@ -117,7 +118,7 @@ def test_it_goes_on_from_what_ddp_saved(undisturbed: dict[str, AttemptSpec], nam
 
 @pytest.mark.parametrize("name", ["fsdp", "zero-3"])
 def test_a_rank_holds_and_writes_its_share(undisturbed: dict[str, AttemptSpec], name: str) -> None:
-    commit = checkpoint.newest_valid(undisturbed[name].run)
+    commit = checkpoint.newest_valid(RunFolder(undisturbed[name].run))
     assert commit is not None and commit.files is not None
     sizes = [file["size"] for file in commit.files.values()]
     assert len(sizes) == 2 and max(sizes) < 1.3 * min(sizes)
@@ -133,8 +134,8 @@ def test_a_checkpoint_of_plain_files_by_name_is_read_as_well(tmp_path: Path) -> 
     spec = make_spec(tmp_path)
     train(spec)
     shutil.rmtree(spec.run / "model")
-    shutil.rmtree(checkpoint.folder_of(spec.run, 20))
-    folder = checkpoint.folder_of(spec.run, 15)
+    shutil.rmtree(RunFolder(spec.run).checkpoint(20))
+    folder = RunFolder(spec.run).checkpoint(15)
     (stored,) = folder.glob("*.safetensors")
     with safe_open(stored, "pt") as opened:
         state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a dict
@@ -146,7 +147,7 @@ def test_a_checkpoint_of_plain_files_by_name_is_read_as_well(tmp_path: Path) -> 
         {**moments, **{f"step.{n}": torch.tensor(15.0) for n in weights}}, folder / "optimizer.safetensors"
     )
     raw = read_json(folder / "COMMIT.json")
-    raw["files"] = {p.name: checkpoint._measured(p) for p in folder.glob("*.safetensors")}
+    raw["files"] = {p.name: checkpoint.measure(p) for p in folder.glob("*.safetensors")}
     (folder / "COMMIT.json").write_text(json.dumps(raw))
     before = losses(spec.run)
     train(replace(spec, attempt=2))

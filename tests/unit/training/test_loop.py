@@ -17,12 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import CheckpointError, TrainingError
 from raydist.files import read_jsonl
+from raydist.folder import RunFolder
 from raydist.job.plan import make_plan
 from raydist.training import checkpoint
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Commit
 from raydist.training.data import Data, open_data
-from raydist.training.loop import train
+from raydist.training.hooks import Hook, StopOnRequest
+from raydist.training.loop import Attempt, train
 from raydist.training.schedule import learning_rate
 from tests.train_parts import (
     LLAMA,
@@ -33,8 +35,11 @@ from tests.train_parts import (
     make_spec,
     run_ranks,
     start_ranks,
+    write_spec,
 )
 from tests.weights import weight_hash
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(autouse=True)
@@ -88,12 +93,10 @@ def test_loss_for_loss_it_is_a_plain_loop(tmp_path: Path, world_size: int) -> No
 
 def launch(spec: AttemptSpec) -> None:
     """As a user would, all of it in processes of its own; elsewhere ranks are forked."""
-    path = spec.run.parent / "spec.json"
-    path.write_text(spec.to_json())
     launcher = Path(sys.executable).with_name("torchrun")
     ranks = ["--standalone", "--nproc-per-node", str(spec.plan.world_size)]
-    command = [launcher, *ranks, "-m", "raydist.training.torchrun", path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    command = [launcher, *ranks, "-m", "tests.rank", write_spec(spec)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
@@ -141,7 +144,7 @@ def test_resumed_anywhere_it_ends_bit_identical(tmp_path: Path) -> None:
 def ledger_total(run: Path) -> dict[str, int]:
     """Tokens of the ledger lines that lead to the newest commit, as an auditor would add them."""
     lines = {line["id"]: line for line in read_jsonl(run / "ledger.jsonl")}
-    newest = next(checkpoint.commits(run))
+    newest = next(checkpoint.commits(RunFolder(run)))
     total, line, step = {"tokens": 0, "eos": 0, "padding": 0}, lines[newest.ledger], newest.step
     while True:
         total = {name: n + line[name] for name, n in total.items()}
@@ -162,7 +165,7 @@ def test_two_ranks_resume_bit_identical_and_one_rank_goes_on_from_two(tmp_path: 
         shutil.copytree(whole.run, tmp_path / name)
         shutil.rmtree(tmp_path / name / "model")
         for step in (15, 20):
-            shutil.rmtree(checkpoint.folder_of(tmp_path / name, step))
+            shutil.rmtree(RunFolder(tmp_path / name).checkpoint(step))
     run_ranks(replace(whole, run=tmp_path / "again", attempt=2))
     assert weight_hash(tmp_path / "again" / "model") == weight_hash(whole.run / "model")
     single = replace(make_spec(tmp_path, world_size=1), run=tmp_path / "alone", attempt=2)
@@ -183,10 +186,18 @@ def test_what_it_counts_is_what_the_feed_counts(tmp_path: Path) -> None:
     assert result.tokens_seen == counts.n_tokens
 
 
+class Keeping(Hook):
+    def __init__(self, commits: list[Commit]) -> None:
+        self._commits = commits
+
+    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
+        self._commits.append(commit)
+
+
 def test_it_evaluates_at_the_start_regularly_and_at_the_end(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, train={"max_steps": 7}, eval={"eval_steps": 3}, checkpoint={"save_steps": 5})
     commits: list[Commit] = []
-    result = train(spec, on_commit=commits.append)
+    result = train(spec, hooks=[Keeping(commits)])
     evals = [r for r in read_jsonl(spec.run / "metrics.jsonl") if r["kind"] == "eval"]
     assert [r["step"] for r in evals] == [0, 3, 6, 7]
     assert evals[0]["perplexity"] == pytest.approx(VOCABULARY, rel=0.1)
@@ -197,10 +208,10 @@ def test_it_evaluates_at_the_start_regularly_and_at_the_end(tmp_path: Path) -> N
 def test_a_stop_is_a_checkpoint_and_a_clean_end(tmp_path: Path) -> None:
     spec = make_spec(tmp_path)
     asked = iter([False, False, True])
-    result = train(spec, should_stop=lambda: next(asked))
+    result = train(spec, hooks=[StopOnRequest(lambda: next(asked))])
     assert (result.stopped, result.step) == (True, 3)
     assert not (spec.run / "model").exists()
-    assert checkpoint.newest_valid(spec.run).step == 3  # type: ignore[union-attr]
+    assert checkpoint.newest_valid(RunFolder(spec.run)).step == 3  # type: ignore[union-attr]
     (spec.run / "stop").touch()
     assert train(replace(spec, attempt=2)).step == 4
     (spec.run / "stop").unlink()
@@ -215,7 +226,7 @@ def test_sigterm_stops_all_ranks_after_a_checkpoint(tmp_path: Path) -> None:
         time.sleep(0.05)
     ranks[0].terminate()
     finish(ranks)
-    found = checkpoint.newest_valid(spec.run)
+    found = checkpoint.newest_valid(RunFolder(spec.run))
     assert found is not None
     assert found.step == max(losses(spec.run)) >= 3
 
@@ -252,14 +263,14 @@ def test_the_best_evaluation_is_kept_and_exported(tmp_path: Path) -> None:
         checkpoint={"save_steps": 6, "save_total_limit": 1, "load_best_model_at_end": True},
     )
     train(spec)
-    best = checkpoint.best(spec.run)
+    best = checkpoint.best(RunFolder(spec.run))
     evals = {r["step"]: r["eval_loss"] for r in read_jsonl(spec.run / "metrics.jsonl") if r["kind"] == "eval"}
     trained = {step: loss for step, loss in evals.items() if step}
     assert best is not None
     assert best.eval_loss == min(trained.values())
     assert best.step < 12
-    assert {c.step for c in checkpoint.commits(spec.run)} == {best.step, 12}
-    stored = checkpoint.folder_of(spec.run, best.step) / "shard-00001-model-00001-of-00001.safetensors"
+    assert {c.step for c in checkpoint.commits(RunFolder(spec.run))} == {best.step, 12}
+    stored = RunFolder(spec.run).checkpoint(best.step) / "shard-00001-model-00001-of-00001.safetensors"
     from safetensors.torch import load_file
 
     exported, expected = load_file(spec.run / "model" / "model.safetensors"), load_file(stored)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from raydist.files import read_jsonl
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Commit
 from raydist.training.data import open_data
-from raydist.training.loop import train
+from raydist.training.hooks import Hook
+from raydist.training.loop import Attempt, train
 from raydist.training.schedule import learning_rate
 from tests.train_parts import losses, make_spec, run_ranks
 from tests.weights import weight_hash
@@ -27,12 +27,13 @@ class Cut(Exception):
     pass
 
 
-def dying_at(step: int) -> Callable[[Commit], None]:
-    def on_commit(commit: Commit) -> None:
-        if commit.step == step:
-            raise Cut
+class DyingAt(Hook):
+    def __init__(self, step: int) -> None:
+        self._step = step
 
-    return on_commit
+    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
+        if commit.step == self._step:
+            raise Cut
 
 
 def spec_of(folder: Path, run: str, **more: Any) -> AttemptSpec:
@@ -45,7 +46,7 @@ def test_killed_in_any_stage_it_ends_bit_identical_and_every_token_is_accounted_
     assert (result.step, result.samples) == (18, 72) == (whole.plan.steps, whole.plan.samples)
     for attempt, step in enumerate((5, 10, 15), start=1):
         with pytest.raises(Cut):
-            train(replace(cut, attempt=attempt), on_commit=dying_at(step))
+            train(replace(cut, attempt=attempt), hooks=[DyingAt(step)])
     train(replace(cut, attempt=4))
     assert weight_hash(cut.run / "model") == weight_hash(whole.run / "model")
     assert losses(cut.run) == losses(whole.run)

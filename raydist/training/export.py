@@ -1,0 +1,35 @@
+"""The end of a run: rank 0 writes model/, the last weights or the best evaluated ones."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from raydist.model.export import full_state, save_model, saved_dtype
+from raydist.training.card import model_card
+from raydist.training.checkpoint import Position, best
+
+if TYPE_CHECKING:
+    from raydist.training.loop import Attempt
+
+
+def export(attempt: Attempt) -> None:
+    """Collective. Everything of `attempt` may be used up by it: nothing is trained afterwards."""
+    weights = _load_best(attempt) or attempt.position
+    job, strategy, main = attempt.job, attempt.strategy, attempt.world.is_main
+    dtype = saved_dtype(job) if job.adapter is None else None
+    state = full_state(strategy.module, dtype, gather_full=strategy.gather_full, keep=main)
+    if main:
+        card = model_card(attempt.spec, weights, attempt.data.feed.fingerprint)
+        save_model(strategy.module, state, job, attempt.spec.tokenizer, attempt.folder.model, card)
+
+
+def _load_best(attempt: Attempt) -> Position | None:
+    """The position whose weights the strategy now holds; None when they are the last step's."""
+    if not attempt.job.checkpoint.load_best_model_at_end:
+        return None
+    found = best(attempt.folder) if attempt.world.is_main else None
+    step = attempt.world.from_main(found.step if found else -1)
+    if step in (-1, attempt.step):
+        return None
+    attempt.record("incident", what=f"model/ is of step {step}, which evaluated best")
+    return attempt.checkpoints.load_weights(step)

@@ -1,0 +1,156 @@
+"""Hooks are called at every moment of an attempt, a user's own too; a checkpoint may be written late."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import raydist
+from raydist.errors import JobError
+from raydist.files import read_jsonl
+from raydist.folder import RunFolder
+from raydist.parallel.ddp import DdpOnCpu
+from raydist.parallel.strategy import SaveHandle
+from raydist.training import checkpoint
+from raydist.training.checkpoint import Commit
+from raydist.training.hooks import Hook, StepResult, load_hooks
+from raydist.training.loop import Attempt, train
+from tests.train_parts import losses, make_spec
+from tests.weights import weight_hash
+
+EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Diary(Hook):
+    def __init__(self) -> None:
+        self.entries: list[tuple[Any, ...]] = []
+
+    def on_start(self, attempt: Attempt) -> None:
+        self.entries.append(("start", attempt.step))
+
+    def on_step(self, attempt: Attempt, result: StepResult) -> None:
+        self.entries.append(("step", attempt.step, attempt.samples, result.loss is not None))
+
+    def on_evaluate(self, attempt: Attempt, evals: dict[str, dict[str, Any]]) -> None:
+        self.entries.append(("evaluate", attempt.step, *evals))
+
+    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
+        self.entries.append(("commit", commit.step))
+
+    def on_end(self, attempt: Attempt, *, stopped: bool) -> None:
+        self.entries.append(("end", attempt.step, stopped))
+
+
+def test_a_hook_is_called_at_every_moment_in_order(tmp_path: Path) -> None:
+    diary = Diary()
+    spec = make_spec(
+        tmp_path,
+        train={"max_steps": 4, "logging_steps": 2},
+        eval={"eval_steps": 3},
+        checkpoint={"save_steps": 2},
+    )
+    train(spec, hooks=[diary])
+    assert diary.entries == [
+        ("start", 0),
+        ("evaluate", 0, "random"),
+        ("step", 1, 4, True),
+        ("step", 2, 8, True),
+        ("commit", 2),
+        ("step", 3, 12, False),
+        ("evaluate", 3, "random"),
+        ("step", 4, 16, True),
+        ("evaluate", 4, "random"),
+        ("commit", 4),
+        ("end", 4, False),
+    ]
+
+
+def test_the_documented_alert_says_so_and_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "strict.py").write_text(
+        "from loss_alert import LossAlert\n\nclass Strict(LossAlert):\n"
+        "    def __init__(self):\n        super().__init__(threshold=1.0, patience=2)\n"
+    )
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(EXAMPLES), *sys.path])
+    spec = make_spec(tmp_path, train={"hooks": ["strict:Strict"]})
+    result = train(spec)
+    assert (result.stopped, result.step) == (True, 3)  # asked after step 2, it ends after the next one
+    records = read_jsonl(RunFolder(spec.run).metrics_file)
+    assert [r["above_threshold"] for r in records if r["kind"] == "train"] == [1, 2, 3]
+    said = [r["what"] for r in records if r["kind"] == "incident"]
+    assert said == [f"the loss is {loss:.3f}, above 1" for loss in losses(spec.run).values()]
+    assert RunFolder(spec.run).committed_steps() == [3]
+
+
+def test_what_is_no_hook_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "theirs.py").write_text(
+        "import raydist\n\ndef function(): pass\n\nclass Needy(raydist.Hook):\n"
+        "    def __init__(self, threshold): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for path, said in {
+        "theirs:function": "theirs:function is not a hook",
+        "theirs:Absent": "cannot import theirs:Absent",
+        "theirs:Needy": "theirs:Needy cannot be made without arguments",
+    }.items():
+        with pytest.raises(JobError, match=said) as refused:
+            load_hooks([path])
+        assert refused.value.where == "train.hooks[0]"
+    assert raydist.Hook is Hook
+
+
+class Late:
+    """A handle that is done at the third look."""
+
+    def __init__(self) -> None:
+        self.looks, self.waited = 0, False
+
+    def done(self) -> bool:
+        self.looks += 1
+        return self.looks >= 3
+
+    def wait(self) -> None:
+        self.waited = True
+
+
+def test_a_checkpoint_that_is_written_late_is_committed_when_it_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loop goes on meanwhile; the commit is of the step that was saved, and a resume is exact."""
+    whole = make_spec(tmp_path, run="whole")
+    train(whole)
+    handles: list[Late] = []
+
+    class Slow(DdpOnCpu):
+        def save(self, folder: Path) -> SaveHandle:
+            super().save(folder)
+            handles.append(Late())
+            return handles[-1]
+
+    monkeypatch.setattr("raydist.parallel.ddp.DdpOnCpu", Slow)
+    diary = Diary()
+    spec = make_spec(tmp_path, run="late")
+    train(spec, hooks=[diary])
+    commits = [entry for entry in diary.entries if entry[0] in ("step", "commit")]
+    assert commits.index(("commit", 5)) == commits.index(("step", 7, 28, True)) + 1
+    assert [handle.waited for handle in handles] == [False, False, False, True]  # of the last, before the end
+    assert weight_hash(RunFolder(spec.run).model) == weight_hash(RunFolder(whole.run).model)
+    assert losses(spec.run) == losses(whole.run)
+    newest = checkpoint.newest_valid(RunFolder(spec.run))
+    assert newest is not None and (newest.step, newest.samples) == (20, 80)
+    assert [line["steps"] for line in read_jsonl(spec.run / "ledger.jsonl")] == [
+        [0, 5],
+        [5, 10],
+        [10, 15],
+        [15, 20],
+    ]
