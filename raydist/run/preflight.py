@@ -19,8 +19,6 @@ def check_job(job: Job) -> None:
     check_trackers(job)
     config = load_config(job)
     check_fits(config, job)
-    if job.model.base is not None:
-        check_base(job)
     if job.quantization is not None:
         quantization.check_bitsandbytes(torch.device("cpu"))
     if job.adapter is not None:
@@ -29,3 +27,5 @@ def check_job(job: Job) -> None:
         check_deepspeed(job)
     make_collator(job.train.collator)
     load_hooks(job.train.hooks)
+    if job.model.base is not None:
+        check_base(job)
