@@ -70,13 +70,16 @@ def ray_local() -> Iterator[None]:
     """An embedded Ray of three CPUs, shared by the integration tests and shut down at their end."""
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=3,
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
+    from raydist.cluster.connect import on_loopback
+
+    with on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=3,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
     yield
     ray.shutdown()

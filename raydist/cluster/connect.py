@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raydist.cluster.token import ensure_token
 from raydist.errors import ClusterError
 
 OBJECT_STORE_BYTES = 256 * 2**20
@@ -113,12 +114,36 @@ def _embed(training_cpus: int) -> None:
         os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     shared_memory = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
     roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 1.2 * OBJECT_STORE_BYTES
-    ray.init(
-        address="local",
-        num_cpus=max(os.cpu_count() or 1, training_cpus + 1),
-        object_store_memory=OBJECT_STORE_BYTES,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _plasma_directory=None if roomy else os.environ.get("TMPDIR", "/tmp"),  # noqa: S108
-    )
+    ensure_token()
+    with on_loopback():
+        ray.init(
+            address="local",
+            num_cpus=max(os.cpu_count() or 1, training_cpus + 1),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _plasma_directory=None if roomy else os.environ.get("TMPDIR", "/tmp"),  # noqa: S108
+        )
+
+
+@contextmanager
+def on_loopback() -> Iterator[None]:
+    """A Ray started within listens on 127.0.0.1 alone: its GCS, raylet, agents and workers all do.
+
+    ray.init(_node_ip_address="127.0.0.1") does not do it: Ray replaces that address by the machine's own,
+    and all of its processes then listen on every interface. On macOS and Windows, where it takes no other
+    machine into a cluster, it keeps to loopback, by this constant. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 sets
+    it too, but only before Ray is imported, and for a cluster that this process joins later as well.
+
+    The rendezvous store of torch.distributed is not Ray's: while a run trains, its first worker has it on
+    every interface, and neither torch's environment variables nor Ray Train can bind it elsewhere.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before

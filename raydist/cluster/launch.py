@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 import shutil
 import subprocess
 import sys
@@ -14,11 +13,11 @@ from typing import Any
 import yaml
 
 from raydist import files
+from raydist.cluster.token import TOKEN, make_token
 from raydist.errors import ClusterError, JobError
 from raydist.job.load import key_lines
 from raydist.job.values import KeyPath
 
-TOKEN = "~/.ray/auth_token"  # noqa: S105 - where Ray looks for it
 MODE = "RAY_AUTH_MODE=token"
 UNSAFE = "a cluster without authentication runs anybody's code, and is refused: "
 CHECK = "mend these lines; raydist cluster validate FILE checks without starting anything"
@@ -103,7 +102,7 @@ def up(path: str) -> None:
     if values.get("kind") == "RayJob":
         _kubectl("apply", "-f", path)
         return
-    _make_token()
+    make_token(Path(TOKEN))
     mounts = values.get("file_mounts") or {}
     if absent := [str(here) for here in mounts.values() if not Path(str(here)).expanduser().exists()]:
         raise ClusterError(
@@ -112,17 +111,6 @@ def up(path: str) -> None:
             fix="run this from the root of a checkout of raydist, or mend the paths",
         )
     _ray("up", "-y", path)
-
-
-def _make_token() -> None:
-    """In Ray's own file, readable by its owner only."""
-    path = Path(TOKEN).expanduser()
-    if not path.exists():
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH_TOKEN")}
-        make = [*_RAY, "get-auth-token", "--generate"]
-        silent = subprocess.DEVNULL  # it prints the token
-        subprocess.run(make, env=environment, check=True, stdout=silent, stderr=silent, umask=0o077)
-    path.chmod(0o600)
 
 
 def down(path: str) -> None:
