@@ -14,6 +14,7 @@ class AttemptSpec:
     """run: the run's folder.  logs, eval_logs: token logs by source.  tokenizer: a Hugging Face folder.
 
     attempt counts from 1 over the life of the run.  growing: the logs to train on are still being made.
+    profile: a folder for a trace of a few steps; None for none.
     """
 
     job: Job
@@ -24,3 +25,4 @@ class AttemptSpec:
     attempt: int = 1
     eval_logs: dict[str, Path] = field(default_factory=dict)
     growing: bool = False
+    profile: Path | None = None

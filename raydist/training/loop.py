@@ -26,6 +26,7 @@ from raydist.training.evaluate import evaluate
 from raydist.training.export import export
 from raydist.training.hooks import Hook, KeepBest, MemoryFigures, StepResult, StopOnRequest, load_hooks
 from raydist.training.memory import memory_watched
+from raydist.training.profiler import Profile
 from raydist.training.records import Records
 from raydist.training.schedule import learning_rate
 
@@ -92,6 +93,7 @@ class Attempt:
         self.position = resumed or self.position
         best = [KeepBest()] if self.job.checkpoint.load_best_model_at_end else []
         own = load_hooks(self.job.train.hooks)
+        own += [Profile(spec.profile)] if spec.profile else []
         self.hooks: list[Hook] = [StopOnRequest(), *best, MemoryFigures(), *own, Records(), *hooks]
         self.stopping = self._commit_asked = False
 

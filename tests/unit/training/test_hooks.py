@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,23 @@ def test_what_is_no_hook_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             load_hooks([path])
         assert refused.value.where == "train.hooks[0]"
     assert raydist.Hook is Hook
+
+
+def test_a_profile_holds_the_work_of_a_few_steps(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, run="profiled", train={"max_steps": 8})
+    train(replace(spec, profile=tmp_path / "profile"))
+    trace = json.loads((tmp_path / "profile" / "rank-0.trace.json").read_text())
+    names = [event.get("name", "") for event in trace["traceEvents"]]
+    assert [name for name in names if name.startswith("ProfilerStep")] == [
+        f"ProfilerStep#{n}" for n in (3, 4, 5)
+    ]
+    assert any("aten::mm" in name for name in names)
+    short = make_spec(tmp_path, run="short", train={"max_steps": 3})
+    train(replace(short, profile=tmp_path / "none"))
+    records = read_jsonl(RunFolder(short.run).metrics_file)
+    assert [r["what"] for r in records if r["kind"] == "incident"] == [
+        "no profile: it takes 6 steps, there were 3"
+    ]
 
 
 class Late:
