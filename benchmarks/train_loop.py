@@ -26,6 +26,7 @@ from raydist.job.load import load_job
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
 from raydist.model.build import build_model
+from raydist.model.loss import logits_of
 from raydist.run.dataset import Prepared
 from raydist.training.hooks import Hook, StepResult
 from raydist.training.loop import Attempt, train
@@ -106,7 +107,7 @@ def bare_steps(prepared: Prepared) -> list[float]:
     for micro_batches, n_labels in batches(prepared):
         starts.append(time.perf_counter())
         for batch in micro_batches:
-            logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+            logits = logits_of(model, batch)
             loss = functional.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
             (loss / n_labels).backward()
         if job.train.max_grad_norm is not None:

@@ -67,7 +67,10 @@ def prepare(job: Job, *, address: str | None = None) -> Prepared:
 def open_feed(job_or_run: Job | str | Path) -> Feed:
     """The packed blocks of a job whose logs are prepared, or of a run: `.block(g)`, `.loader(...)`.
 
-    Yields exactly the samples that the trainer reads. Raises RunError where the logs are not made yet.
+    Yields exactly the samples that the trainer reads: input_ids, labels, position_ids (int64, shape
+    (block_size,)), sample, and document_lengths (int32, (block_size,)): how long each document of the block
+    is, from left to right, with padding as the last of them and zeros behind. Raises RunError where the
+    logs are not made yet.
     """
     return _prepared(job_or_run).feed()
 
@@ -97,7 +100,9 @@ def blocks(job_or_run: Job | str | Path, start: int = 0, stop: int | None = None
     tasks = max(1, -(-(stop - start) // BLOCKS_PER_TASK))
 
     def read(batch: dict[str, Any]) -> dict[str, Any]:
-        return _feed_of(prepared).batch(batch["id"] + start)
+        made = _feed_of(prepared).batch(batch["id"] + start)
+        del made["document_lengths"]  # position_ids say the same to other programs
+        return made
 
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     return ray.data.range(stop - start, override_num_blocks=tasks).map_batches(

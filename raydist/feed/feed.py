@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import orjson
 import xxhash
+from numpy.typing import NDArray
 
 from raydist.corpus.log import Ints, TokenLog, open_log
 from raydist.feed.pack_index import FeedSource
@@ -137,13 +138,13 @@ class Feed:
     def stage_number(self, g: int) -> int:
         return bisect_right([stage.start for stage in self.stages], g) - 1
 
-    def block(self, g: int) -> dict[str, Ints | int]:
-        """The g-th sample of the run: input_ids, labels, position_ids, int64[T], and sample = g."""
+    def block(self, g: int) -> dict[str, NDArray[np.integer] | int]:
+        """The g-th sample of the run: a row of `batch`, arrays [T], and sample = g."""
         batch = self.batch([g])
         return {name: int(array[0]) if name == "sample" else array[0] for name, array in batch.items()}
 
     def batch(self, samples: Sequence[int] | Ints) -> Batch:
-        """Samples as int64[B, T], and `sample`, int64[B]. Sample -1 is padding: labels all -100.
+        """Samples as arrays [B, T], see `Blocks.empty`. Sample -1 is padding: labels all -100.
 
         Raises ValueError for samples of several stages: their blocks are not of one size.
         """

@@ -31,9 +31,10 @@ PREFETCHED_STEPS = 2
 class Step:
     """Samples [start, stop) of the run. All else is this rank's part of them.
 
-    micro_batches: dicts of int64 tensors, [B, T] and `sample` [B]; on every rank equally many, of the same
-    shapes, filled up with samples -1. Counts are of real samples: their sums over the ranks do not depend
-    on the world size. wait_seconds: how long the consumer waited for this step.
+    micro_batches: dicts of tensors, input_ids, labels, position_ids, int64 [B, T], document_lengths, int32
+    [B, T], and sample, int64 [B] (see `Blocks.empty`); on every rank equally many, of the same shapes, filled
+    up with samples -1. Counts are of real samples: their sums over the ranks do not depend on the world
+    size. wait_seconds: how long the consumer waited for this step.
     """
 
     start: int

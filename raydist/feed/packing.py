@@ -1,5 +1,5 @@
 """Documents into blocks of block_size inputs: an index over document lengths, a shard at a time, and from
-it a block as arrays: inputs, shifted labels and positions.
+it a block as arrays: inputs, shifted labels, positions and lengths of documents.
 
 concat     documents one after another, cut every block_size inputs.
 best_fit   whole blocks of a long document first; what is left of each document goes, longest first,
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from raydist.corpus.log import Ints
 
-Batch = dict[str, Ints]
+Batch = dict[str, NDArray[np.integer]]
 
 REVISION = 1
 """Raised when the same lengths would be packed otherwise, so that older indexes are not taken for these."""
@@ -202,12 +202,21 @@ class Blocks:
     padding: int
 
     def empty(self, samples: Ints) -> Batch:
-        """A batch of padding, arrays [B, T]; `samples`: number of each row in the run, -1 for none."""
+        """A batch of padding; `samples`: number of each row in the run, -1 for none.
+
+        input_ids, labels, position_ids: int64[B, T].  sample: int64[B].
+        document_lengths: int32[B, T], the lengths of a row's documents from left to right, zeros behind. Each
+        piece of a document is one, and so is the padding after the last of them: they add up to T. A row that
+        is all padding, or whose documents see each other, is one document.
+        """
         shape = (len(samples), self.block_size)
+        document_lengths = np.zeros(shape, np.int32)
+        document_lengths[:, 0] = self.block_size
         return {
             "input_ids": np.full(shape, self.padding, np.int64),
             "labels": np.full(shape, IGNORED, np.int64),
             "position_ids": np.tile(np.arange(self.block_size), (len(samples), 1)),
+            "document_lengths": document_lengths,
             "sample": samples.astype(np.int64),
         }
 
@@ -232,6 +241,10 @@ class Blocks:
             positions = batch["position_ids"][row]
             positions[:filled] -= np.repeat(start, length)
             positions[filled:] -= filled
+            document_lengths = batch["document_lengths"][row]
+            document_lengths[: len(length)] = length
+            if filled < self.block_size:
+                document_lengths[len(length)] = self.block_size - filled
 
 
 _COLUMNS = np.arange(1 << 16)

@@ -88,7 +88,7 @@ class Stage:
             self._follow(before)
 
     def read(self, samples: Ints) -> tuple[Batch, Ints]:
-        """Samples as int64[B, T] and `sample`, int64[B]; and the four Counts of each, int64[B, 4].
+        """Samples as arrays [B, T], see `Blocks.empty`; and the four Counts of each, int64[B, 4].
 
         Sample -1 is padding: labels all -100, counts zero.
         """

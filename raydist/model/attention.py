@@ -1,15 +1,17 @@
 """Attention that does not cross the documents of a packed block, and a probe that makes sure of it.
 
-Documents are told apart by position_ids alone: a document starts wherever they do not go up by one.
-On a GPU transformers turns them into SDPA's block mask. On CPU one causal call per document is
-faster than a mask, so this module registers such a function with transformers. Flash attention is
-given the documents' lengths: transformers finds them by itself in a batch of one row only.
+A batch says how long its documents are (`document_lengths`), and its position_ids restart at each.
+SDPA and eager attention need the positions alone: transformers makes its mask of them. On CPU one
+causal call per document is faster than a mask, so this module registers such a function with
+transformers. That one and flash attention get the lengths, by a hook on the model, once for all layers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -24,7 +26,8 @@ from transformers import (
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from raydist.errors import ModelError
-from raydist.model.loss import autocast, logits_of
+from raydist.model.layers import layers_of
+from raydist.model.loss import DOCUMENTS, Documents, autocast, logits_of, to_device
 
 PER_DOCUMENT = "raydist_per_document"
 FLASH = "flash_attention_2"
@@ -127,27 +130,61 @@ def _on(device: torch.device, model: nn.Module) -> Iterator[None]:
 
 
 def use_attention(model: nn.Module, name: str) -> None:
-    if name == FLASH:
-        model.register_forward_pre_hook(add_document_lengths, with_kwargs=True)
+    """Give the bare `model` this attention, unprobed."""
     AttentionInterface.register(PER_DOCUMENT, per_document_attention)
     AttentionMaskInterface.register(PER_DOCUMENT, _no_mask)
     model.set_attn_implementation(name)  # type: ignore[operator]
+    give_documents(model, name)
 
 
-def add_document_lengths(
-    model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
+def give_documents(model: nn.Module, attention: str) -> None:
+    """From now on forward passes of `model` hand the documents to `attention`, as that one takes them."""
+    if (earlier := model.__dict__.get(_HOOK)) is not None:
+        earlier.remove()
+    hook = partial(_hand_over, attention)
+    model.__dict__[_HOOK] = model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+_HOOK = "_raydist_documents"
+
+
+def _hand_over(
+    attention: str, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Of all rows, one after another, as flash attention's kernel takes them; once for all layers."""
-    starts = _document_starts(inputs["position_ids"]).flatten()
-    edges = F.pad(starts.nonzero().flatten(), (0, 1), value=starts.numel()).int()
-    longest = int(edges.diff().max())
-    lengths = {
+    """A forward pre-hook: in place of document_lengths what `attention` needs; nothing, if that is a mask."""
+    documents: Documents | None = inputs.get(DOCUMENTS)
+    inputs = {name: value for name, value in inputs.items() if name != DOCUMENTS}
+    if attention not in (PER_DOCUMENT, FLASH):
+        return args, inputs
+    if documents is None:
+        raise ModelError(
+            f"{attention} got a batch without {DOCUMENTS}",
+            why="it cannot tell the documents of a block apart",
+            fix="take batches from the feed as they are, and call the model through raydist.model.loss",
+        )
+    if attention == FLASH:
+        return args, inputs | flash_arguments(documents, inputs["input_ids"].device)
+    return args, {**inputs, DOCUMENTS: documents}
+
+
+def flash_arguments(documents: Documents, device: torch.device) -> dict[str, Any]:
+    """Where each document begins and ends, all rows one after another, as flash attention's kernel takes it.
+
+    cu_seq_lens: int32, (documents + 1,). max_length: T, an upper bound of every batch alike. The zeros behind
+    a row's documents are left out: the kernel takes sequences of no length, but starts thread blocks for each
+    (65,535 at most, which B times T exceeds) and keeps 128 rows of gradient for each. That is why lengths are
+    kept on the host. What is made of them is copied from pinned memory, which waits for nothing.
+    """
+    edges = torch.tensor([0, *accumulate(chain.from_iterable(documents))], dtype=torch.int32)
+    if device.type == "cuda":
+        edges = edges.pin_memory().to(device, non_blocking=True)
+    longest = sum(documents[0])
+    return {
         "cu_seq_lens_q": edges,
         "cu_seq_lens_k": edges,
         "max_length_q": longest,
         "max_length_k": longest,
     }
-    return args, {**inputs, **lengths}
 
 
 def _is_windowed(config: PretrainedConfig) -> bool:
@@ -172,28 +209,25 @@ def per_document_attention(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    position_ids: Tensor | None = None,
+    document_lengths: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal within each document. query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D)."""
     given = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if given or position_ids is None or not getattr(module, "is_causal", True):
+    if given or document_lengths is None or not getattr(module, "is_causal", True):
         raise ModelError(
             f"{type(module).__name__} does not attend as this function does",
             why=f"it asks for {', '.join(given)}"
             if given
-            else "it is not causal, or passes no position_ids on",
+            else "it is not causal, or does not pass on what it does not know (**kwargs)",
         )
     options: dict[str, Any] = {"is_causal": True, "scale": scaling, "dropout_p": dropout}
     options["enable_gqa"] = query.shape[1] != key.shape[1]
-    rows = _document_lengths(position_ids)
-    if all(len(lengths) == 1 for lengths in rows):
+    if all(len(lengths) == 1 for lengths in document_lengths):
         return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2).contiguous(), None
-    if len(rows) == 1:  # positions given once for the whole batch
-        rows = rows * query.shape[0]
     out = [
         _attend_row(q, k, v, lengths, options)
-        for q, k, v, lengths in zip(query, key, value, rows, strict=True)
+        for q, k, v, lengths in zip(query, key, value, document_lengths, strict=True)
     ]
     return torch.stack(out), None
 
@@ -205,24 +239,6 @@ def _attend_row(
     parts = [tensor.unsqueeze(0).split(lengths, dim=2) for tensor in (query, key, value)]
     out = [F.scaled_dot_product_attention(*document, **options) for document in zip(*parts, strict=True)]
     return torch.cat(out, dim=2)[0].transpose(0, 1)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The blocks that the model's own class says not to split; none: it is gathered as a whole."""
-    kinds = {kind for m in model.modules() for kind in getattr(m, "_no_split_modules", None) or ()}
-    return [module for module in model.modules() if type(module).__name__ in kinds]
-
-
-def _document_lengths(position_ids: Tensor) -> list[list[int]]:
-    """Per row of position_ids (B, T), the lengths of its documents; they add up to T."""
-    length = position_ids.shape[1]
-    rows = [row.nonzero().flatten().tolist() for row in _document_starts(position_ids)]
-    return [[b - a for a, b in zip(row, [*row[1:], length], strict=True)] for row in rows]
-
-
-def _document_starts(position_ids: Tensor) -> Tensor:
-    """Whether a document starts at each of position_ids; bool, (B, T)."""
-    return F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=True)
 
 
 @torch.no_grad()
@@ -237,7 +253,7 @@ def probe(model: nn.Module, *, document_mask: bool, bf16: bool = False) -> None:
     batch, first, second = _probe_batch(model, document_mask)
     try:
         with autocast(device, "bf16" if bf16 else "fp32"):
-            logits = logits_of(model.eval(), {k: tensor.to(device) for k, tensor in batch.items()}).float()
+            logits = logits_of(model.eval(), to_device(batch, device)).float()
     except (TypeError, ValueError, KeyError) as error:
         raise _not_runnable(model, error) from error
     finally:
@@ -272,8 +288,12 @@ def _probe_batch(model: nn.Module, document_mask: bool) -> tuple[dict[str, Tenso
     pieces = [torch.cat([torch.arange(len(part)) for part in row]) for row in rows]
     plain = torch.arange(first + second).repeat(len(rows), 1)
     positions = torch.stack(pieces) if document_mask else plain
+    lengths = torch.zeros(plain.shape, dtype=torch.int32)
+    lengths[:, 0] = first + second
+    if document_mask:
+        lengths[:, :2] = torch.tensor([[len(part) for part in row] for row in rows])
     input_ids = torch.stack([torch.cat(row) for row in rows])
-    return {"input_ids": input_ids, "position_ids": positions}, first, second
+    return {"input_ids": input_ids, "position_ids": positions, DOCUMENTS: lengths}, first, second
 
 
 def _same(expected: Tensor, found: Tensor, limit: float, otherwise: str) -> None:

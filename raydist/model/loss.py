@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORED = -100
+DOCUMENTS = "document_lengths"
+Documents = list[list[int]]
+"""Of each row, the lengths of its documents from left to right."""
 CHUNK_ELEMENTS = 2**22
 """Logits handled at once: 16 MiB in fp32, whatever the vocabulary."""
 
@@ -22,12 +25,20 @@ def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
 
 
-def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """(B, T, V), of input_ids, position_ids and what a collator added.
+def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """All on `device` but document_lengths, which are read on the host: a GPU is never waited for."""
+    return {name: tensor if name == DOCUMENTS else tensor.to(device) for name, tensor in batch.items()}
 
+
+def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """(B, T, V), of input_ids, position_ids, document_lengths and what a collator added.
+
+    Lengths become lists: as a tensor DDP and FSDP2 would move them to their device.
     Without `use_cache=False` transformers silently drops the document mask.
     """
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", "sample")}
+    inputs: dict[str, Any] = {k: tensor for k, tensor in batch.items() if k not in ("labels", "sample")}
+    if DOCUMENTS in batch:
+        inputs[DOCUMENTS] = [row[row > 0].tolist() for row in batch[DOCUMENTS]]
     output = model(**inputs, use_cache=False)
     logits: Tensor = output.logits
     return logits

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from raydist.job.schema import Job
-from raydist.model.attention import layers_of
+from raydist.model.layers import layers_of
 from raydist.model.loss import logits_of, summed_cross_entropy
 from raydist.parallel.ddp import OwnOptimizer
 from raydist.parallel.optimizer import gradient_norm

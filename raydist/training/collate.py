@@ -13,7 +13,7 @@ from raydist.job.functions import import_function, source_of
 from raydist.model.loss import IGNORED
 
 Tensors = dict[str, torch.Tensor]
-GIVEN = ("input_ids", "labels", "position_ids", "sample")
+GIVEN = ("input_ids", "labels", "position_ids", "document_lengths", "sample")
 WHERE = "train.collator"
 
 
@@ -21,11 +21,12 @@ def make_collator(path: str | None) -> Callable[[Tensors], Tensors] | None:
     """`train.collator`, module:function, behind checks of what it returns; None for none.
 
     It is called on every micro batch of the training, not of an evaluation, in a thread that reads
-    ahead: input_ids, labels, position_ids, int64 (B, T), and sample, int64 (B,), on the CPU. Padding
-    has sample -1. It gives a dict of the same shapes back: a label may become -100, which takes it
-    out of the loss and of the count that the loss is divided by; input_ids may have other values;
-    further tensors go to the model's forward by their names. All else is a TrainingError. It should be
-    a function of the batch alone, or a resumed run is not the same one: draw by `sample`, if at all.
+    ahead: input_ids, labels, position_ids, int64 (B, T), document_lengths, int32 (B, T), and sample,
+    int64 (B,), on the CPU (see `Blocks.empty`). Padding has sample -1. It gives a dict of the same
+    shapes back: a label may become -100, which takes it out of the loss and of the count that the loss
+    is divided by; input_ids may have other values; document_lengths may be left out; further tensors go
+    to the model's forward by their names. All else is a TrainingError. It should be a function of the
+    batch alone, or a resumed run is not the same one: draw by `sample`, if at all.
 
     Raises JobError if there is no such function.
     """
@@ -35,6 +36,8 @@ def make_collator(path: str | None) -> Callable[[Tensors], Tensors] | None:
 
     def collate(batch: Tensors) -> Tensors:
         made = function({name: tensor.clone() for name, tensor in batch.items()})
+        if isinstance(made, dict):
+            made = {"document_lengths": batch["document_lengths"], **made}
         if problem := _problem(batch, made):
             raise TrainingError(
                 f"{path} {problem}",
@@ -62,14 +65,14 @@ def _problem(given: Tensors, made: Any) -> str:
         return "does not give a dict of tensors"
     for name in ("attention_mask", "past_key_values", "use_cache"):
         if name in made:
-            return f"adds {name}: position_ids alone tell documents apart; mask labels instead"
+            return f"adds {name}: document_lengths and position_ids tell documents apart; mask labels instead"
     for name in GIVEN:
         if name not in made:
             return f"leaves out {name}"
         expected, found = (f"{tuple(t.shape)} of {t.dtype}" for t in (given[name], made[name]))
         if expected != found:
             return f"gives {name} {found}; it got {expected}"
-    for name in ("position_ids", "sample"):
+    for name in ("position_ids", "document_lengths", "sample"):
         if not torch.equal(given[name], made[name]):
             return f"changes {name}"
     if not ((made["labels"] == given["labels"]) | (made["labels"] == IGNORED)).all():

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from raydist.model.loss import IGNORED, autocast, logits_of, summed_cross_entropy
+from raydist.model.loss import IGNORED, autocast, logits_of, summed_cross_entropy, to_device
 from raydist.parallel.world import World
 
 
@@ -60,7 +60,7 @@ def _evaluate_one(
 ) -> Evaluation:
     loss, labels = 0.0, 0
     for batch in data.batches(world.rank, world.world_size, micro_batch_size):
-        batch = {k: v.to(world.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = to_device(batch, world.device)
         with autocast(world.device, mixed_precision):
             logits = logits_of(model, batch)
         loss += summed_cross_entropy(logits, batch["labels"]).item()

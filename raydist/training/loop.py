@@ -16,6 +16,7 @@ from torch import Tensor
 from raydist.errors import TrainingError
 from raydist.folder import RunFolder
 from raydist.model.build import n_parameters
+from raydist.model.loss import to_device
 from raydist.parallel.build import build_on_ranks, make_strategy
 from raydist.parallel.world import World, contact
 from raydist.training.attempt_spec import AttemptSpec
@@ -185,7 +186,7 @@ class Attempt:
         for index, micro_batch in enumerate(batch.micro_batches):
             place = struct.pack("<4q", self.job.seed, self.step, self.world.rank, index)
             torch.manual_seed(xxhash.xxh3_64_intdigest(place) >> 1)
-            inputs = {name: tensor.to(self.world.device) for name, tensor in micro_batch.items()}
+            inputs = to_device(micro_batch, self.world.device)
             last = index == len(batch.micro_batches) - 1
             loss += self.strategy.forward_backward(inputs, n_labels, last=last)
         return loss

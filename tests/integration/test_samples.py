@@ -62,6 +62,7 @@ def test_blocks_are_the_feed_in_order(job: Job) -> None:
     feed = raydist.open_feed(job)
     rows = raydist.blocks(job, start=7, stop=300).take_all()
     assert [row["sample"] for row in rows] == list(range(7, 300))
+    assert set(rows[0]) == {"input_ids", "labels", "position_ids", "sample"}
     for row in rows[::17]:
         expected = feed.block(row["sample"])
         for column in ("input_ids", "labels", "position_ids"):

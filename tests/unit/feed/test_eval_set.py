@@ -46,6 +46,16 @@ def test_whole_documents_of_lowest_hash_up_to_max_tokens(make_log):
     assert flat == stream + [0] * (evaluated.n_blocks * 16 - len(stream))
 
 
+def test_batches_carry_the_lengths_of_their_documents(make_log):
+    evaluated = EvalSet("a", make_log(SHARDS), PACKING, holdout=0.3, max_tokens=200)
+    batches = list(evaluated.batches(0, 2, 3))
+    assert len(batches) > 1
+    for batch in batches:
+        for lengths, positions in zip(batch["document_lengths"], batch["position_ids"], strict=True):
+            restarted = [i for n in lengths.tolist() for i in range(n)]
+            assert positions.tolist() == restarted
+
+
 def test_training_and_evaluation_share_no_document(make_log):
     log = make_log(SHARDS)
     feed = Feed([FeedSource("a", log)], PACKING, 0, 0.2)

@@ -55,10 +55,18 @@ def check_epoch(feed: Feed, documents: list[np.ndarray], samples: np.ndarray) ->
         assert np.count_nonzero(ids[:filled] == 0) == added
         assert labels[:filled].tolist() == [after[t] if t else -100 for t in ids[:filled].tolist()]
         check_positions(feed, ids[:filled].tolist(), positions.tolist(), document_of)
+        assert block["document_lengths"].tolist() == lengths_where_positions_restart(positions)
         seen.update(ids[:filled][ids[:filled] != 0].tolist())
         n_eos += added
     assert seen == Counter(document_of.keys())
     assert n_eos == len(documents) * eos
+
+
+def lengths_where_positions_restart(positions: np.ndarray) -> list[int]:
+    """Of one row, filled up with zeros: a document is where positions go up by one."""
+    starts = np.flatnonzero(np.diff(positions, prepend=positions[0]) != 1)
+    lengths = np.diff(starts, append=len(positions)).tolist()
+    return lengths + [0] * (len(positions) - len(lengths))
 
 
 def check_positions(feed: Feed, ids: list[int], positions: list[int], document_of: dict[int, int]) -> None:
@@ -94,14 +102,18 @@ def test_an_epoch_is_every_kept_token_once_with_its_label_and_position(make_log,
     st.booleans(),
     st.integers(8, 40),
     st.integers(1, 3),
+    st.booleans(),
 )
-def test_no_token_is_lost_or_doubled(make_log, shards, strategy, eos, block_size, window_shards):
+def test_no_token_is_lost_or_doubled_and_documents_are_where_positions_restart(
+    make_log, shards, strategy, eos, block_size, window_shards, document_mask
+):
     log = make_log(shards, name=f"log{abs(hash(str(shards)))}")
     options = {
         "strategy": strategy,
         "add_eos_token": eos,
         "block_size": block_size,
         "window_shards": window_shards,
+        "document_mask": document_mask,
     }
     feed = Feed([FeedSource("a", log)], packing(**options), 0, 0.0)
     check_epoch(feed, kept_documents(log, 0.0), np.arange(feed.samples_per_epoch))
@@ -137,9 +149,9 @@ def test_a_block_is_a_function_of_its_number_alone(make_log):
     for g in (40, 3, 1003, 0):
         one, batch = feed.block(g), again.batch([g, -1, 7])
         assert one["sample"] == g == batch["sample"][0]
-        for name in ("input_ids", "labels", "position_ids"):
+        for name in ("input_ids", "labels", "position_ids", "document_lengths"):
             assert np.array_equal(one[name], batch[name][0])
-            assert one[name].dtype == np.int64
+            assert one[name].dtype == (np.int32 if name == "document_lengths" else np.int64)
 
 
 def test_padding_samples_have_no_labels(make_log):
@@ -147,6 +159,7 @@ def test_padding_samples_have_no_labels(make_log):
     assert (batch["labels"] == -100).all()
     assert batch["sample"].tolist() == [-1, -1]
     assert batch["position_ids"][0].tolist() == list(range(16))
+    assert batch["document_lengths"].tolist() == [[16] + [0] * 15] * 2
 
 
 def test_the_seed_changes_the_order_and_nothing_else(make_log):

@@ -11,6 +11,7 @@ from raydist.feed.loader import global_batches
 from raydist.job.schema import Packing
 
 SHARDS = [[20, 7, 33, 5] * 4] * 3
+COLUMNS = ("input_ids", "labels", "position_ids", "document_lengths")
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def all_ranks(feed, world_size, micro_batch_size, start=0, stop=45, batch=10):
 def rows(steps) -> dict[int, tuple]:
     """Real samples of one global batch: number -> content."""
     return {
-        int(number): tuple(batch[name][row].tolist() for name in ("input_ids", "labels", "position_ids"))
+        int(number): tuple(batch[name][row].tolist() for name in COLUMNS)
         for step in steps
         for batch in step.micro_batches
         for row, number in enumerate(batch["sample"])
@@ -47,7 +48,7 @@ def test_global_batches_do_not_depend_on_the_world_size(feed, world_size, micro_
         assert sorted(found) == list(range(own[0].start, own[0].stop))
         for number, content in found.items():
             block = feed.block(number)
-            assert content == tuple(block[name].tolist() for name in ("input_ids", "labels", "position_ids"))
+            assert content == tuple(block[name].tolist() for name in COLUMNS)
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 3), (3, 2), (4, 2), (12, 1)])
@@ -87,9 +88,12 @@ def test_tensors_and_waiting_time(feed):
         "input_ids": (4, 16),
         "labels": (4, 16),
         "position_ids": (4, 16),
+        "document_lengths": (4, 16),
         "sample": (4,),
     }
-    assert all(tensor.dtype == torch.int64 and tensor.is_contiguous() for tensor in batch.values())
+    assert all(tensor.is_contiguous() for tensor in batch.values())
+    dtypes = {name: tensor.dtype for name, tensor in batch.items()}
+    assert dtypes.pop("document_lengths") == torch.int32 and set(dtypes.values()) == {torch.int64}
     assert step.wait_seconds > 0
 
 

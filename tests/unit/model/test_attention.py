@@ -12,20 +12,23 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from raydist.errors import JobError, ModelError
 from raydist.job.identity import differences
+from raydist.job.schema import Lora
+from raydist.model.adapter import add_lora
 from raydist.model.attention import (
+    FLASH,
     PER_DOCUMENT,
-    add_document_lengths,
     check_attention,
     check_model_attention,
+    flash_arguments,
+    give_documents,
     probe,
     set_attention,
+    use_attention,
 )
-from raydist.model.build import build_model
+from raydist.model.build import _save_activation_memory, build_model, quietly
 from raydist.model.loss import logits_of
 from raydist.training.loop import train
 from tests.train_parts import LLAMA, losses, make_job, make_spec
-
-CPU = torch.device("cpu")
 
 CPU = torch.device("cpu")
 
@@ -72,7 +75,16 @@ def packed(lengths: tuple[int, ...], vocabulary: int) -> dict[str, torch.Tensor]
     positions = [torch.arange(n) for n in lengths]
     rows = (documents, documents[::-1]), (positions, positions[::-1])
     ids, places = (torch.stack([torch.cat(forward), torch.cat(backward)]) for forward, backward in rows)
-    return {"input_ids": ids, "position_ids": places}
+    row = torch.tensor(lengths, dtype=torch.int32)
+    of = F.pad(torch.stack([row, row.flip(0)]), (0, sum(lengths) - len(lengths)))
+    return {"input_ids": ids, "position_ids": places, "document_lengths": of}
+
+
+def one_document(block: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tokens, each row as one document."""
+    rows, length = block["input_ids"].shape
+    lengths = F.pad(torch.full((rows, 1), length, dtype=torch.int32), (0, length - 1))
+    return {**block, "position_ids": torch.arange(length).repeat(rows, 1), "document_lengths": lengths}
 
 
 def worst_difference(model: torch.nn.Module, vocabulary: int, lengths: tuple[int, ...] = LENGTHS) -> float:
@@ -82,7 +94,7 @@ def worst_difference(model: torch.nn.Module, vocabulary: int, lengths: tuple[int
         logits, worst, start = logits_of(model, block), 0.0, 0
         for n in lengths:
             piece = slice(start, start + n)
-            alone = {name: tensor[:1, piece] for name, tensor in block.items()}
+            alone = one_document({"input_ids": block["input_ids"][:1, piece]})
             expected = logits_of(model, alone)[0]
             other = slice(sum(lengths) - start - n, sum(lengths) - start)
             worst = max(
@@ -112,8 +124,7 @@ def test_per_document_attention_is_what_runs_on_cpu_and_equals_the_masked_one(ki
 
 
 def test_without_the_document_mask_attention_is_plainly_causal() -> None:
-    model, block = make("llama"), packed(LENGTHS, 99)
-    block["position_ids"] = torch.arange(sum(LENGTHS)).repeat(2, 1)
+    model, block = make("llama"), one_document(packed(LENGTHS, 99))
     probe(model, document_mask=False)
     expected = make("llama", "eager")(input_ids=block["input_ids"], use_cache=False).logits
     assert (logits_of(model, block) - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -210,14 +221,14 @@ def test_flash_attention_is_given_the_documents_of_a_batch_of_several_rows(kind:
     def kernel(module, query, key, value, mask, scaling=None, *, cu_seq_lens_q, max_length_q, **kwargs):  # type: ignore[no-untyped-def]
         assert mask is None
         lengths = cu_seq_lens_q.diff().tolist()
-        assert max_length_q == max(lengths) and cu_seq_lens_q.dtype == torch.int32
+        assert max_length_q >= max(lengths) and cu_seq_lens_q.dtype == torch.int32
         flat = [tensor.transpose(0, 1).flatten(1, 2).split(lengths, dim=1) for tensor in (query, key, value)]
         options = {"is_causal": True, "scale": scaling, "enable_gqa": query.shape[1] != key.shape[1]}
         out = [F.scaled_dot_product_attention(*(t[None] for t in qkv), **options)[0] for qkv in zip(*flat)]  # noqa: B905
         return torch.cat(out, dim=1).transpose(0, 1).unflatten(0, (query.shape[0], -1)), None
 
     model, expected = make(kind, "eager"), make(kind)
-    model.register_forward_pre_hook(add_document_lengths, with_kwargs=True)
+    give_documents(model, FLASH)
     AttentionInterface.register("kernel", kernel)
     AttentionMaskInterface.register("kernel", lambda *args, **kwargs: None)
     model.set_attn_implementation("kernel")
@@ -225,6 +236,85 @@ def test_flash_attention_is_given_the_documents_of_a_batch_of_several_rows(kind:
     block = packed(LENGTHS, 99)
     assert (logits_of(model, block) - logits_of(expected, block)).abs().max() < 1e-4
     probe(model, document_mask=False)
+
+
+def test_flash_attention_gets_no_sequence_of_no_length() -> None:
+    arguments = flash_arguments([[13, 1, 50], [64]], CPU)
+    assert arguments["cu_seq_lens_q"].tolist() == [0, 13, 14, 64, 128]
+    assert arguments["cu_seq_lens_k"].dtype == torch.int32
+    assert arguments["max_length_q"] == arguments["max_length_k"] == 64
+
+
+def test_documents_are_told_apart_by_their_lengths_once_for_all_layers() -> None:
+    """Positions that restart without a document's end do not part it."""
+    model, block = make("llama"), packed(LENGTHS, 99)
+    joined = {**block, "document_lengths": one_document(block)["document_lengths"]}
+    given = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(
+            lambda module, args, inputs: given.append(inputs["document_lengths"]), with_kwargs=True
+        )
+    assert (logits_of(model, block) - logits_of(model, joined)).abs().max() > 1e-2
+    assert given[0] is given[1] and given[0] == [list(LENGTHS), list(LENGTHS[::-1])]
+    assert given[2:] == [[[64], [64]]] * 2
+
+
+def test_a_batch_without_lengths_is_refused_where_they_are_needed() -> None:
+    model, block = make("llama"), packed(LENGTHS, 99)
+    del block["document_lengths"]
+    with pytest.raises(ModelError, match="a batch without document_lengths"):
+        logits_of(model, block)
+    use_attention(model, "sdpa")
+    logits_of(model, block)
+
+
+def test_attention_tried_one_after_the_other_leaves_one_hook() -> None:
+    model, seen = make("llama"), {}
+    model.model.register_forward_pre_hook(lambda module, args, inputs: seen.update(inputs), with_kwargs=True)
+    for name in (PER_DOCUMENT, "sdpa", PER_DOCUMENT, "eager"):
+        use_attention(model, name)
+        assert len(model._forward_pre_hooks) == 1
+    logits_of(model, packed(LENGTHS, 99))
+    assert seen["position_ids"].shape == (2, 64) and "document_lengths" not in seen
+
+
+def test_a_model_that_passes_nothing_on_falls_back_to_masks_and_is_not_given_lengths() -> None:
+    class Closed(type(make("llama"))):  # type: ignore[misc]
+        def forward(self, input_ids, position_ids, use_cache):  # type: ignore[no-untyped-def]
+            return super().forward(input_ids=input_ids, position_ids=position_ids, use_cache=use_cache)
+
+    model, expected = make("llama", "eager"), make("llama")
+    model.__class__ = Closed
+    assert set_attention(model, CPU, document_mask=True) == "sdpa"
+    block = packed(LENGTHS, 99)
+    assert (logits_of(model, block) - logits_of(expected, block)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("attention", [PER_DOCUMENT, "sdpa", FLASH])
+def test_documents_reach_the_attention_of_a_model_with_an_adapter(attention: str) -> None:
+    model, seen = make("llama"), {}
+    if attention != FLASH:  # which needs a GPU: its hook alone is what counts here
+        use_attention(model, attention)
+    give_documents(model, attention)
+    model.model.register_forward_pre_hook(lambda m, args, inputs: seen.update(inputs), with_kwargs=True)
+    with quietly():
+        adapted, block = add_lora(model, Lora()), packed(LENGTHS, 99)
+    if attention == FLASH:
+        with pytest.raises(ModelError, match="as this function does"):
+            logits_of(adapted, block)
+    else:
+        assert (logits_of(adapted, block) - logits_of(make("llama"), block)).abs().max() < 1e-4
+    assert ("document_lengths" in seen) == (attention == PER_DOCUMENT)
+    assert ("cu_seq_lens_q" in seen) == (attention == FLASH)
+
+
+def test_checkpointed_layers_attend_to_the_same_documents_again() -> None:
+    plain, saving, block = make("llama").train(), make("llama").train(), packed(LENGTHS, 99)
+    _save_activation_memory(saving)
+    for model in (plain, saving):
+        logits_of(model, block).square().sum().backward()
+    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
 
 
 def test_another_attention_is_the_same_run_and_flash_needs_16_bits(tmp_path: Path) -> None:

@@ -51,6 +51,19 @@ def moved(batch: Tensors) -> Tensors:
     return {**batch, "position_ids": batch["position_ids"] + 1}
 
 
+def merged(batch: Tensors) -> Tensors:
+    batch["document_lengths"][0, :2] = torch.tensor([8, 0])
+    return batch
+
+
+def cut_off(batch: Tensors) -> Tensors:
+    return {**batch, "document_lengths": batch["document_lengths"][:, :4]}
+
+
+def without_lengths(batch: Tensors) -> Tensors:
+    return {name: tensor for name, tensor in batch.items() if name != "document_lengths"}
+
+
 def masked(batch: Tensors) -> Tensors:
     return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
 
@@ -61,8 +74,13 @@ def forgot(batch: Tensors) -> None:
 
 def batch_of(rows: int = 2) -> Tensors:
     ids = torch.arange(rows * 8).view(rows, 8)
-    positions = torch.arange(8).repeat(rows, 1)
-    return {"input_ids": ids, "labels": ids + 1, "position_ids": positions, "sample": torch.arange(rows)}
+    return {
+        "input_ids": ids,
+        "labels": ids + 1,
+        "position_ids": torch.cat([torch.arange(5), torch.arange(3)]).repeat(rows, 1),
+        "document_lengths": torch.tensor([5, 3, 0, 0, 0, 0, 0, 0], dtype=torch.int32).repeat(rows, 1),
+        "sample": torch.arange(rows),
+    }
 
 
 @pytest.mark.parametrize(
@@ -73,6 +91,8 @@ def batch_of(rows: int = 2) -> Tensors:
         (without_labels, "leaves out labels"),
         (invented, "gives labels that are neither those it got nor -100"),
         (moved, "changes position_ids"),
+        (merged, "changes document_lengths"),
+        (cut_off, r"gives document_lengths \(2, 4\) of torch.int32; it got \(2, 8\)"),
         (masked, "adds attention_mask"),
         (forgot, "does not give a dict of tensors"),
     ],
@@ -82,6 +102,12 @@ def test_what_a_collator_may_not_do(function: types.FunctionType, told: str) -> 
     assert collate is not None
     with pytest.raises(TrainingError, match=f"{function.__name__} {told}"):
         collate(batch_of())
+
+
+def test_document_lengths_may_be_left_out_and_stay() -> None:
+    collate = make_collator(f"{HERE}:without_lengths")
+    assert collate is not None
+    assert torch.equal(collate(batch_of())["document_lengths"], batch_of()["document_lengths"])
 
 
 def test_there_must_be_such_a_function() -> None:
@@ -134,9 +160,16 @@ def test_a_run_goes_on_with_the_collator_it_began_with(
 def test_added_keys_reach_the_model() -> None:
     class Model(torch.nn.Module):
         def forward(self, **given: Any) -> Any:
-            self.given = set(given)
+            self.given = given
             return types.SimpleNamespace(logits=torch.zeros(2, 8, 3))
 
     model = Model()
     logits_of(model, {**batch_of(), "token_type_ids": torch.zeros(2, 8)})
-    assert model.given == {"input_ids", "position_ids", "token_type_ids", "use_cache"}
+    assert set(model.given) == {
+        "input_ids",
+        "position_ids",
+        "document_lengths",
+        "token_type_ids",
+        "use_cache",
+    }
+    assert model.given["document_lengths"] == [[5, 3], [5, 3]]
