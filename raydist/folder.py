@@ -61,6 +61,10 @@ class RunFolder:
         self.trials_file = path / "trials.jsonl"
         self.best_file = path / "best.yaml"
         self.sweep_page = path / "sweep.html"
+        self.mlflow_pin = path / "mlflow.json"
+        self.wandb_pin = path / "wandb.json"
+        self.wandb = path / "wandb"
+        self.tensorboard = path / "tensorboard"
 
     @property
     def job_file(self) -> Path:

@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from raydist.corpus.log import Documents, SliceWriter
+from raydist.corpus.log_folder import LogFolder
 from raydist.files import read_jsonl, write_json
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
@@ -59,7 +60,7 @@ def write_log(path: Path, n_documents: int = 120, seed: int = 0) -> Path:
         files=np.zeros(n_documents, np.int32),
         rows=np.arange(n_documents, dtype=np.int64),
     )
-    writer = SliceWriter(path, 0, ["random.txt"])
+    writer = SliceWriter(LogFolder(path), 0, ["random.txt"])
     writer.add(documents)
     shards = writer.commit()["shards"]
     totals = {key: sum(shard[key] for shard in shards) for key in ("n_documents", "n_tokens", "n_bytes")}

@@ -15,6 +15,7 @@ from raydist.errors import JobError, RaydistError
 from raydist.job.load import build_job
 from raydist.job.schema import Job
 from raydist.job.values import KeyPath, put
+from raydist.storage import SHARED
 
 REQUIRED = ("model", "data_path", "project_name")
 NEVER = 10**9
@@ -215,7 +216,7 @@ LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 def run_name(folder: Path) -> str:
     """The project's folder by its own name, made of what a run's name may hold, and no file of a model."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:90] or "model"
-    taken = name in ("tokens", "tokenizers") or name.endswith(MODEL_SUFFIXES)
+    taken = name in SHARED or name.endswith(MODEL_SUFFIXES)
     return f"{name}-run" if taken else name
 
 

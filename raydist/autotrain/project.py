@@ -41,7 +41,7 @@ def run(config: LLMTrainingParams, *, address: str | None = None) -> RunResult:
     token = read_token(config.token) if config.push_to_hub else ""
     result = run_job(job, address=ray_address(address))
     folder = Path(config.project_name).expanduser()
-    published = publish(result.folder, folder, config)
+    published = publish(RunFolder(result.folder), folder, config)
     if config.push_to_hub:
         push(folder, published, f"{config.username}/{result.folder.name}", token)
     return result
@@ -85,7 +85,7 @@ def _no_resume(asked: bool | str | None, run: RunFolder) -> str:
     if not isinstance(asked, str):
         return ""
     path = Path(asked).expanduser()
-    newest = run.checkpoints / f"step-{steps[-1]:08d}" if steps else run.path
+    newest = run.checkpoint(steps[-1]) if steps else run.path
     if steps and path.resolve() in [p.resolve() for p in (run.path, run.checkpoints, newest)]:
         return ""
     if not path.exists():
@@ -102,20 +102,20 @@ def _no_resume(asked: bool | str | None, run: RunFolder) -> str:
 # --- the model in P -------------------------------------------------------------------------------
 
 
-def publish(run: Path, folder: Path, config: LLMTrainingParams) -> list[str]:
+def publish(run: RunFolder, folder: Path, config: LLMTrainingParams) -> list[str]:
     """Link the final files into P and write the parameters last; their names.
 
     A rerun finds them there. Raises RunError for a file of the same name that is not the run's.
     """
-    source = _merged(run) if config.merge_adapter else RunFolder(run).model
-    if foreign := _foreign(folder, RunFolder(run), [p.name for p in source.iterdir()]):
+    source = _merged(run) if config.merge_adapter else run.model
+    if foreign := _foreign(folder, run, [p.name for p in source.iterdir()]):
         raise RunError(
             f"{folder} has {', '.join(foreign)}, which the run did not write", where=str(folder),
             why="the model's files would replace them", fix="move them away, and submit again",
         )  # fmt: skip
     names = sorted(path.name for path in source.iterdir())
     for path in folder.iterdir():
-        if path.is_file() and path.name not in names and _is_ours(path, RunFolder(run)):
+        if path.is_file() and path.name not in names and _is_ours(path, run):
             path.unlink()  # of the adapter before it was merged, or the other way round
     for name in names:
         if not (folder / name).exists():
@@ -124,11 +124,10 @@ def publish(run: Path, folder: Path, config: LLMTrainingParams) -> list[str]:
     return [*names, PARAMETERS]
 
 
-def _merged(run: Path) -> Path:
+def _merged(run: RunFolder) -> Path:
     from raydist.model.export import merge_adapter
 
-    merged = RunFolder(run).merged
-    return merged if merged.exists() else merge_adapter(run)
+    return run.merged if run.merged.exists() else merge_adapter(run)
 
 
 def _link(source: Path, target: Path) -> None:

@@ -182,4 +182,4 @@ def export(run: str, storage: str, merge: bool, base: Path | None) -> None:
     from raydist.folder import find_run
     from raydist.model.export import merge_adapter
 
-    click.echo(f"merged model in {merge_adapter(find_run(run, storage).path, base)}")
+    click.echo(f"merged model in {merge_adapter(find_run(run, storage), base)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -77,6 +78,8 @@ def _bytes(count: int) -> str:
 
 
 def prepared(described: dict[str, Any]) -> None:
+    from raydist.corpus.log_folder import LogFolder
+
     for name, source in (described["sources"] | described["eval_sources"]).items():
         click.echo(
             f"{name}: {source['n_documents']:,} documents, {source['n_tokens']:,} tokens"
@@ -85,7 +88,8 @@ def prepared(described: dict[str, Any]) -> None:
         if n := source.get("duplicate_documents"):
             click.echo(f"  {n:,} documents whose text occurred before, left out")
         if n := source["n_quarantined"]:
-            click.echo(f"  {n:,} unreadable records or files: {source['path']}/quarantine.jsonl")
+            listed = LogFolder(Path(source["path"])).quarantine_file
+            click.echo(f"  {n:,} unreadable records or files: {listed}")
         if n := source["n_empty"]:
             click.echo(f"  {n:,} documents without text after cleaning, left out")
     click.echo(f"{described['unique_share']:.2%} of the documents are unique")
@@ -154,7 +158,7 @@ def result(result: RunResult) -> None:
     folder = RunFolder(result.folder)
     data = folder.data()
     click.echo()
-    for name, of_source in evaluations(effective(folder.path)).items():
+    for name, of_source in evaluations(effective(folder)).items():
         first, last = of_source[0], of_source[-1]
         click.echo(
             f"held-out perplexity  {name}: {first['perplexity']:,.2f} -> {last['perplexity']:,.2f}"
@@ -176,6 +180,8 @@ def result(result: RunResult) -> None:
 
 def sweep(result: SweepResult) -> None:
     """Every trial, best first."""
+    from raydist.folder import RunFolder
+
     searched = list(result.trials[0].parameters) if result.trials else []
     rows = [["TRIAL", *searched, "BITS PER BYTE", "TOKENS", "STATE"]]
     for trial in result.trials:
@@ -184,6 +190,6 @@ def sweep(result: SweepResult) -> None:
         rows.append([trial.name, *values, bits, f"{trial.tokens:,}", trial.state])
     click.echo()
     _table(rows)
-    click.echo(f"report  {result.folder / 'sweep.html'}")
+    click.echo(f"report  {RunFolder(result.folder).sweep_page}")
     if result.best is not None:
         click.echo(f"next: raydist submit {result.best}")

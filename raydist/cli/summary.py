@@ -10,7 +10,7 @@ from raydist.track.records import evaluations, read_metrics, redact, supersede
 
 def summary(folder: RunFolder) -> dict[str, Any]:
     """`step` of `steps`, `tokens` trained on and `loss` are the newest on record; None before the first."""
-    recorded, status = read_metrics(folder.path), folder.status()
+    recorded, status = read_metrics(folder), folder.status()
     records = supersede(recorded)
     step = next((r for r in reversed(records) if r["kind"] == "train"), {})
     begun = [r for r in recorded if r["kind"] in ("start", "resume")]

@@ -1,4 +1,4 @@
-"""From a source of the job to its token log: plan it, make what is missing of it on Ray, estimate it."""
+"""From a source of the job to its token log: plan it, make its missing slices on Ray, estimate it."""
 
 from __future__ import annotations
 
@@ -13,21 +13,12 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydist.corpus.log import (
-    FORMAT,
-    TokenLog,
-    commit_name,
-    has_size,
-    is_log_file,
-    open_log,
-    quarantine_name,
-    token_dtype,
-)
+from raydist.corpus.log import FORMAT, TokenLog, open_log, token_dtype
+from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.slices import Slice, from_json, to_json
 from raydist.corpus.source import SourceFiles, open_source
 from raydist.corpus.tokenizer import TokenizerSpec, open_tokenizer
 from raydist.errors import ClusterError, EmptyCorpus, LogError, RaydistError
-from raydist.files import read_json, read_jsonl, write_bytes, write_json
 from raydist.fingerprint import fingerprint
 from raydist.job.schema import Corpus, Source
 
@@ -36,7 +27,7 @@ if TYPE_CHECKING:
 
 SAMPLE_TEXTS = 64
 SAMPLE_CHARACTERS = 4096
-"""Of each sample text: the reference library is slow."""
+"""As much of each sample text is used: the reference library is slow."""
 ESTIMATE_SLICES = 2
 ESTIMATE_BYTES = 96 * 2**20
 ESTIMATE_TOKENIZED_BYTES = 4 * 2**20
@@ -47,7 +38,7 @@ CPU_PATIENCE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class LogPlan:
-    """A log to be: a function of the source files and of the settings, not of what exists of it."""
+    """A token log to make: a function of the source files and the settings, not of what there is of it."""
 
     source: SourceFiles
     tokenizer: TokenizerSpec | None
@@ -61,16 +52,18 @@ class LogPlan:
 
     @property
     def n_bytes(self) -> int:
-        """Of the source files."""
+        """Bytes of the source files."""
         return self.source.n_bytes
+
+    @property
+    def folder(self) -> LogFolder:
+        return LogFolder(self.path)
 
     @functools.cached_property
     def slices(self) -> list[Slice]:
-        """As the log's plan.json has them, if it was begun: planning may read every file."""
-        plan = self.path / "plan.json"
-        if plan.exists():
-            return from_json(read_json(plan)["slices"])
-        return self.source.plan()
+        """Read from the token log if it is begun: to plan them may read every source file."""
+        known = self.folder.read_plan()
+        return from_json(known["slices"]) if known else self.source.plan()
 
     @property
     def n_slices(self) -> int:
@@ -85,12 +78,12 @@ class LogPlan:
 
     @property
     def complete(self) -> bool:
-        return (self.path / "manifest.json").exists()
+        return self.folder.complete()
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Slices of the log and what the finished ones hold; n_bytes is of cleaned UTF-8 text."""
+    """Slices of the token log, and what the finished ones hold; n_bytes is of cleaned UTF-8 text."""
 
     n_slices: int
     n_done: int
@@ -133,11 +126,11 @@ def build_log(
     stop: int | None = None,
     share: Share | None = None,
 ) -> TokenLog:
-    """The log of `plan`, of which only what is missing is made, on the Ray that the caller has started.
+    """The token log of `plan`. Only missing slices are made, on the Ray that the caller has started.
 
     on_error: "fail" raises BadRecords for unreadable records, "quarantine" leaves them out. Either way
     finished slices are kept. Raises EmptyCorpus if no document is left, ClusterError without a free CPU.
-    stop: make only the slices before this number, and give the log as far as it goes.
+    stop: make only the slices before this number, and return the token log as far as it goes.
     """
     slices = _Slices(plan)
     slices.begin()
@@ -157,35 +150,29 @@ def build_log(
 
 
 class _Slices:
-    """The commit records of a log under way. `repaired`: the log was complete, but lacked files."""
+    """The commit records of a token log under way. `repaired`: it was complete, but lacked files."""
 
     def __init__(self, plan: LogPlan) -> None:
-        self.plan = plan
+        self.plan, self.folder = plan, plan.folder
         self.records: dict[int, dict[str, Any]] = {}
         self.poll()
         self.repaired = plan.complete and bool(self.missing)
 
     def begin(self) -> None:
         """Write the plan, first of all files."""
-        path = self.plan.path / "plan.json"
-        if not path.exists():
+        if not self.folder.begun():
             slices = to_json(self.plan.slices)
-            write_json(path, {"identity": self.plan.identity, "log": _head(self.plan), "slices": slices})
+            self.folder.write_plan(
+                {"identity": self.plan.identity, "log": _head(self.plan), "slices": slices}
+            )
 
     def poll(self) -> None:
         """Take in the slices that were committed since; those whose files are not all there do not count."""
-        done = {f"slices/{path.name}" for path in self.plan.path.glob("slices/*.json")}
+        committed = set(self.folder.committed())
         for number in self.missing:
-            name = commit_name(number)
-            if name in done and self._is_whole(number, record := read_json(self.plan.path / name)):
+            record = self.folder.read_commit(number) if number in committed else None
+            if record is not None and self.folder.is_whole(number, record):
                 self.records[number] = record
-
-    def _is_whole(self, number: int, record: dict[str, Any]) -> bool:
-        shards = self.plan.path / "shards"
-        quarantine = self.plan.path / quarantine_name(number)
-        return all(has_size(shards / shard["name"], shard["size"]) for shard in record["shards"]) and (
-            not record["n_quarantined"] or quarantine.exists()
-        )
 
     @property
     def missing(self) -> list[int]:
@@ -216,9 +203,8 @@ def _refuse_bad(slices: _Slices, on_error: str) -> None:
     from raydist.corpus.pipeline import BAD_SHOWN, bad_records
 
     if on_error == "fail" and slices.bad:
-        log = slices.plan.path
-        first = (bad for number in slices.bad for bad in read_jsonl(log / quarantine_name(number)))
-        raise bad_records(list(islice(first, BAD_SHOWN)), slices.total("n_quarantined"), log)
+        first = (bad for number in slices.bad for bad in slices.folder.read_quarantine(number))
+        raise bad_records(list(islice(first, BAD_SHOWN)), slices.total("n_quarantined"), slices.folder)
 
 
 def _make(slices: _Slices, wanted: Sequence[int], on_error: str, share: Share | None) -> None:
@@ -228,16 +214,16 @@ def _make(slices: _Slices, wanted: Sequence[int], on_error: str, share: Share | 
     assert plan.tokenizer is not None
     _require_cpu()
     missing = {number: plan.slices[number] for number in wanted}
-    sink = LogDatasink(plan.path, fail_on_bad=on_error == "fail")
+    sink = LogDatasink(plan.folder, fail_on_bad=on_error == "fail")
     try:
         write_slices(plan.source, missing, plan.tokenizer, plan.backend, sink, share or WHOLE_CLUSTER)
     except RaydistError:
-        if not plan.complete:  # else another process finished this log first, and tidied it under our hands
+        if not plan.complete:  # else another process finished it first, and tidied its folder meanwhile
             raise
 
 
 def _require_cpu() -> None:
-    """Ray Data waits for ever where other work has reserved every CPU."""
+    """Ray Data would wait for ever where other work has reserved every CPU."""
     import ray
 
     deadline = time.monotonic() + CPU_PATIENCE_SECONDS
@@ -278,7 +264,7 @@ def _reporting(slices: _Slices, on_progress: Callable[[Progress], None]) -> Iter
 
 
 def _finish(slices: _Slices) -> None:
-    """Refuse an empty log, tidy the folder and write the manifest, last."""
+    """Refuse an empty token log, tidy its folder and write the manifest, last."""
     plan = slices.plan
     n_documents, n_bad = slices.shard_total("n_documents"), slices.total("n_quarantined")
     if n_documents == 0:
@@ -289,12 +275,10 @@ def _finish(slices: _Slices) -> None:
             f"cleaning and {n_bad} unreadable records",
             fix="check path, text_column and corpus.clean",
         )
-    _tidy(slices)
+    slices.folder.tidy(slices.records)
     if slices.bad:
-        parts = [(plan.path / quarantine_name(number)).read_bytes() for number in slices.bad]
-        write_bytes(plan.path / "quarantine.jsonl", b"".join(parts))
-    write_json(
-        plan.path / "manifest.json",
+        slices.folder.join_quarantines(slices.bad)
+    slices.folder.write_manifest(
         {
             **_head(plan),
             "shards": slices.shards,
@@ -303,12 +287,12 @@ def _finish(slices: _Slices) -> None:
             "n_bytes": slices.shard_total("n_bytes"),
             "n_quarantined": n_bad,
             "n_empty": slices.total("n_empty"),
-        },
+        }
     )
 
 
 def _head(plan: LogPlan) -> dict[str, Any]:
-    """What is known of a log before its first token is made."""
+    """What is known of a token log before its first token is made."""
     assert plan.tokenizer is not None
     return {
         "format": FORMAT,
@@ -320,20 +304,8 @@ def _head(plan: LogPlan) -> dict[str, Any]:
     }
 
 
-def _tidy(slices: _Slices) -> None:
-    """Remove what killed attempts left, so that of raydist's files the folder holds the log's only."""
-    kept = {"plan.json", *(commit_name(number) for number in slices.records)}
-    kept |= {f"shards/{shard['name']}" for shard in slices.shards}
-    kept |= {quarantine_name(number) for number in slices.bad}
-    path = slices.plan.path
-    for file in [file for file in path.rglob("*") if file.is_file() and not file.is_symlink()]:
-        name = file.relative_to(path).as_posix()
-        if name not in kept and is_log_file(name):
-            file.unlink(missing_ok=True)
-
-
 def estimate(plan: LogPlan) -> Estimate:
-    """Documents, tokens and text of the log, from its first slices; a complete log is counted.
+    """Documents, tokens and text of the token log, from its first slices; a complete one is counted.
 
     Slices stand in hashed order, so the first ones are a random sample.
     """
@@ -357,7 +329,7 @@ def _sample(plan: LogPlan) -> tuple[list[str], float]:
         for text in plan.source.texts([slice_]):
             texts.append(text)
             n_bytes += len(text.encode())
-            if n_bytes - before > ESTIMATE_BYTES:  # it goes on: a file that cannot be split
+            if n_bytes - before > ESTIMATE_BYTES:  # a file that cannot be split; the rest is left unread
                 name = plan.source.files[slice_.parts[0].file].name
                 ratio = ASSUMED_COMPRESSION if name.endswith((".gz", ".zst", ".bz2", ".parquet")) else 1
                 covered += min(slice_.n_bytes, (n_bytes - before) / ratio)

@@ -1,16 +1,15 @@
 """The token log: the documents of one source as token ids, in Arrow files of a fixed order.
 
-A slice of the source files becomes shards, then its commit record; `manifest.json`, written last, makes
-the log complete. This module writes slices and reads finished logs, without Ray.
+A slice of the source files becomes shards, then its commit record; the manifest, written last, makes the
+token log complete. This module writes slices and reads token logs, without Ray; names and files are
+those of raydist.corpus.log_folder.
 
 Shapes: N documents of a shard, M tokens of all its documents.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 import pyarrow as pa
 import xxhash
 
+from raydist.corpus.log_folder import LogFolder
 from raydist.errors import LogError
-from raydist.files import read_json, read_record, replacing, write_bytes, write_json
+from raydist.files import replacing
 
 FORMAT = 1
 SHARD_BYTES = 128 * 2**20
@@ -75,14 +74,16 @@ class Documents:
 
 
 class SliceWriter:
-    """Writes one slice: shards as documents come in, at the end its quarantine and its commit record.
+    """Writes one slice: its shards as documents come in, and at the end its quarantine and commit record.
 
-    The bytes are a function of the documents alone, however they are split over calls. Every file
-    appears whole, by rename, so repeated and concurrent attempts at one slice do no harm.
+    The bytes are a function of the documents alone, however they are split over calls, so repeated and
+    concurrent attempts at one slice do no harm.
     """
 
-    def __init__(self, log: Path, number: int, files: Sequence[str], shard_bytes: int = SHARD_BYTES) -> None:
-        self._log, self.number, self._files = log, number, files
+    def __init__(
+        self, folder: LogFolder, number: int, files: Sequence[str], shard_bytes: int = SHARD_BYTES
+    ) -> None:
+        self._folder, self.number, self._files = folder, number, files
         self._shard_bytes = shard_bytes
         self._held: list[Documents] = []
         self._held_bytes = 0
@@ -110,16 +111,15 @@ class SliceWriter:
         if self._held:
             self._flush()
         if self.bad:
-            lines = b"".join(orjson.dumps(record) + b"\n" for record in self.bad)
-            write_bytes(self._log / quarantine_name(self.number), lines)
+            self._folder.write_quarantine(self.number, self.bad)
         record = {"shards": self._shards, "n_quarantined": len(self.bad), "n_empty": self._n_empty}
-        write_json(self._log / commit_name(self.number), record)
+        self._folder.write_commit(self.number, record)
         return record
 
     def _flush(self) -> None:
         documents, self._held, self._held_bytes = Documents.join(self._held), [], 0
-        name = f"{self.number:05d}-{len(self._shards):03d}.arrow"
-        size, checksum = _write_shard(self._log / "shards" / name, documents, self._files)
+        name = self._folder.shard_name(self.number, len(self._shards))
+        size, checksum = _write_shard(self._folder.shard(name), documents, self._files)
         self._shards.append(
             {
                 "name": name,
@@ -130,26 +130,6 @@ class SliceWriter:
                 "xxh3_128": checksum,
             }
         )
-
-
-def commit_name(number: int) -> str:
-    return f"slices/{number:05d}.json"
-
-
-def quarantine_name(number: int) -> str:
-    return f"quarantine/{number:05d}.jsonl"
-
-
-def is_log_file(name: str) -> bool:
-    """Whether raydist writes files of this name, a path within the log's folder, finished or temporary."""
-    return _LOG_FILE.fullmatch(name) is not None
-
-
-_LOG_FILE = re.compile(
-    r"(?:plan\.json|manifest\.json|quarantine\.jsonl)"
-    r"|shards/\d{5,}-\d{3,}\.arrow|slices/\d{5,}\.json|quarantine/\d{5,}\.jsonl"
-    r"|(?:\w+/)?\.[\w.-]+\.[0-9a-f]{12}\.tmp"
-)
 
 
 class _Checksummed:
@@ -189,7 +169,7 @@ def _write_shard(path: Path, documents: Documents, files: Sequence[str]) -> tupl
 
 @dataclass(frozen=True)
 class Shard:
-    """An Arrow file of the log. Arrays that methods return are views of the mapped file where possible."""
+    """An Arrow file of the token log. Methods return views of the mapped file where possible."""
 
     name: str
     path: Path
@@ -246,7 +226,7 @@ def _int64(array: pa.Array) -> Ints:
 class TokenLog:
     """`shards` stand in their planned order, which is the order of the documents.
 
-    complete: false for one that is being made, of which these are the first shards.
+    complete: false for one that is still being made; these are its first shards.
     """
 
     path: Path
@@ -263,6 +243,10 @@ class TokenLog:
     n_empty: int
     complete: bool = True
 
+    @property
+    def folder(self) -> LogFolder:
+        return LogFolder(self.path)
+
     def documents(self, start: int = 0) -> Iterator[dict[str, Any]]:
         """Documents from number `start` on: {input_ids, hash, n_bytes, file, row}."""
         for shard in self.shards:
@@ -273,75 +257,60 @@ class TokenLog:
                     yield {"input_ids": tokens.values.to_numpy(), **values.as_py()}
             start = max(start - shard.n_documents, 0)
 
-    def verify(self) -> None:
-        """Read every shard and compare it with its checksum; LogError names the first that differs."""
-        for shard in self.shards:
-            with shard.path.open("rb") as stream:
-                checksum = hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
-            if checksum != shard.xxh3_128:
-                raise LogError(
-                    "a shard's content is not what was written",
-                    where=str(shard.path),
-                    why="its checksum differs from the manifest's",
-                    fix="delete this file and run `raydist prepare` again: only its slice is made anew",
-                )
-
 
 def open_log(path: Path, *, growing: bool = False) -> TokenLog:
-    """The log in folder `path`; LogError if it is incomplete or its files have not their sizes.
+    """The token log in folder `path`; LogError if it is incomplete or a shard is cut short.
 
-    growing: one that is being made will do.
+    growing: one that is still being made will do.
     """
-    begun = growing and not (path / "manifest.json").exists()
-    manifest = _read_begun(path) if begun else _read_manifest(path)
-    shards = tuple(Shard(path=path / "shards" / shard["name"], **shard) for shard in manifest["shards"])
-    for shard in shards:
-        if not has_size(shard.path, shard.size):
+    folder = LogFolder(path)
+    manifest = _read_begun(folder) if growing and not folder.complete() else _read_manifest(folder)
+    for shard in manifest["shards"]:
+        if not folder.has_shard(shard):
             raise LogError(
-                f"a shard of the token log is missing or torn: {shard.name}",
-                where=str(shard.path),
-                why=f"the manifest promises {shard.size} bytes",
-                fix="run `raydist prepare` again: only what is missing is made anew",
+                f"a shard of the token log is missing or torn: {shard['name']}",
+                where=str(folder.shard(shard["name"])),
+                why=f"the manifest promises {shard['size']} bytes",
+                fix="run `raydist prepare` again: it makes only what is missing",
             )
+    shards = tuple(Shard(path=folder.shard(shard["name"]), **shard) for shard in manifest["shards"])
     same = {key: value for key, value in manifest.items() if key not in ("format", "dtype", "shards")}
     return TokenLog(path=path, dtype=np.dtype(manifest["dtype"]), shards=shards, **same)
 
 
-def _read_begun(path: Path) -> dict[str, Any]:
+def _read_begun(folder: LogFolder) -> dict[str, Any]:
     """A manifest of the slices that are committed, up to the first that is not."""
-    head = read_record(path / "plan.json").get("log")
+    head = folder.read_plan().get("log")
     if head is None:
-        raise LogError("the token log is not begun", where=str(path), fix="run `raydist prepare` on its job")
+        where = str(folder.path)
+        raise LogError("the token log is not begun", where=where, fix="run `raydist prepare` on its job")
     records: list[dict[str, Any]] = []
-    while (file := path / commit_name(len(records))).exists():
-        records.append(read_json(file))
+    while (record := folder.read_commit(len(records))) is not None:
+        records.append(record)
     shards = [shard for record in records for shard in record["shards"]]
     sums = {key: sum(shard[key] for shard in shards) for key in ("n_documents", "n_tokens", "n_bytes")}
     sums |= {key: sum(record[key] for record in records) for key in ("n_quarantined", "n_empty")}
     return {**head, **sums, "shards": shards, "complete": False}
 
 
-def has_size(path: Path, size: int) -> bool:
-    return path.is_file() and path.stat().st_size == size
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
+def _read_manifest(folder: LogFolder) -> dict[str, Any]:
     fix = "run `raydist prepare` on the job that makes it: it does only what is missing"
+    where, file = str(folder.path), folder.manifest_file
     try:
-        manifest: dict[str, Any] = read_json(path / "manifest.json")
+        manifest = folder.read_manifest()
     except FileNotFoundError:
-        n_done = len(list(path.glob("slices/*.json")))
-        why = (
-            f"no manifest.json yet; {n_done} slices are done" if path.is_dir() else "there is no such folder"
-        )
-        raise LogError("the token log is not complete", where=str(path), why=why, fix=fix) from None
+        n_done = len(folder.committed())
+        there = f"no {file.name} yet; {n_done} slices are done"
+        why = there if folder.path.is_dir() else "there is no such folder"
+        raise LogError("the token log is not complete", where=where, why=why, fix=fix) from None
     except ValueError as error:
-        where = str(path / "manifest.json")
-        raise LogError("the token log's manifest is damaged", where=where, why=str(error), fix=fix) from error
+        raise LogError(
+            "the token log's manifest is damaged", where=str(file), why=str(error), fix=fix
+        ) from error
     if manifest.get("format") != FORMAT:
         raise LogError(
             f"the token log has format {manifest.get('format')!r}, this version reads {FORMAT}",
-            where=str(path),
+            where=where,
             fix="delete the folder and run `raydist prepare` again",
         )
     return manifest

@@ -14,7 +14,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +30,7 @@ from raydist.corpus.clean import Cleaner, make_cleaner
 from raydist.corpus.files import File
 from raydist.corpus.formats import Bad, Item, ReadOptions, Record
 from raydist.corpus.log import HASH_BYTES, Documents, SliceWriter
+from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.slices import Slice, read_slice
 from raydist.corpus.source import SourceFiles, cleaned
 from raydist.corpus.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
@@ -96,7 +96,7 @@ class Chunk:
         self.number, self.files, self.items = number, files, items
 
     def __sizeof__(self) -> int:
-        """Bytes, by which Ray decides when a block is full: every chunk with text fills one."""
+        """Bytes, by which Ray decides when a block is full: made so that every chunk with text fills one."""
         return BLOCK_BYTES if self.items else 256
 
 
@@ -192,14 +192,14 @@ class LogDatasink(Datasink[None]):
     fail_on_bad: raise BadRecords once a slice that has some is committed.
     """
 
-    def __init__(self, log: Path, fail_on_bad: bool) -> None:
-        self.log, self._fail_on_bad = log, fail_on_bad
+    def __init__(self, folder: LogFolder, fail_on_bad: bool) -> None:
+        self.folder, self._fail_on_bad = folder, fail_on_bad
 
     def write(self, blocks: Iterable[pd.DataFrame], ctx: TaskContext) -> None:
         writer: SliceWriter | None = None
         for block in blocks:
             for piece in block["piece"]:
-                writer = writer or SliceWriter(self.log, piece.number, piece.files)
+                writer = writer or SliceWriter(self.folder, piece.number, piece.files)
                 writer.add(piece.take(), piece.n_empty, piece.bad)
                 if piece.last:
                     self._commit(writer)
@@ -207,7 +207,7 @@ class LogDatasink(Datasink[None]):
         if writer is not None:
             raise LogError(
                 f"slice {writer.number} ended before its reader did",
-                where=str(self.log),
+                where=str(self.folder.path),
                 why="its read, tokenize and write steps did not run as one task",
                 fix="this is a fault of raydist or of this version of Ray; nothing was committed",
             )
@@ -215,16 +215,16 @@ class LogDatasink(Datasink[None]):
     def _commit(self, writer: SliceWriter) -> None:
         writer.commit()
         if writer.bad and self._fail_on_bad:
-            raise bad_records(writer.bad[:BAD_SHOWN], len(writer.bad), self.log)
+            raise bad_records(writer.bad[:BAD_SHOWN], len(writer.bad), self.folder)
 
 
-def bad_records(first: Sequence[dict[str, Any]], n_bad: int, log: Path) -> BadRecords:
+def bad_records(first: Sequence[dict[str, Any]], n_bad: int, folder: LogFolder) -> BadRecords:
     shown = "; ".join(f"{bad['file']}, row {bad['row']}: {bad['reason']}" for bad in first)
     return BadRecords(
         f"{n_bad} record{'s' * (n_bad != 1)} or files cannot be read",
         where=shown + ("; ..." if n_bad > len(first) else ""),
         why="corpus.on_error is fail, so nothing is trained on a part of the text; all of them so far are "
-        f"listed in {log / 'quarantine'}",
+        f"listed in {folder.quarantine}",
         fix="fix them, or set corpus.on_error: quarantine to leave them out",
     )
 
@@ -242,7 +242,7 @@ def write_slices(
         try:
             dataset(source, slices, spec, backend).write_datasink(sink)
         except Exception as error:
-            raise _unwrapped(error, sink.log) from error
+            raise _unwrapped(error, sink.folder) from error
 
 
 @contextmanager
@@ -282,7 +282,7 @@ def dataset(
     return tokenized
 
 
-def _unwrapped(error: BaseException, log: Path) -> RaydistError:
+def _unwrapped(error: BaseException, folder: LogFolder) -> RaydistError:
     """The RaydistError that began `error`; for any other cause, one that shows it with its traceback."""
     chain = [error]
     while (cause := getattr(chain[-1], "cause", None) or chain[-1].__cause__) and cause not in chain:
@@ -292,7 +292,7 @@ def _unwrapped(error: BaseException, log: Path) -> RaydistError:
             return link
     return CorpusError(
         f"a preparation task failed: {type(chain[-1]).__name__}: {chain[-1]}",
-        where=str(log),
+        where=str(folder.path),
         why=re.sub(r"\x1b\[\d+m", "", str(error)),
         fix="run it again once the cause is gone: finished slices are kept",
     )

@@ -28,6 +28,7 @@ from raydist.errors import EmptyCorpus, ModelError
 from raydist.files import flush_to_disk
 from raydist.fingerprint import fingerprint
 from raydist.job.schema import Job, NewTokenizer
+from raydist.storage import Storage
 
 EOS = "<|endoftext|>"
 SAMPLE_BYTES = 32 * 2**20
@@ -249,10 +250,10 @@ def pretrained_tokenizer(name: str) -> TokenizerSpec:
     return TokenizerSpec.from_content(content, folder, loaded.eos_token_id)
 
 
-def resolve_tokenizer(job: Job, storage: Path) -> TokenizerSpec:
+def resolve_tokenizer(job: Job, storage: Storage) -> TokenizerSpec:
     """The tokenizer of `job`: the one it names, its base's, or one trained here on a sample of its corpus.
 
-    A trained one is kept in <storage>/tokenizers/<fingerprint of its inputs>/ and used again.
+    A trained one is kept in the storage by the fingerprint of its inputs, and used again.
     """
     asked = job.model.tokenizer or job.model.base
     if isinstance(asked, str):
@@ -266,7 +267,7 @@ def resolve_tokenizer(job: Job, storage: Path) -> TokenizerSpec:
     return _read(folder)
 
 
-def planned_tokenizer(job: Job, storage: Path) -> TokenizerSpec | None:
+def planned_tokenizer(job: Job, storage: Storage) -> TokenizerSpec | None:
     """Like `resolve_tokenizer`, but makes nothing: None if the tokenizer is still to be trained."""
     asked = job.model.tokenizer or job.model.base
     if isinstance(asked, str):
@@ -275,7 +276,7 @@ def planned_tokenizer(job: Job, storage: Path) -> TokenizerSpec | None:
     return _read(folder) if folder.exists() else None
 
 
-def _trained(job: Job, storage: Path) -> tuple[list[SourceFiles], Path]:
+def _trained(job: Job, storage: Storage) -> tuple[list[SourceFiles], Path]:
     """What a tokenizer is trained on, and where it is or will be."""
     assert isinstance(job.model.tokenizer, NewTokenizer)
     sources = [open_source(source, job.corpus) for source in job.corpus.sources.values()]
@@ -285,7 +286,7 @@ def _trained(job: Job, storage: Path) -> tuple[list[SourceFiles], Path]:
         "holdout": job.corpus.holdout,
         "sources": [source.identity() for source in sources],
     }
-    return sources, storage / "tokenizers" / fingerprint(inputs)
+    return sources, storage.tokenizers / fingerprint(inputs)
 
 
 def _sample(sources: Sequence[SourceFiles], holdout: float) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Where every document token of the logs is after a number of samples: trained, held out, dropped or left."""
+"""What became of every document token after a number of samples: trained, held out, dropped or left."""
 
 from __future__ import annotations
 
@@ -111,6 +111,7 @@ def _check(feed: Feed, result: Audit) -> None:
             f"{result.n_in} tokens in, but {result.n_trained} trained + {result.n_held_out} held out "
             f"+ {result.n_duplicate} duplicate + {result.n_left} left = {accounted}",
             where=", ".join(str(source.log.path) for source in feed.sources),
-            why="the logs or their pack indexes are not what the feed was made of",
-            fix=f"delete {feed.sources[0].folder.parent}, which is made again, and verify the logs",
+            why="the token logs or their pack indexes are not what the feed was made of",
+            fix=f"delete {feed.sources[0].folder.parent}, which is made again, and submit the job again;"
+            " if that does not help, delete the token logs too: `raydist prepare` makes them again",
         )

@@ -1,4 +1,4 @@
-"""The g-th sample of a run: a pure function of (logs, mixture, packing, stages, seed, g)."""
+"""The g-th sample of a run: a pure function of (token logs, mixture, packing, stages, seed, g)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raydist.corpus.log import Ints, TokenLog, open_log
 from raydist.feed.pack_index import FeedSource
 from raydist.feed.packing import REVISION, Batch
 from raydist.feed.selection import duplicates, fingerprints
-from raydist.feed.stage import Counts, Place, Stage
+from raydist.feed.stage import Counts, Stage
 from raydist.job.plan import Stretch, stretches
 from raydist.job.schema import Job, Packing
 
@@ -69,35 +69,35 @@ class Feed:
     def samples_per_epoch(self) -> int | None:
         """Samples in which every document occurs once.
 
-        None for a weighted mixture, for stages, or while a log grows.
+        None for a weighted mixture, for stages, or while a token log grows.
         """
         fixed = self.complete and len(self.stages) == 1 and not self.stages[0].mixture
         return self.streams[0].n_blocks if fixed else None
 
     @property
     def complete(self) -> bool:
-        """Whether every log is; else the streams end with the last whole window that is there."""
+        """Whether every token log is; if not, the streams end with the last whole window that is there."""
         return all(source.log.complete for source in self.sources)
 
     @property
     def completed(self) -> bool:
-        """Whether every log is by now; a feed does not change, so open a new one."""
-        return all((source.log.path / "manifest.json").exists() for source in self.sources)
+        """Whether every token log is by now. A feed does not change: open a new one."""
+        return all(source.log.folder.complete() for source in self.sources)
 
     def covers(self, g: int) -> bool:
-        """Whether the logs are long enough for the first g samples of the run."""
+        """Whether the token logs are long enough for the first g samples of the run."""
         if self.complete:
             return True
-        (stage,) = self.stages  # stages wait for the whole log
+        (stage,) = self.stages  # several stages wait for the whole token log
         growing = [not source.log.complete for source in self.sources]
         growing = growing if stage.mixture else [any(growing)]
         known = zip(stage.consumed(g), stage.streams, growing, strict=True)
         return all(n <= stream.n_blocks for n, stream, grows in known if grows)
 
     def grown(self, g: int, while_waiting: Callable[[], None]) -> Feed:
-        """This feed once it covers the first g samples; waits for the logs to grow.
+        """This feed once it covers the first g samples; waits for the token logs to grow.
 
-        while_waiting: called every POLL_SECONDS of it; raises to end it.
+        while_waiting: called every POLL_SECONDS meanwhile; raises to end the wait.
         """
         feed, seen = self, -1
         while not feed.covers(g):
@@ -109,14 +109,14 @@ class Feed:
         return feed
 
     def _windows_there(self) -> int:
-        """Grows whenever opening the logs anew may give another window."""
-        paths = [source.log.path for source in self.sources if not source.log.complete]
-        counts = [len(list(path.glob("slices/*.json"))) // self.packing.window_shards for path in paths]
-        return sum(counts) + sum((path / "manifest.json").exists() for path in paths)
+        """Grows whenever opening the token logs again may give another window."""
+        folders = [source.log.folder for source in self.sources if not source.log.complete]
+        counts = [len(folder.committed()) // self.packing.window_shards for folder in folders]
+        return sum(counts) + sum(folder.complete() for folder in folders)
 
     @property
     def fingerprint(self) -> str:
-        """Of all that decides what the g-th sample is."""
+        """A hash of all that decides what the g-th sample is."""
         mixture = self.stages[0].mixture
         parts = {
             "revision": REVISION,
@@ -155,10 +155,6 @@ class Feed:
             raise ValueError(f"samples of several stages in one batch; the stages begin at {starts}")
         return self.stages[stages.pop()].read(numbers)[0]
 
-    def places(self, samples: Ints) -> list[Place]:
-        """Where each sample (not -1) comes from."""
-        return [self.stage_of(int(g)).places(samples[i : i + 1])[0] for i, g in enumerate(samples)]
-
     def loader(
         self,
         rank: int,
@@ -173,7 +169,7 @@ class Feed:
     ) -> Iterator[Step]:
         """Steps (see `loader.Step`) of samples [start, stop) for one rank; without end if `stop` is None.
 
-        Both sizes in sequences, of every stage or of each. Closing the iterator, or dropping it, ends
+        Both sizes in sequences, one for all stages or one for each. Closing or dropping the iterator ends
         its thread. while_waiting: see `grown`. collate: see `loader.read_step`.
         """
         from raydist.feed.loader import global_batches, prefetch, read_step  # torch is needed only here
@@ -193,12 +189,12 @@ class Feed:
         return [size] * len(self.stages) if isinstance(size, int) else size
 
     def counts(self, start: int, stop: int) -> Counts:
-        """Of samples [start, stop)."""
+        """The sums over samples [start, stop)."""
         each = [stage.counts(lo, hi) for stage, lo, hi in self.parts(start, stop)]
         return Counts(*(sum(column) for column in zip(*each, strict=True))) if each else Counts(0, 0, 0, 0)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[Stage, int, int]]:
-        """Samples [start, stop) a stage at a time: the stage, and the samples that are of it."""
+        """Samples [start, stop) a stage at a time: the stage, and its samples among them."""
         ends = [stage.start for stage in self.stages[1:]]
         for stage, end in zip(self.stages, [*ends, stop], strict=True):
             lo, hi = max(start, stage.start), min(stop, end)
@@ -211,7 +207,7 @@ def _made(made_of: tuple[Sequence[FeedSource], Packing, int, float], options: di
 
 
 def make_feed(job: Job, logs: Mapping[str, TokenLog]) -> Feed:
-    """The feed of a job whose sources have these logs, by name."""
+    """The feed of a job whose sources have these token logs, by name."""
     sources = [FeedSource(name, logs[name], source.weight) for name, source in job.corpus.sources.items()]
     dedup, lengths = job.corpus.dedup == "exact", stretches(job) if job.stages else ()
     return Feed(sources, job.packing, job.seed, job.corpus.holdout, dedup=dedup, stretches=lengths)

@@ -1,10 +1,10 @@
-"""A token log under one packing: the index of each shard, made once and kept beside the logs.
+"""A token log under one packing: the index of each shard, made once and kept next to the token logs.
 
     <storage>/.packs/<log>-<packing>/counts          a row per shard; with it, a feed opens without any index
                                      <shard>.pack    the shard's PackIndex
 
-The log itself is never touched: it is the same whoever trains on it. Everything here can be deleted;
-it is made again when it is missing or damaged.
+The token log itself is never touched: it is the same whoever trains on it. Everything in .packs can be
+deleted: it is made again when it is missing or damaged.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from raydist.corpus.log import Ints, TokenLog, held_out
 from raydist.feed.packing import REVISION, PackIndex, pack
 from raydist.files import replacing
 from raydist.job.schema import Packing
+from raydist.storage import Storage
 
 _TOTALS: dict[tuple[Path, str], list[int]] = {}
-"""Of shards whose totals this process has made, by folder and name."""
+"""Totals of the shards that this process has counted, by folder and name."""
 
 
 class Totals(NamedTuple):
@@ -55,10 +56,10 @@ class FeedSource:
 class PackedSource:
     """Opening reads one small file, or, the first time, the length and hash columns of every shard.
 
-    n_blocks, and in them n_tokens (without EOS) and n_eos; left out of them held_out_documents and _tokens,
-    and duplicate_documents and _tokens of what is not held out.
+    n_blocks hold n_tokens (without EOS) and n_eos. Left out are held_out_documents and held_out_tokens, and,
+    of the others, duplicate_documents and duplicate_tokens.
 
-    repeats: None, or the numbers of the log's documents that are duplicates, ascending, and a name for them.
+    repeats: None, or the numbers of the documents that are duplicates, ascending, and a name for them.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class PackedSource:
         identity = orjson.dumps([REVISION, parts, holdout, *of.split()], option=orjson.OPT_SORT_KEYS)
         name = f"{self.log.fingerprint}-{xxhash.xxh3_64_hexdigest(identity)}"
         self.folder = pack_index_folder(self.log) / name
-        # those of a log that grows are not kept: there will be more of them
+        # those of a token log that grows are not kept: there will be more of them
         complete = self.log.complete
         rows = cached_array(self.folder / "counts", self._make_totals) if complete else self._make_totals()
         self.totals = Totals(*rows.reshape(len(self.log.shards), len(Totals._fields)).T)
@@ -111,7 +112,7 @@ class PackedSource:
     def _totals_of(self, shard: int) -> list[int]:
         of = self.log.shards[shard]
         key = self.folder, of.name
-        if key not in _TOTALS:  # a log that grows is opened again and again
+        if key not in _TOTALS:  # a token log that grows is opened again and again
             _TOTALS[key] = self._count(shard)
         return _TOTALS[key]
 
@@ -123,15 +124,14 @@ class PackedSource:
 
 
 def pack_index_folder(log: TokenLog) -> Path:
-    """Beside `tokens/`, which holds logs and nothing else; a run's name cannot begin with a dot."""
-    parent = log.path.parent
-    return (parent.parent if parent.name == "tokens" else parent) / ".packs"
+    """Next to the token logs' own folder, which holds token logs and nothing else."""
+    return Storage.of_log(log.path).pack_indexes
 
 
 def cached_array(path: Path, make: Callable[[], Ints]) -> Ints:
-    """The flat array that `make` gives; kept in `path` behind its checksum, and memory-mapped from there.
+    """The flat array that `make` returns; kept in `path` with a checksum, and memory-mapped from there.
 
-    Storage that refuses writing, such as a log shared read-only, costs only the time to make it again.
+    Storage that refuses writing, such as a folder shared read-only, costs only the time to make it again.
     """
     kept = _read(path)
     if kept is not None:

@@ -16,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from raydist.job.deepspeed import deepspeed_config
+from raydist.storage import SHARED
 
 if TYPE_CHECKING:
     from raydist.job.tune import Distribution
@@ -25,12 +26,11 @@ ALL, EACH = "*", "<each>"
 Rule = Callable[..., str]
 Named = Mapping[Any, Any] | None
 
-SHARED_FOLDERS = ("tokens", "tokenizers")
 LENGTHS = ("train.max_steps", "train.max_tokens", "train.epochs")
 
 
 def _own_folder(name: str) -> str:
-    return f"{name} is the folder that runs share, not a name for a run" if name in SHARED_FOLDERS else ""
+    return f"{name} is the folder that runs share, not a name for a run" if name in SHARED else ""
 
 
 def _shared_file_system(storage: str) -> str:

@@ -161,13 +161,13 @@ def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int 
 
 
 @quietly()
-def merge_adapter(run: Path, base: Path | None = None) -> Path:
+def merge_adapter(run: RunFolder, base: Path | None = None) -> Path:
     """Add the run's adapter to its base, in fp32, and write <run>/export/merged in the base's dtype.
 
     A quantized base is dequantized first, and the merged model is fp32. base: the folder of a copy of
     an unquantized base. Raises ModelError when there is no adapter, or no base that it fits.
     """
-    source, target = RunFolder(run).model, RunFolder(run).merged
+    source, target = run.model, run.merged
     quantized = _check(source, base)
     from peft import PeftConfig
 

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from raydist.corpus.build import LogPlan, build_log, plan_log
 from raydist.corpus.log import TokenLog, open_log
+from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer, resolve_tokenizer
 from raydist.errors import CorpusError, EmptyCorpus, LogError
 from raydist.job.schema import Job, Source
+from raydist.storage import Storage
 from raydist.track.progress import Progress
 
 if TYPE_CHECKING:
@@ -233,12 +235,12 @@ def describe_log(log: TokenLog) -> dict[str, Any]:
     }
 
 
-def _storage(job: Job) -> Path:
-    return Path(job.storage).expanduser().resolve()
+def _storage(job: Job) -> Storage:
+    return Storage(job.storage).resolve()
 
 
 def _plan(source: Source, job: Job, tokenizer: TokenizerSpec) -> LogPlan:
-    return plan_log(source, job.corpus, tokenizer, _storage(job) / "tokens")
+    return plan_log(source, job.corpus, tokenizer, _storage(job).tokens)
 
 
 def _tokenizer(job: Job, pinned: dict[str, Any] | None) -> TokenizerSpec:
@@ -255,7 +257,7 @@ def _plans(
         if pinned and planned.fingerprint != pinned[kind][name]:
             raise LogError(
                 f"{name}: its source files changed before its token log was complete",
-                where=str(_storage(job) / "tokens" / pinned[kind][name]),
+                where=str(_storage(job).tokens / pinned[kind][name]),
                 why="the run began with tokens of the files as they were",
                 fix="restore the files, or give the job a new name",
             )
@@ -281,12 +283,9 @@ def _of_plans(
 
 def _complete(job: Job, pins: dict[str, Any]) -> bool:
     """Whether all pinned logs are, or are gone altogether, which `_open_pinned` tells."""
-    folders = [
-        _storage(job) / "tokens" / pin for kind in ("logs", "eval_logs") for pin in pins[kind].values()
-    ]
-    return not any(
-        (path / "plan.json").exists() and not (path / "manifest.json").exists() for path in folders
-    )
+    tokens = _storage(job).tokens
+    folders = [LogFolder(tokens / pin) for kind in ("logs", "eval_logs") for pin in pins[kind].values()]
+    return not any(folder.begun() and not folder.complete() for folder in folders)
 
 
 def _make(name: str, plan: LogPlan, on_error: str, progress: Progress) -> TokenLog:
@@ -299,7 +298,7 @@ def _make(name: str, plan: LogPlan, on_error: str, progress: Progress) -> TokenL
     if log.n_quarantined:
         progress.message(
             f"{name}: {log.n_quarantined} unreadable records or files left out;"
-            f" see {log.path / 'quarantine.jsonl'}"
+            f" see {log.folder.quarantine_file}"
         )
     return log
 
@@ -325,7 +324,7 @@ def _open_pinned(job: Job, pins: dict[str, Any]) -> Prepared:
 
 def _open(job: Job, fingerprint: str) -> TokenLog:
     try:
-        return open_log(_storage(job) / "tokens" / fingerprint)
+        return open_log(_storage(job).tokens / fingerprint)
     except LogError as error:
         raise LogError(
             f"the token log {fingerprint} that this run is pinned to cannot be opened",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 from raydist.corpus.build import estimate, plan_log
@@ -11,6 +10,7 @@ from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
 from raydist.model.build import Sizes, check_fits, load_config, model_sizes
+from raydist.storage import Storage
 
 FP32, BF16 = 4, 2
 BYTES_PER_TOKEN_OF_NEW_BPE = 3.0
@@ -19,7 +19,7 @@ BYTES_PER_TOKEN_OF_NEW_BPE = 3.0
 
 def plan_job(job: Job) -> dict[str, Any]:
     """Data, steps, parameters, memory per worker by part and disk, all in bytes or counts."""
-    storage = Path(job.storage).expanduser().resolve()
+    storage = Storage(job.storage).resolve()
     tokenizer = planned_tokenizer(job, storage)
     sources = {name: _source(job, name, tokenizer, storage) for name in job.corpus.sources}
     tokens = sum(source["tokens"] for source in sources.values()) * (1 - job.corpus.holdout)
@@ -52,9 +52,9 @@ def _new_vocabulary(job: Job) -> int:
     return job.model.tokenizer.train.vocab_size
 
 
-def _source(job: Job, name: str, tokenizer: TokenizerSpec | None, storage: Path) -> dict[str, Any]:
+def _source(job: Job, name: str, tokenizer: TokenizerSpec | None, storage: Storage) -> dict[str, Any]:
     """Documents and tokens of one source; a log that is complete is counted, not estimated."""
-    plan = plan_log(job.corpus.sources[name], job.corpus, tokenizer, storage / "tokens")
+    plan = plan_log(job.corpus.sources[name], job.corpus, tokenizer, storage.tokens)
     guess = estimate(plan)
     n_tokens = guess.n_tokens if tokenizer else round(guess.n_bytes / BYTES_PER_TOKEN_OF_NEW_BPE)
     return {

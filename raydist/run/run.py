@@ -47,7 +47,7 @@ class RunResult:
 
     @property
     def model_path(self) -> Path:
-        return self.folder / "model"
+        return RunFolder(self.folder).model
 
     def load_model(self) -> Any:
         """The trained model, from transformers or, with an adapter, from peft."""
@@ -292,9 +292,7 @@ def _halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfM
 
     Also where the attempt did not get so far as to record its start: the model itself does not fit then.
     """
-    begun = any(
-        r["kind"] in ("start", "resume") and r["attempt"] == attempt for r in read_metrics(folder.path)
-    )
+    begun = any(r["kind"] in ("start", "resume") and r["attempt"] == attempt for r in read_metrics(folder))
     above_one = [
         stage.micro_batch_size * stage.block_size for stage in plan.stages if stage.micro_batch_size > 1
     ]
@@ -354,7 +352,7 @@ def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
     commit = newest_valid(folder)
     counted = audit(feed, commit.samples if commit else 0)
     sample = prepared.sample(folder) if folder.model.exists() else None
-    began = next(r for r in reversed(read_metrics(folder.path)) if r["kind"] in ("start", "resume"))
+    began = next(r for r in reversed(read_metrics(folder)) if r["kind"] in ("start", "resume"))
     parameters = {"total": began["n_parameters"], "trainable": began["n_trainable"]}
     folder.add_data(audit=counted.to_json(), sample=sample, parameters=parameters)
 
@@ -365,7 +363,7 @@ def _reported(job: Job, folder: RunFolder, progress: Progress, parent: str | Non
     from raydist.track.report import write_report
     from raydist.track.start import start_trackers
 
-    trackers = start_trackers(job, folder.path, parent=parent, on_warning=progress.message)
+    trackers = start_trackers(job, folder, parent=parent, on_warning=progress.message)
     state, told = "failed", ""
     try:
         yield
@@ -374,11 +372,11 @@ def _reported(job: Job, folder: RunFolder, progress: Progress, parent: str | Non
         state, told = ("stopped", "") if isinstance(error, Stopped) else ("failed", str(error))
         raise
     finally:
-        write_report(folder.path, state=state, error=told)
+        write_report(folder, state=state, error=told)
         for tracker in trackers:
             tracker.finish(state)
 
 
 def _result(folder: RunFolder) -> RunResult:
-    last = {r["source"]: r for r in effective(folder.path) if r["kind"] == "eval"}
+    last = {r["source"]: r for r in effective(folder) if r["kind"] == "eval"}
     return RunResult(folder.path, folder.status()["state"], last)

@@ -253,7 +253,7 @@ def _state(told: dict[str, Any], path: Path) -> tuple[str, str]:
 def _concluded(job: Job, folder: RunFolder, progress: Progress) -> Iterator[str | None]:
     """Gives the sweep's MLflow run; best.yaml, the page and MLflow tell how it ended, however it ends."""
     told: Callable[[str], None] = progress.message
-    parent = start_parent(job, folder.path, on_warning=told) if job.tracking.mlflow else None
+    parent = start_parent(job, folder, on_warning=told) if job.tracking.mlflow else None
     state, error = "failed", ""
     try:
         yield parent
@@ -264,10 +264,10 @@ def _concluded(job: Job, folder: RunFolder, progress: Progress) -> Iterator[str 
     finally:
         result = read_sweep(job)
         best = _write_best(job, folder, result.trials)
-        write_sweep_page(folder.path, result.trials, state=state, error=error)
+        write_sweep_page(folder, result.trials, state=state, error=error)
         if parent is not None:
             metrics = {METRIC: best.bits_per_byte} if best and best.bits_per_byte else {}
-            finish_parent(job, folder.path, state, metrics, best.parameters if best else {}, on_warning=told)
+            finish_parent(job, folder, state, metrics, best.parameters if best else {}, on_warning=told)
 
 
 def _write_best(job: Job, folder: RunFolder, trials: Sequence[Trial]) -> Trial | None:

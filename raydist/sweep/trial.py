@@ -79,7 +79,7 @@ def curve(job: Job, folder: RunFolder) -> list[Result]:
     """The results that a run's folder tells of."""
     results: list[Result] = []
     evaluations = Evaluations(job, results.append)
-    for record in effective(folder.path):
+    for record in effective(folder):
         evaluations.record(record)
     evaluations.flush()
     return results

@@ -1,21 +1,21 @@
-"""A run in MLflow. What has been sent stays, so mlflow.json holds the run's id and the offset of what was.
+"""A run in MLflow. What was sent stays there, so the run's folder keeps MLflow's id and how much was sent.
 
-Steps that are trained again are logged again: MLflow keeps both and shows the newest. A sweep has a run of
-its own, under which its trials stand.
+Steps that are trained again are logged again: MLflow keeps both and shows the newest. A sweep has an MLflow
+run of its own, the parent of those of its trials.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist import files
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
+from raydist.storage import Storage
 from raydist.track.records import Record, figures, flatten, key, redact
-from raydist.track.tracker import Warn, telling
+from raydist.track.tracker import Warn, warned
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,42 +24,49 @@ EXPERIMENT = "raydist"
 STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
-def tracking_uri(job: Job, folder: Path) -> str:
-    """`mlflow: true` keeps a database beside `folder`, in the storage folder."""
+def tracking_uri(job: Job, folder: RunFolder) -> str:
+    """`mlflow: true` keeps a database in the storage folder."""
     given = job.tracking.mlflow
-    return given if isinstance(given, str) else f"sqlite:///{folder.resolve().parent / 'mlflow.db'}"
+    kept = Storage(folder.path.resolve().parent).mlflow_database
+    return given if isinstance(given, str) else f"sqlite:///{kept}"
 
 
-def start_parent(job: Job, folder: Path, *, on_warning: Warn) -> str | None:
+def start_parent(job: Job, folder: RunFolder, *, on_warning: Warn) -> str | None:
     """The id of the sweep's own run, made or found again; None if the server does not answer."""
     mirror = None
-    with telling(name_of(job, folder), folder, on_warning):
+    with warned(name_of(job, folder), folder, on_warning):
         mirror = Mlflow(job, folder)
     return mirror.run_id if mirror else None
 
 
 def finish_parent(
-    job: Job, folder: Path, state: str, metrics: dict[str, float], params: dict[str, str], *, on_warning: Warn
+    job: Job,
+    folder: RunFolder,
+    state: str,
+    metrics: dict[str, float],
+    params: dict[str, str],
+    *,
+    on_warning: Warn,
 ) -> None:
     """End the sweep's run: `metrics`, the best trial's `params` as best.<key>, and the files of `folder`."""
-    with telling(name_of(job, folder), folder, on_warning):
+    with warned(name_of(job, folder), folder, on_warning):
         mirror = Mlflow(job, folder)
         mirror.log_best(metrics, params)
         mirror.close(state)
 
 
-def name_of(job: Job, folder: Path) -> str:
-    """As warnings call the server."""
+def name_of(job: Job, folder: RunFolder) -> str:
+    """What warnings call the server."""
     return f"MLflow at {redact(tracking_uri(job, folder))}"
 
 
 class Mlflow:
-    """One MLflow run, and how much of metrics.jsonl it holds. parent: the id of the one it is part of."""
+    """One MLflow run, and how many of the records it holds. parent: the id of the run that it is part of."""
 
-    def __init__(self, job: Job, folder: Path, parent: str | None = None) -> None:
+    def __init__(self, job: Job, folder: RunFolder, parent: str | None = None) -> None:
         uri = tracking_uri(job, folder)
         self._client, self._folder = _client(uri), folder
-        experiment, self._pin = self._experiment(uri), files.read_record(folder / "mlflow.json")
+        experiment, self._pin = self._experiment(uri), files.read_record(folder.mlflow_pin)
         same, wanted = self._pin.get("uri") == redact(uri), f"run_id = '{self._pin.get('run_id')}'"
         if not (same and self._client.search_runs([experiment], wanted)):
             tags = {"mlflow.parentRunId": parent} if parent else {}
@@ -87,7 +94,7 @@ class Mlflow:
         self._save()
 
     def close(self, state: str) -> None:
-        folder = RunFolder(self._folder)
+        folder = self._folder
         for path in (folder.job_file, folder.report, folder.sweep_page, folder.best_file):
             if path.exists():
                 self._client.log_text(self.run_id, redact(path.read_text()), path.name)
@@ -108,7 +115,7 @@ class Mlflow:
         self._log_parameters({f"best.{name}": text for name, text in flatten(params).items()})
 
     def _save(self) -> None:
-        files.write_json(self._folder / "mlflow.json", self._pin)
+        files.write_json(self._folder.mlflow_pin, self._pin)
 
     def _experiment(self, uri: str) -> str:
         """Its id; made if there is none."""
@@ -116,7 +123,7 @@ class Mlflow:
             return str(found.experiment_id)
         # a server keeps artifacts itself; without one they would land in the working directory
         served = uri.startswith(("http://", "https://", "databricks"))
-        artifacts = None if served else (self._folder.resolve().parent / "mlflow-artifacts").as_uri()
+        artifacts = None if served else Storage(self._folder.path.resolve().parent).mlflow_artifacts.as_uri()
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=artifacts))
 
 

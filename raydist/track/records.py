@@ -1,4 +1,4 @@
-"""Reading metrics.jsonl: while it grows (`Tail`), and as one history of several attempts (`effective`).
+"""Read a run's records: while they are written (`Tail`), and as one history of all attempts (`effective`).
 
 `figures` and `flatten` name what is in a record and in a job as trackers show it.
 """
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+
+from raydist.folder import RunFolder
 
 Record = dict[str, Any]
 
@@ -39,19 +41,19 @@ class Tail:
             return []
         with self.path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
-            self.offset = self.offset if self.offset <= size else 0  # the file was begun anew
+            self.offset = self.offset if self.offset <= size else 0  # the file was begun again
             stream.seek(self.offset)
             whole, newline, _ = stream.read().rpartition(b"\n")
         self.offset += len(whole) + len(newline)
         return [record for line in whole.split(b"\n") if (record := _parse(line)) is not None]
 
 
-def read_metrics(run: Path) -> list[Record]:
+def read_metrics(run: RunFolder) -> list[Record]:
     """Every record of the run, of lost attempts too, in the order written."""
-    return Tail(run / "metrics.jsonl").poll()
+    return Tail(run.metrics_file).poll()
 
 
-def effective(run: Path) -> list[Record]:
+def effective(run: RunFolder) -> list[Record]:
     """The run's one history in the order of attempts; what later ones did again replaces the first try."""
     return supersede(read_metrics(run))
 

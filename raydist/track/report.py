@@ -1,4 +1,4 @@
-"""report.html: one self-contained page of a run, from its folder alone; also of one that failed early."""
+"""The report: one self-contained page of a run, from its folder alone; also of one that failed early."""
 
 from __future__ import annotations
 
@@ -17,16 +17,15 @@ from raydist.track.records import HISTORY, Record, evaluations, read_metrics, re
 MOST_POINTS = 2000
 
 
-def write_report(run: Path, *, state: str = "", error: str = "") -> Path:
-    """Write `run`/report.html. `state` and `error` stand for those of a status.json not yet written."""
-    page = RunFolder(run).report
-    files.write_text(page, render(run, state=state, error=error))
-    return page
+def write_report(run: RunFolder, *, state: str = "", error: str = "") -> Path:
+    """Write the run's report. `state` and `error` stand for those of a status that is not written yet."""
+    files.write_text(run.report, render(run, state=state, error=error))
+    return run.report
 
 
-def render(run: Path, *, state: str = "", error: str = "") -> str:
-    """The page as text; a part that the folder does not know of is left out."""
-    status, recorded = RunFolder(run).status(), read_metrics(run)
+def render(run: RunFolder, *, state: str = "", error: str = "") -> str:
+    """The page as text, without the parts that the folder knows nothing of."""
+    status, recorded = run.status(), read_metrics(run)
     records = supersede(recorded)
     train = [record for record in records if record["kind"] == "train"]
     return page(
@@ -40,11 +39,11 @@ def render(run: Path, *, state: str = "", error: str = "") -> str:
         evaluations=evaluations(records),
         plots=_plots(train, evaluations(records)),
         history=[record for record in records if record["kind"] in HISTORY],
-        data=dict.fromkeys(("sources", "packing", "sample", "audit", "parameters")) | RunFolder(run).data(),
+        data=dict.fromkeys(("sources", "packing", "sample", "audit", "parameters")) | run.data(),
     )
 
 
-def page(template: str, folder: Path, *, error: str, **content: Any) -> str:
+def page(template: str, folder: RunFolder, *, error: str, **content: Any) -> str:
     """A page of `folder`, with its job; credentials are blanked out."""
     import jinja2
 
@@ -57,9 +56,9 @@ def page(template: str, folder: Path, *, error: str, **content: Any) -> str:
     )
     filters = (date, duration, number, redact, short, shown, workers)
     environment.filters.update({f.__name__: f for f in filters})
-    job = RunFolder(folder).job_file
+    job = folder.job_file
     return environment.get_template(template).render(
-        name=folder.resolve().name,
+        name=folder.path.resolve().name,
         error=redact(error),
         job=redact(job.read_text()) if job.exists() else "",
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),

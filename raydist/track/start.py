@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 
 from raydist.errors import JobError
+from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.track.mlflow import Mlflow, name_of
 from raydist.track.tensorboard import TensorBoard
@@ -30,9 +30,9 @@ def check_trackers(job: Job) -> None:
 
 
 def start_trackers(
-    job: Job, run: Path, on_warning: Warn, *, parent: str | None = None, poll_seconds: float = 2.0
+    job: Job, run: RunFolder, on_warning: Warn, *, parent: str | None = None, poll_seconds: float = 2.0
 ) -> list[Tracker]:
-    """parent: the id of the MLflow run under which a new one is put."""
+    """parent: the id of the MLflow run that a new one belongs to."""
     tracking = job.tracking
     wanted: list[tuple[bool | str, Callable[[], Sink], str]] = [
         (tracking.mlflow, lambda: Mlflow(job, run, parent), name_of(job, run)),

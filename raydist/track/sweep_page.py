@@ -1,4 +1,4 @@
-"""sweep.html: one self-contained page of a sweep: its trials best first, and what the parameters do."""
+"""One self-contained page of a sweep: its trials, best first, and what the parameters do."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from raydist import files
+from raydist.folder import RunFolder
 from raydist.track.humanize import shown
 from raydist.track.plots import MUTED, SERIES, Curve, draw
 from raydist.track.report import page
@@ -39,8 +40,8 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
     return sorted(trials, key=lambda trial: (STATES.index(trial.state), _bits(trial)))
 
 
-def write_sweep_page(folder: Path, trials: Sequence[Trial], *, state: str = "", error: str = "") -> Path:
-    """Write `folder`/sweep.html, with the job of the sweep's folder."""
+def write_sweep_page(folder: RunFolder, trials: Sequence[Trial], *, state: str = "", error: str = "") -> Path:
+    """Write the page into the sweep's folder, with the sweep's job."""
     trials = ranked(trials)
     best = trials[0] if trials and math.isfinite(_bits(trials[0])) else None
     keys = list(dict.fromkeys(key for trial in trials for key in trial.parameters))
@@ -56,8 +57,8 @@ def write_sweep_page(folder: Path, trials: Sequence[Trial], *, state: str = "", 
         states=", ".join(f"{n} {state}" for state, n in counts.items()),
         plots=[_curves(trials, best), *(_scatter(key, trials, best) for key in keys)],
     )
-    files.write_text(folder / "sweep.html", text)
-    return folder / "sweep.html"
+    files.write_text(folder.sweep_page, text)
+    return folder.sweep_page
 
 
 def _curves(trials: Sequence[Trial], best: Trial | None) -> str:

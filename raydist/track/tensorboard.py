@@ -1,19 +1,18 @@
-"""A run's event files, written anew from its first record by each driver: none is lost and none is twice."""
+"""A run's event files. Each driver writes them again from the first record: none is lost, none is doubled."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
+from raydist.folder import RunFolder
 from raydist.track.records import Record, figures
 
 
 class TensorBoard:
-    """<run>/tensorboard. An attempt that begins at step s takes back the points after s of earlier ones."""
+    """An attempt that begins at step s takes back the points after s of earlier ones."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: RunFolder) -> None:
         from tensorboardX.event_file_writer import EventsWriter  # writes at once, where SummaryWriter queues
 
-        self.offset, folder = 0, run / "tensorboard"
+        self.offset, folder = 0, run.tensorboard
         folder.mkdir(exist_ok=True)
         for old in folder.glob("events.out.tfevents.*"):
             old.write_bytes(b"")  # a TensorBoard that reads it would wait for ever at one that is gone

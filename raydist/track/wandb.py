@@ -1,7 +1,8 @@
 """A run in Weights & Biases: offline, as files for `wandb sync`, or online where WANDB_MODE says so.
 
-Record k is W&B's step k whoever logs it, and the run's id is kept in wandb.json. Online, the server says
-how many it has. Offline nobody does, and syncing a run replaces it: each driver writes its files anew.
+Record k is W&B's step k whoever logs it, and the run's folder keeps W&B's id of the run. Online, the server
+knows how many records it has. Offline nobody does, and syncing a run replaces it, so each driver writes its
+files again from the first record.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import os
 import shutil
 import uuid
-from pathlib import Path
 
 from raydist import files
+from raydist.folder import RunFolder
 from raydist.job.identity import flatten as pairs
 from raydist.job.schema import Job
 from raydist.track.records import Record, figures, flatten, key
@@ -20,7 +21,7 @@ from raydist.track.records import Record, figures, flatten, key
 class Wandb:
     """Curves are over `step`, the run's own: W&B's cannot go back when steps are trained again."""
 
-    def __init__(self, job: Job, run: Path) -> None:
+    def __init__(self, job: Job, run: RunFolder) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # over the network
         os.environ.setdefault("WANDB_SILENT", "true")  # or it would ask for a key in the terminal
         import wandb
@@ -34,11 +35,11 @@ class Wandb:
             id=_run_id(run, online=online),
             project=project,
             name=job.name,
-            dir=run,
+            dir=run.path,
             config=flatten(values) | numbers,
             mode=mode,  # type: ignore[arg-type]  # W&B refuses what it does not know
             resume="allow" if online else None,
-            reinit="create_new",  # beside a run of whoever called raydist
+            reinit="create_new",  # next to a run of whoever called raydist
             settings=wandb.Settings(
                 console="off",
                 silent=True,
@@ -66,12 +67,12 @@ class Wandb:
         self._run.finish(exit_code=int(state == "failed"))
 
 
-def _run_id(run: Path, *, online: bool) -> str:
+def _run_id(run: RunFolder, *, online: bool) -> str:
     """The same for every driver; what an earlier one wrote offline is removed."""
-    path = run / "wandb.json"
+    path = run.wandb_pin
     if not path.exists():
         files.write_json(path, {"run_id": uuid.uuid4().hex[:12]})
     run_id = str(files.read_json(path)["run_id"])
-    for old in (run / "wandb").glob(f"offline-run-*-{run_id}") if not online else ():
+    for old in run.wandb.glob(f"offline-run-*-{run_id}") if not online else ():
         shutil.rmtree(old)
     return run_id

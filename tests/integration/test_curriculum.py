@@ -90,7 +90,7 @@ def test_a_curriculum_over_several_corpora(
     )
     assert 0.7 < folder.data()["unique_share"] < 0.75
     assert [of["block_size"] for of in folder.data()["packing"]] == [64, 128]
-    records = effective(folder.path)
+    records = effective(folder)
     assert [(r["step"], r["number"]) for r in records if r["kind"] == "stage"] == [(15, 2)]
     evals = [r["eval_loss"] for r in records if r["kind"] == "eval" and r["source"] == "first"]
     assert len(evals) == 4 and evals[-1] < evals[0]

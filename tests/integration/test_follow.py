@@ -58,12 +58,12 @@ def test_a_growing_log_gives_the_samples_of_a_finished_one(job: dict[str, Any], 
     run_job(build_job({**job, "name": "waits", "prepare": {"wait": "all"}}))
     grown, whole = (RunFolder(Path(job["storage"], name)) for name in ("follows", "waits"))
     (log,) = Path(job["storage"], "tokens").iterdir()
-    records = effective(grown.path)
+    records = effective(grown)
     assert records[0]["time"] < (log / "manifest.json").stat().st_mtime  # it began before the log was whole
     assert any("still growing" in r.get("what", "") for r in records)
     assert losses(grown) == losses(whole) and weight_hash(grown.model) == weight_hash(whole.model)
     assert grown.data()["audit"] == whole.data()["audit"]
-    last = [[r for r in effective(run.path) if r["kind"] == "eval"][-1] for run in (grown, whole)]
+    last = [[r for r in effective(run) if r["kind"] == "eval"][-1] for run in (grown, whole)]
     assert last[0]["step"] == 80 and last[0]["eval_loss"] == last[1]["eval_loss"]
 
 

@@ -77,7 +77,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def records(project: str, kind: str) -> list[dict[str, Any]]:
     name = Path(project).name
-    return [record for record in effective(Path(project) / name) if record["kind"] == kind]
+    return [record for record in effective(RunFolder(Path(project) / name)) if record["kind"] == kind]
 
 
 def loaded(project: str) -> Any:
@@ -304,8 +304,8 @@ def test_growing_blocks_as_the_guide_loops_and_as_one_run() -> None:
     values["stages"] = [{"block_size": size, "max_tokens": 600} for size in (16, 32, 64)]
     values["checkpoint"]["save_steps"] = 10
     run = raydist.train(build_job(values)).folder
-    stages = [r["step"] for r in effective(run) if r["kind"] == "stage"]
-    losses = {r["step"]: r["loss"] for r in effective(run) if r["kind"] == "train"}
+    stages = [r["step"] for r in effective(RunFolder(run)) if r["kind"] == "stage"]
+    losses = {r["step"]: r["loss"] for r in effective(RunFolder(run)) if r["kind"] == "train"}
     assert len(stages) == 2 and losses[stages[1] + 1] < 0.9 * begun[2]
     assert RunFolder(run).data()["audit"]["n_repeated"] == 0
 

@@ -161,7 +161,7 @@ def check_unbroken(job: dict[str, Any], folder: RunFolder) -> None:
 
 def seconds_lost(folder: RunFolder) -> float:
     """From the last record before the loss to the first step after it."""
-    records = read_metrics(folder.path)
+    records = read_metrics(folder)
     before = max(record["time"] for record in records if record["attempt"] == 1)
     return min(r["time"] for r in records if r["attempt"] == 2 and r["kind"] == "train") - before
 

@@ -71,11 +71,11 @@ def change(job: dict[str, Any], **sections: dict[str, Any]) -> dict[str, Any]:
 
 def began(folder: RunFolder) -> list[int]:
     """The micro batch size of each attempt."""
-    return [r["micro_batch_size"] for r in read_metrics(folder.path) if r["kind"] in ("start", "resume")]
+    return [r["micro_batch_size"] for r in read_metrics(folder) if r["kind"] in ("start", "resume")]
 
 
 def losses(folder: RunFolder) -> list[float]:
-    return [r["loss"] for r in effective(folder.path) if r["kind"] == "train"]
+    return [r["loss"] for r in effective(folder) if r["kind"] == "train"]
 
 
 @pytest.mark.slow
@@ -106,7 +106,7 @@ def test_two_workers_in_epochs_of_which_one_runs_out_of_memory(job: dict[str, An
     folder = RunFolder(Path(job["storage"], "found"))
     assert began(folder) == [32, 16]
     first, last = folder.committed_steps()
-    assert [r["step"] for r in effective(folder.path) if r["kind"] == "eval"] == [0, first, last]
+    assert [r["step"] for r in effective(folder) if r["kind"] == "eval"] == [0, first, last]
     shutil.rmtree(folder.checkpoints / f"step-{last:08}")
     folder.set_status("failed")
     run_job(asked)

@@ -21,6 +21,7 @@ import xxhash
 from raydist.corpus import build, pipeline
 from raydist.corpus.build import LogPlan, Progress, build_log, estimate, plan_log
 from raydist.corpus.log import TokenLog
+from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.tokenizer import Reference, TokenizerSpec, open_tokenizer, train_tokenizer
 from raydist.errors import BadRecords, ClusterError, CorpusError, EmptyCorpus, LogError
 from raydist.files import read_json
@@ -123,7 +124,7 @@ class TestOnRay:
         slices = dict(enumerate(plan.slices[:n_slices]))
         with pipeline.settings():
             dataset = pipeline.dataset(plan.source, slices, spec, "fastokens")
-            dataset.write_datasink(pipeline.LogDatasink(tmp_path / "log", fail_on_bad=True))
+            dataset.write_datasink(pipeline.LogDatasink(LogFolder(tmp_path / "log"), fail_on_bad=True))
             stats = dataset._write_ds.stats()
         assert f"ReadSlice->MapBatches(tokenize)->Write: {n_slices} tasks executed" in stats
         assert "Operator 2" not in stats
@@ -217,7 +218,7 @@ def test_the_sink_empties_what_it_has_written(tmp_path: Path, planned: Any, spec
     blocks = [pipeline.tokenize(table, spec, "fastokens", ()) for table in tables]
     sizes = [sys.getsizeof(piece) for block in blocks for piece in block["piece"]]
     assert sum(sizes) > 10_000
-    pipeline.LogDatasink(tmp_path / "log", fail_on_bad=True).write(blocks, None)
+    pipeline.LogDatasink(LogFolder(tmp_path / "log"), fail_on_bad=True).write(blocks, None)
     assert all(sys.getsizeof(piece) < 1000 for block in blocks for piece in block["piece"])
     (record,) = (read_json(path) for path in (tmp_path / "log/slices").iterdir())
     assert sum(shard["n_documents"] for shard in record["shards"]) == 50
@@ -229,7 +230,7 @@ def test_a_slice_cut_short_is_not_committed(tmp_path: Path, planned: Any, spec: 
     tables = list(pipeline.read_blocks(0, source.files, source.plan()[0], source.options))
     blocks = [pipeline.tokenize(table, spec, "fastokens", ()) for table in tables[:-1]]
     with pytest.raises(LogError, match="ended before its reader did"):
-        pipeline.LogDatasink(tmp_path / "log", fail_on_bad=True).write(blocks, None)
+        pipeline.LogDatasink(LogFolder(tmp_path / "log"), fail_on_bad=True).write(blocks, None)
     assert not (tmp_path / "log/slices").exists()
 
 

@@ -16,6 +16,7 @@ import pytest
 
 import raydist
 from raydist.corpus.log import TokenLog
+from raydist.folder import RunFolder
 from raydist.job.load import build_job
 
 pytestmark = [
@@ -79,7 +80,7 @@ def test_a_few_dozen_steps_lower_held_out_perplexity(tmp_path: Path, ray_local: 
     result = raydist.train(build_job(job))
     from raydist.track.records import effective
 
-    first, last = (r["perplexity"] for r in effective(result.folder) if r["kind"] == "eval")
+    first, last = (r["perplexity"] for r in effective(RunFolder(result.folder)) if r["kind"] == "eval")
     assert last < 0.8 * first
     logits = result.load_model()(torch.tensor([[1, 2, 3]])).logits
     assert torch.isfinite(logits).all()
@@ -111,7 +112,7 @@ def test_qlora_by_the_command_line_lowers_perplexity_and_merges(tmp_path: Path) 
     }
     raydist_("submit", str(JOBS / "qlora.yaml"), *(f"--set={key}={value}" for key, value in sets.items()))
     run = tmp_path / "qlora"
-    held_out = [r for r in effective(run) if r["kind"] == "eval" and r["source"] == "heldout"]
+    held_out = [r for r in effective(RunFolder(run)) if r["kind"] == "eval" and r["source"] == "heldout"]
     assert held_out[-1]["perplexity"] < 0.8 * held_out[0]["perplexity"]
 
     told = raydist_("export", str(run), "--merge")

@@ -157,7 +157,7 @@ def folder_of(job: dict[str, Any]) -> RunFolder:
 
 
 def losses(folder: RunFolder) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in effective(folder.path) if "loss" in r}
+    return {r["step"]: r["loss"] for r in effective(folder) if "loss" in r}
 
 
 def weights(folder: RunFolder) -> str:
@@ -220,7 +220,7 @@ def test_a_run_from_raw_files_to_a_model(undisturbed: tuple[RunFolder, str]) -> 
     folder, output = undisturbed
     assert "no cluster configured" in output and "held-out perplexity  words:" in output
     assert folder.status()["state"] == "finished"
-    evaluations = [r for r in effective(folder.path) if r["kind"] == "eval"]
+    evaluations = [r for r in effective(folder) if r["kind"] == "eval"]
     assert [r["step"] for r in evaluations] == [0, 30, STEPS]
     assert evaluations[-1]["perplexity"] < 0.5 * evaluations[0]["perplexity"]
     audit = folder.data()["audit"]

@@ -87,7 +87,7 @@ def test_trials_share_tokens_and_text_and_a_failed_one_is_recorded(
     states = [trial(job, n).status()["state"] for n in range(3)]
     assert states == ["finished", "failed", "finished"]
     assert len(list(Path(job["storage"], "tokens").iterdir())) == 1  # one tokenization for both block sizes
-    last = [effective(trial(job, n).path) for n in (0, 2)]
+    last = [effective(trial(job, n)) for n in (0, 2)]
     evals = [[r for r in records if r["kind"] == "eval"][-1] for records in last]
     assert evals[0]["n_bytes"] == evals[1]["n_bytes"] and evals[0]["n_tokens"] == evals[1]["n_tokens"]
     assert {trial(job, n).data()["packing"][0]["block_size"] for n in (0, 2)} == {64, 128}

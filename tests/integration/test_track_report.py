@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from raydist.folder import RunFolder
 from raydist.track.report import write_report
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), "")
@@ -42,7 +43,7 @@ def test_a_browser_draws_every_curve_and_fetches_nothing(tmp_path: Path) -> None
         {"kind": "train", "step": step, "attempt": 1, "time": 1e9 + step} | figures for step in range(1, 51)
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    page = write_report(tmp_path, state="finished")
+    page = write_report(RunFolder(tmp_path), state="finished")
     # without its own prohibition, so that a request would be seen; the second page shows that one is
     bare = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text())
     page.write_text(bare)

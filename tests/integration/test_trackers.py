@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from raydist.errors import JobError
+from raydist.folder import RunFolder
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
 from raydist.run.run import run_job
@@ -62,7 +63,7 @@ def run(tmp_path: Path) -> Path:
 
 def mirror(job: Job, run: Path, state: str) -> list[str]:
     warnings: list[str] = []
-    for tracker in start_trackers(job, run, warnings.append, poll_seconds=0.05):
+    for tracker in start_trackers(job, RunFolder(run), warnings.append, poll_seconds=0.05):
         tracker.finish(state)
     return warnings
 
@@ -102,7 +103,7 @@ def test_a_run_and_its_resumption_are_one_mlflow_run(run: Path, capfd: pytest.Ca
 
 
 def test_records_are_sent_while_the_run_goes_on(run: Path) -> None:
-    (tracker,) = start_trackers(a_job(), run, pytest.fail, poll_seconds=0.05)
+    (tracker,) = start_trackers(a_job(), RunFolder(run), pytest.fail, poll_seconds=0.05)
     append(run, train(1))
     deadline = time.monotonic() + 60
     while not (run / "mlflow.json").exists() or json.loads((run / "mlflow.json").read_text())["offset"] == 0:
@@ -129,17 +130,22 @@ def test_the_trials_of_a_sweep_stand_under_its_run(tmp_path: Path) -> None:
     sweep = tmp_path / "runs" / "sweep"
     trial = sweep / "trials" / "0"
     trial.mkdir(parents=True)
-    uri = tracking_uri(a_job(), sweep)
-    parent = start_parent(a_job(), sweep, on_warning=pytest.fail)
-    assert parent and start_parent(a_job(), sweep, on_warning=pytest.fail) == parent
+    uri = tracking_uri(a_job(), RunFolder(sweep))
+    parent = start_parent(a_job(), RunFolder(sweep), on_warning=pytest.fail)
+    assert parent and start_parent(a_job(), RunFolder(sweep), on_warning=pytest.fail) == parent
     append(trial, train(1))
-    (tracker,) = start_trackers(a_job(mlflow=uri), trial, pytest.fail, parent=parent)
+    (tracker,) = start_trackers(a_job(mlflow=uri), RunFolder(trial), pytest.fail, parent=parent)
     tracker.finish("finished")
     for name in ("raydist-job.yaml", "sweep.html", "best.yaml"):
         (sweep / name).write_text(name)
     for lr in (3e-4, 5e-4):  # the second time after a resumption that found a better trial
         finish_parent(
-            a_job(), sweep, "finished", {"best bits": lr}, {"train.lr": str(lr)}, on_warning=pytest.fail
+            a_job(),
+            RunFolder(sweep),
+            "finished",
+            {"best bits": lr},
+            {"train.lr": str(lr)},
+            on_warning=pytest.fail,
         )
 
     client = MlflowClient(uri)
@@ -158,7 +164,7 @@ def test_a_run_that_was_deleted_from_the_server_is_made_anew(run: Path) -> None:
     append(run, train(1))
     assert mirror(a_job(), run, "stopped") == []
     first = json.loads((run / "mlflow.json").read_text())["run_id"]
-    client = MlflowClient(tracking_uri(a_job(), run))
+    client = MlflowClient(tracking_uri(a_job(), RunFolder(run)))
     client.delete_run(first)
     assert mirror(a_job(), run, "finished") == []
     second = json.loads((run / "mlflow.json").read_text())["run_id"]
@@ -170,8 +176,8 @@ def test_a_sweep_without_its_server_is_warned(run: Path) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         job = a_job(mlflow=f"http://127.0.0.1:{unused.getsockname()[1]}")
-    assert start_parent(job, run, on_warning=warnings.append) is None
-    finish_parent(job, run, "finished", {}, {}, on_warning=warnings.append)
+    assert start_parent(job, RunFolder(run), on_warning=warnings.append) is None
+    finish_parent(job, RunFolder(run), "finished", {}, {}, on_warning=warnings.append)
     assert len(warnings) == 2
 
 
@@ -179,10 +185,11 @@ FILES = {"mlflow": False, "tensorboard": True, "wandb": "my-project"}
 DRIVER = """
 import sys, time
 from pathlib import Path
+from raydist.folder import RunFolder
 from raydist.job.load import load_job
 from raydist.track.start import start_trackers
 run = Path(sys.argv[1])
-start_trackers(load_job(run / "raydist-job.yaml"), run, print, poll_seconds=0.05)
+start_trackers(load_job(run / "raydist-job.yaml"), RunFolder(run), print, poll_seconds=0.05)
 time.sleep(300)
 """
 

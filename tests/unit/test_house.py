@@ -132,6 +132,38 @@ def test_functions_and_modules_are_small() -> None:
     assert not long
 
 
+OWNERS = {
+    "corpus/log_folder.py": ("manifest.json", "plan.json", "quarantine.jsonl", "slices/", "shards/"),
+    "storage.py": (".packs", "mlflow.db"),
+    "folder.py": (
+        "raydist-job.yaml", "status.json", "data.json", "metrics.jsonl", "ledger.jsonl", "report.html",
+        "trials.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json", ".lease", "export/merged",
+    ),
+}  # fmt: skip
+"""The one module that spells each name; every other one asks it."""
+
+
+@pytest.mark.parametrize("owner", OWNERS)
+def test_names_in_a_folder_stand_in_one_module(owner: str) -> None:
+    found = [
+        f"{name_of(path)}:{node.lineno}: {node.value}"
+        for path in MODULES
+        if path != ROOT / "raydist" / owner and path.parent.name != "training"
+        for node in literals(ast.parse(path.read_text()))
+        if " " not in node.value  # else it is a text for people
+        and any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\.j2)", node.value) for name in OWNERS[owner])
+    ]
+    assert not found
+
+
+def literals(module: ast.Module) -> Iterator[ast.Constant]:
+    """Strings of a module that are no docstrings."""
+    prose = {id(node.value) for node in ast.walk(module) if isinstance(node, ast.Expr)}
+    for node in ast.walk(module):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            yield node
+
+
 def test_who_imports_whom() -> None:
     """The contracts stand in pyproject.toml."""
     checked = subprocess.run(

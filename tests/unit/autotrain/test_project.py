@@ -61,13 +61,13 @@ def test_the_final_files_are_linked_and_the_parameters_written(here: Path) -> No
     run = finished(here)
     (here / "notes.md").write_text("mine")
     asked = config(lr=1e-3, push_to_hub=True, username="me", token="SOME_NAME")
-    assert publish(run, here, asked) == [*sorted(FILES), PARAMETERS]
+    assert publish(RunFolder(run), here, asked) == [*sorted(FILES), PARAMETERS]
     for name, text in FILES.items():
         assert (here / name).read_text() == text and (here / name).samefile(run / "model" / name)
     told = files.read_json(here / PARAMETERS)
     assert (told["lr"], told["epochs"], told["token"]) == (1e-3, 3, "(redacted)")
     assert "SOME_NAME" not in (here / PARAMETERS).read_text() and (here / "notes.md").read_text() == "mine"
-    assert publish(run, here, asked) == [*sorted(FILES), PARAMETERS]
+    assert publish(RunFolder(run), here, asked) == [*sorted(FILES), PARAMETERS]
 
 
 def test_without_hard_links_the_files_are_copied(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,17 +76,17 @@ def test_without_hard_links_the_files_are_copied(here: Path, monkeypatch: pytest
 
     monkeypatch.setattr(project.os, "link", refuse)
     run = finished(here)
-    publish(run, here, config())
+    publish(RunFolder(run), here, config())
     assert (here / "config.json").read_text() == "{}"
     assert not (here / "config.json").samefile(run / "model" / "config.json")
-    publish(run, here, config())  # a copy is known by its content
+    publish(RunFolder(run), here, config())  # a copy is known by its content
 
 
 def test_a_file_that_is_not_the_runs_is_neither_replaced_nor_removed(here: Path) -> None:
     run = finished(here)
     (here / "README.md").write_text("mine")
     with pytest.raises(RunError, match=r"has README\.md, which the run did not write"):
-        publish(run, here, config())
+        publish(RunFolder(run), here, config())
     assert (here / "README.md").read_text() == "mine" and not (here / "config.json").exists()
 
 
@@ -95,16 +95,16 @@ def test_a_folder_and_a_dead_link_in_the_way_are_told_too(here: Path, make: Any)
     run = finished(here)
     make(here / "config.json")
     with pytest.raises(RunError, match=r"has config\.json, which the run did not write"):
-        publish(run, here, config())
+        publish(RunFolder(run), here, config())
 
 
 def test_an_adapter_that_is_merged_later_leaves_nothing_of_itself_in_p(here: Path) -> None:
     adapter = {"adapter_config.json": "{}", "adapter_model.safetensors": "small", "README.md": "a card"}
     run = finished(here, adapter)
-    publish(run, here, config(peft=True))
+    publish(RunFolder(run), here, config(peft=True))
     write_files(run / "export" / "merged", {"config.json": "{}", "model.safetensors": "large"})
     (here / "vocab.json").write_text("mine")
-    names = publish(run, here, config(peft=True, merge_adapter=True))
+    names = publish(RunFolder(run), here, config(peft=True, merge_adapter=True))
     assert names == ["config.json", "model.safetensors", PARAMETERS]
     assert {p.name for p in here.iterdir() if p.is_file()} == {*names, "vocab.json", "corpus.txt"}
 
@@ -184,7 +184,7 @@ def test_the_final_files_reach_the_hub_and_the_token_only_its_header(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = finished(here)
-    names = publish(run, here, config())
+    names = publish(RunFolder(run), here, config())
     with running(Hub()) as hub:
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.environment["HF_ENDPOINT"])
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)

@@ -27,6 +27,7 @@ from raydist.corpus.tokenizer import (
 )
 from raydist.errors import EmptyCorpus, ModelError
 from raydist.job.schema import Job
+from raydist.storage import Storage
 
 TEXTS = [
     f"The {word} of page {i} isn't theirs; naïve café 数{i}.\n"
@@ -182,15 +183,15 @@ def a_job(folder: Path, **corpus: Any) -> Job:
 
 def test_a_job_trains_its_tokenizer_once(tmp_path: Path) -> None:
     job = a_job(tmp_path, holdout=0.25)
-    assert planned_tokenizer(job, tmp_path) is None
-    spec = resolve_tokenizer(job, tmp_path)
+    assert planned_tokenizer(job, Storage(tmp_path)) is None
+    spec = resolve_tokenizer(job, Storage(tmp_path))
     assert spec.vocab_size == 350 and spec.eos_token_id is not None
     assert Path(spec.folder).parent == tmp_path / "tokenizers"
     written = (Path(spec.folder) / "tokenizer.json").stat().st_mtime_ns
-    assert resolve_tokenizer(job, tmp_path) == planned_tokenizer(job, tmp_path) == spec
+    assert resolve_tokenizer(job, Storage(tmp_path)) == planned_tokenizer(job, Storage(tmp_path)) == spec
     assert (Path(spec.folder) / "tokenizer.json").stat().st_mtime_ns == written
     assert list((tmp_path / "tokenizers").iterdir()) == [Path(spec.folder)]
-    other = resolve_tokenizer(a_job(tmp_path, holdout=0.5), tmp_path)
+    other = resolve_tokenizer(a_job(tmp_path, holdout=0.5), Storage(tmp_path))
     assert other.folder != spec.folder
 
 
@@ -209,4 +210,4 @@ def test_held_out_documents_do_not_train_the_tokenizer(tmp_path: Path) -> None:
 
 def test_no_text_to_train_on(tmp_path: Path) -> None:
     with pytest.raises(EmptyCorpus, match="no text to train a tokenizer"):
-        resolve_tokenizer(a_job(tmp_path, clean=[{"min_words": {"count": 1000}}]), tmp_path)
+        resolve_tokenizer(a_job(tmp_path, clean=[{"min_words": {"count": 1000}}]), Storage(tmp_path))

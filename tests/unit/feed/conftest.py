@@ -6,6 +6,7 @@ import xxhash
 from hypothesis import settings
 
 from raydist.corpus.log import Documents, SliceWriter, TokenLog, open_log
+from raydist.corpus.log_folder import LogFolder
 from raydist.files import write_json
 
 settings.register_profile("feed", deadline=None)  # a busy machine is not a failure
@@ -28,7 +29,7 @@ def make_log(tmp_path) -> Callable[..., TokenLog]:
         path = tmp_path / "tokens" / name
         records, base = [], 1
         for number, lengths in enumerate(shards):
-            writer = SliceWriter(path, number, [f"{name}.txt"])
+            writer = SliceWriter(LogFolder(path), number, [f"{name}.txt"])
             of_shard = texts[number] if texts else [f"{name}/{number}/{row}" for row in range(len(lengths))]
             writer.add(_documents(of_shard, np.asarray(lengths, np.int64), base, vocab))
             records += writer.commit()["shards"]

@@ -5,6 +5,7 @@ from raydist.errors import LogError
 from raydist.feed import Feed, FeedSource, audit
 from raydist.feed.pack_index import _checksum
 from raydist.job.schema import Packing
+from tests.unit.feed.places import places_of
 
 SHARDS = [[20, 7, 33, 5] * 4] * 5
 
@@ -25,7 +26,7 @@ def by_hand(feed: Feed, n_samples: int) -> dict[str, int]:
         counts = feed.counts(g, g + 1)
         ids = feed.block(g)["input_ids"]
         eos, padding = eos + counts.n_eos, padding + counts.n_padding
-        (place,) = feed.places(np.array([g]))
+        (place,) = places_of(feed, [g])
         np.add.at(times[place.source], ids[ids > 0], 1)  # tokens of these logs count up from 1
     seen = sum(int(np.count_nonzero(of[1:])) for of in times)
     return {

@@ -15,6 +15,7 @@ from raydist.errors import EmptyCorpus, JobError, LogError
 from raydist.feed import Feed, FeedSource
 from raydist.feed.pack_index import cached_array, pack_index_folder
 from raydist.job.schema import Packing
+from tests.unit.feed.places import places_of
 
 SHARDS = [[5, 40, 1, 16, 15, 17, 3], [100, 2, 2], [7] * 30, [16]]
 STRATEGIES = pytest.mark.parametrize("strategy", ["best_fit", "concat"])
@@ -122,7 +123,7 @@ def test_no_token_is_lost_or_doubled_and_documents_are_where_positions_restart(
 def test_sources_without_weights_are_one_mixed_stream(make_log):
     logs = [make_log([[20] * 9] * n, name=name) for n, name in [(9, "a"), (3, "b")]]
     feed = Feed([FeedSource(log.path.name, log) for log in logs], packing(window_shards=1), 0, 0.0)
-    places = feed.places(np.arange(feed.samples_per_epoch))
+    places = places_of(feed, range(feed.samples_per_epoch))
     assert len(set(places)) == len(places) == sum(source.n_blocks for source in feed.sources)
     shards = [place[:2] for place, nearby in pairwise([*places, (-1, -1, -1)]) if place[:2] != nearby[:2]]
     assert [source for source, _ in shards] == [0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 1, 0]
@@ -134,12 +135,12 @@ def test_a_weighted_mixture_keeps_its_shares_and_reads_each_source_in_its_own_or
     logs = [make_log([[20] * 9] * 3, name=name) for name in "ab"]
     feed = Feed([FeedSource("a", logs[0], 0.75), FeedSource("b", logs[1], 0.25)], packing(), 0, 0.0)
     assert feed.samples_per_epoch is None
-    places = feed.places(np.arange(400))
+    places = places_of(feed, range(400))
     assert Counter(place.source for place in places) == {0: 300, 1: 100}
     epoch = feed.sources[1].n_blocks
     from_b = [place for place in places if place.source == 1]
     assert len(set(from_b[:epoch])) == epoch
-    alone = Feed([FeedSource("b", logs[1], 1.0)], packing(), 0, 0.0).places(np.arange(100))
+    alone = places_of(Feed([FeedSource("b", logs[1], 1.0)], packing(), 0, 0.0), range(100))
     assert [place[1:3] for place in from_b] == [place[1:3] for place in alone]
 
 
@@ -166,8 +167,8 @@ def test_the_seed_changes_the_order_and_nothing_else(make_log):
     source = [FeedSource("a", make_log(SHARDS))]
     one, other = (Feed(source, packing(), seed, 0.0) for seed in (0, 1))
     n = one.samples_per_epoch
-    assert one.places(np.arange(n)) != other.places(np.arange(n))
-    assert set(one.places(np.arange(n))) == set(other.places(np.arange(n)))
+    assert places_of(one, range(n)) != places_of(other, range(n))
+    assert set(places_of(one, range(n))) == set(places_of(other, range(n)))
 
 
 def test_counts_of_a_range_are_the_sum_of_its_samples(make_log):

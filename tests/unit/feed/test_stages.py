@@ -12,6 +12,7 @@ from raydist.corpus.log import held_out
 from raydist.feed import Feed, FeedSource, audit
 from raydist.job.plan import Stretch
 from raydist.job.schema import Packing
+from tests.unit.feed.places import places_of
 
 SHARDS = [[5, 40, 1, 16, 15, 17, 3], [100, 2, 2], [7] * 30, [16], [33, 9, 70]]
 ANY = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -32,7 +33,7 @@ def tokens_of(feed: Feed, start: int, stop: int) -> list[Counter[int]]:
     """By source: how often each token was an input of samples [start, stop)."""
     seen: list[Counter[int]] = [Counter() for _ in feed.sources]
     for g in range(start, stop):
-        (place,) = feed.places(np.array([g]))
+        (place,) = places_of(feed, [g])
         ids = feed.block(g)["input_ids"]
         seen[place.source].update(ids[ids > 0].tolist())
     return seen
@@ -87,7 +88,7 @@ def test_labels_are_the_next_token_of_the_document_also_of_what_was_left(make_lo
         rows = [row["input_ids"].tolist() for row in source.log.documents()]
         after.append({a: b for ids in rows for a, b in zip(ids, [*ids[1:], 0], strict=True)})
     for g in range(60):
-        (place,) = feed.places(np.array([g]))
+        (place,) = places_of(feed, [g])
         block, counts = feed.block(g), feed.counts(g, g + 1)
         ids, labels = block["input_ids"], block["labels"]
         assert len(ids) == feed.stage_of(g).packing.block_size == sum(counts[:3])

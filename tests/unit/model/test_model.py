@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import JobError, ModelError
+from raydist.folder import RunFolder
 from raydist.model.build import (
     build_model,
     check_fits,
@@ -125,7 +126,7 @@ def test_lora_trains_the_adapter_alone_loads_in_peft_and_merges(tmp_path: Path, 
     logits = adapted(ids).logits
     with adapted.disable_adapter():
         assert (adapted(ids).logits - logits).abs().max() > 1e-2
-    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(spec.run))
+    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(RunFolder(spec.run)))
     assert merged.dtype == torch.bfloat16
     assert (merged(ids).logits - logits).abs().max() < 2e-2 * logits.abs().max()
 
@@ -396,12 +397,12 @@ def test_an_adapter_or_its_base_that_does_not_fit_is_refused(tmp_path: Path, bas
         (whole | {"base_model.model.other.lora_A.weight": torch.ones(4, 4)}, r"1 tensor unexpected: .*other"),
     ):
         save_file(spoilt, folder / "adapter_model.safetensors")
-        for refused in (lambda: load_trained(folder), lambda: merge_adapter(spec.run)):
+        for refused in (lambda: load_trained(folder), lambda: merge_adapter(RunFolder(spec.run))):
             with pytest.raises(ModelError, match=rf"(?s)the adapter's tensors.*{said}"):
                 refused()
     save_file(whole, folder / "adapter_model.safetensors")
     load_trained(folder)
     edited(base, without("layers.1."))
-    for refused in (lambda: load_trained(folder), lambda: merge_adapter(spec.run)):
+    for refused in (lambda: load_trained(folder), lambda: merge_adapter(RunFolder(spec.run))):
         with pytest.raises(ModelError, match=r"9 tensors missing"):
             refused()

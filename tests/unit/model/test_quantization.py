@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import JobError, ModelError
+from raydist.folder import RunFolder
 from raydist.job.identity import differences
 from raydist.model.base import SAFE
 from raydist.model.build import build_model, check_fits, load_config, model_sizes
@@ -159,7 +160,7 @@ def test_the_merged_model_is_the_trained_one(tmp_path: Path, bits: str, config: 
     spec = trained(tmp_path, write_base(tmp_path / "base", config), bits)
     model = load_trained(spec.run / "model")
     assert any(isinstance(module, KINDS[bits]) for module in model.modules())
-    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(spec.run)).eval()
+    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(RunFolder(spec.run))).eval()
     assert merged.dtype == torch.float32 and not hasattr(merged.config, "quantization_config")
     logits = model(IDS).logits
     assert largest(merged(IDS).logits - logits) < 1e-4 * largest(logits)
@@ -185,13 +186,13 @@ def test_on_the_original_base_the_adapter_would_be_another_model(tmp_path: Path,
 def test_another_base_is_refused_for_a_quantized_run_and_taken_for_others(tmp_path: Path, base: Path) -> None:
     spec = trained(tmp_path / "quantized", base, "int8")
     with pytest.raises(ModelError, match=r"(?s)quantized run.*9%.*leave --base out"):
-        merge_adapter(spec.run, base)
+        merge_adapter(RunFolder(spec.run), base)
     plain = trained(tmp_path / "plain", base, None)
-    expected = weight_hash(merge_adapter(plain.run))
+    expected = weight_hash(merge_adapter(RunFolder(plain.run)))
     copy = shutil.move(base, tmp_path / "moved")
     with pytest.raises(ModelError, match=r"(?s)cannot be merged into .*base.*--base FOLDER"):
-        merge_adapter(plain.run)
-    assert weight_hash(merge_adapter(plain.run, copy)) == expected
+        merge_adapter(RunFolder(plain.run))
+    assert weight_hash(merge_adapter(RunFolder(plain.run), copy)) == expected
 
 
 # --- what cannot be

@@ -126,7 +126,7 @@ def judge(whole: AttemptSpec, cut: AttemptSpec) -> dict[str, Any]:
         "loaded": eval_loss(whole, load_trained(whole.run / "model")),
     }
     if whole.job.adapter is not None:
-        found["merged"] = eval_loss(whole, load_trained(merge_adapter(whole.run)))
+        found["merged"] = eval_loss(whole, load_trained(merge_adapter(RunFolder(whole.run))))
     return found
 
 

@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from raydist.folder import RunFolder
 from raydist.track.records import Tail, effective, redact, supersede
 
 
@@ -54,7 +55,7 @@ def test_the_newest_attempt_wins_in_whatever_order_records_arrive(tmp_path: Path
     resume = {"kind": "resume", "step": 10, "attempt": 2}
     records = [train(10, 1), resume, train(20, 2, loss=2.0), train(20, 1, loss=1.0), train(30, 1)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    kept = [r for r in effective(tmp_path) if r["kind"] == "train"]
+    kept = [r for r in effective(RunFolder(tmp_path)) if r["kind"] == "train"]
     assert [(r["step"], r["attempt"]) for r in kept] == [(10, 1), (20, 2)]
 
 

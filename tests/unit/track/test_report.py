@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from raydist.folder import RunFolder
 from raydist.track.humanize import short
 from raydist.track.report import render, wall_seconds, write_report
 
@@ -80,7 +81,7 @@ def text_of(page: str) -> str:
 
 
 def test_the_page_tells_the_whole_run(run: Path) -> None:
-    page = write_report(run, state="finished").read_text()
+    page = write_report(RunFolder(run), state="finished").read_text()
     told = text_of(page)
     for part in (
         "finished",
@@ -99,20 +100,20 @@ def test_the_page_tells_the_whole_run(run: Path) -> None:
 
 
 def test_only_the_winning_attempt_is_drawn(run: Path) -> None:
-    page = render(run)
+    page = render(RunFolder(run))
     (curve,) = re.findall(r'id="learning-rate-series-learning_rate">\s*<path d="([^"]*)"', page)
     xs = [float(x) for x in re.findall(r"[ML] ([\d.]+) ", curve)]
     assert xs == sorted(set(xs))
 
 
 def test_what_a_run_holds_cannot_become_markup_or_leak(run: Path) -> None:
-    page = render(run, error="GET http://bob:pw@host failed <img src=x>")
+    page = render(RunFolder(run), error="GET http://bob:pw@host failed <img src=x>")
     assert "<script" not in page and "<img" not in page and "hunter2" not in page and "bob:pw" not in page
     assert "b &amp; c: &lt;/pre&gt;&lt;script&gt;" in page
 
 
 def test_nothing_points_outside_the_page(run: Path) -> None:
-    page = render(run)
+    page = render(RunFolder(run))
     assert not re.search(r"""(src|href)=["'](?!#)|url\((?!#)|@import""", page)
     ids = re.findall(r'\bid="([^"]+)"', page)
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', page))
@@ -120,20 +121,22 @@ def test_nothing_points_outside_the_page(run: Path) -> None:
 
 
 def test_the_same_folder_gives_the_same_page(run: Path) -> None:
-    assert re.sub(r"written .* UTC", "", render(run)) == re.sub(r"written .* UTC", "", render(run))
+    assert re.sub(r"written .* UTC", "", render(RunFolder(run))) == re.sub(
+        r"written .* UTC", "", render(RunFolder(run))
+    )
 
 
 def test_runs_that_hardly_began_have_a_page(tmp_path: Path) -> None:
-    assert "not started" in text_of(render(tmp_path))
+    assert "not started" in text_of(render(RunFolder(tmp_path)))
     (tmp_path / "status.json").write_text('{"state": "failed", "error": "no file matches data/*.parquet"}')
-    told = text_of(render(tmp_path))
+    told = text_of(render(RunFolder(tmp_path)))
     assert (
         "failed" in told and "no file matches data/*.parquet" in told and "No step has been recorded" in told
     )
     (tmp_path / "metrics.jsonl").write_text(json.dumps(_eval(0, 1, 5.0)) + "\n")
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "start"}\n{"kind": "incident"}\n')
-    page = render(tmp_path)
+    page = render(RunFolder(tmp_path))
     assert page.count("<svg") == 1 and "Attempt 1 started with 1 worker" in text_of(page)
 
 

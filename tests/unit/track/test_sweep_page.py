@@ -2,6 +2,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from raydist.folder import RunFolder
 from raydist.track.sweep_page import Trial, ranked, write_sweep_page
 
 
@@ -39,7 +40,7 @@ def test_the_page_tells_the_whole_sweep(tmp_path: Path) -> None:
         "name: <demo>\ntracking: {mlflow: 'http://ann:hunter2@host/'}\n"
     )
     page = write_sweep_page(
-        tmp_path, TRIALS, state="finished", error="GET http://bob:pw@host <b>"
+        RunFolder(tmp_path), TRIALS, state="finished", error="GET http://bob:pw@host <b>"
     ).read_text()
     told = text_of(page)
     for part in (
@@ -56,7 +57,7 @@ def test_the_page_tells_the_whole_sweep(tmp_path: Path) -> None:
 
 
 def test_a_line_for_each_trial_and_a_drawing_for_each_parameter(tmp_path: Path) -> None:
-    curves, by_lr, by_schedule = drawings(write_sweep_page(tmp_path, TRIALS).read_text())
+    curves, by_lr, by_schedule = drawings(write_sweep_page(RunFolder(tmp_path), TRIALS).read_text())
     faint = r'<path d="M [^"]*" [^>]*stroke: var\(--muted\); stroke-opacity: 0.5;[^>]*linecap'
     others = re.findall(faint, curves)
     assert len(others) == 3
@@ -68,7 +69,7 @@ def test_a_line_for_each_trial_and_a_drawing_for_each_parameter(tmp_path: Path) 
 
 
 def test_a_sweep_that_hardly_began_has_a_page(tmp_path: Path) -> None:
-    assert "No trial has begun yet" in text_of(write_sweep_page(tmp_path, []).read_text())
+    assert "No trial has begun yet" in text_of(write_sweep_page(RunFolder(tmp_path), []).read_text())
     failed = Trial("a", {"train.lr": 1}, "failed", None, 0, [], "ConfigError: password=pw <x>")
-    page = write_sweep_page(tmp_path, [failed]).read_text()
+    page = write_sweep_page(RunFolder(tmp_path), [failed]).read_text()
     assert "ConfigError: password=*** &lt;x&gt;" in text_of(page) and drawings(page) == []

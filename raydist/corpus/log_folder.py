@@ -1,0 +1,144 @@
+"""The folder of a token log: every name in it, and how each file is written and read.
+
+    <storage>/tokens/<fingerprint>/
+        plan.json                what is known before the first token, and the slices; written first
+        shards/00000-000.arrow   documents: number of the slice, number of the shard in it
+        quarantine/00000.jsonl   records of the slice that could not be read, if there are any
+        slices/00000.json        the slice's commit record; written last of its files
+        quarantine.jsonl         the records of all slices that could not be read
+        manifest.json            written last: the log is complete
+        .<name>.<12 hex>.tmp     a file that is being written
+
+Each file appears whole, by rename. So a preparation may be killed at any instant, and two may make the
+same slice at once: both write the same bytes. What the shards hold is in raydist.corpus.log.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from raydist.files import read_json, read_jsonl, read_record, write_bytes, write_json
+
+PLAN, MANIFEST, QUARANTINE = "plan.json", "manifest.json", "quarantine.jsonl"
+
+_OURS = re.compile(
+    rf"{re.escape(PLAN)}|{re.escape(MANIFEST)}|{re.escape(QUARANTINE)}"
+    r"|shards/\d{5,}-\d{3,}\.arrow|slices/\d{5,}\.json|quarantine/\d{5,}\.jsonl"
+    r"|(?:\w+/)?\.[\w.-]+\.[0-9a-f]{12}\.tmp"
+)
+"""Names that raydist writes, as paths within the folder, finished or temporary."""
+
+Record = dict[str, Any]
+
+
+class LogFolder:
+    """Paths and records of one token log; making the object touches nothing.
+
+    A commit record is {shards: [{name, n_documents, n_tokens, n_bytes, size, xxh3_128}], n_quarantined,
+    n_empty}; size in bytes of the file. Slices are numbered from 0 in their planned order.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.manifest_file = path / MANIFEST
+        self.quarantine_file = path / QUARANTINE
+        self.quarantine = path / "quarantine"
+        self._plan_file = path / PLAN
+
+    def begun(self) -> bool:
+        return self._plan_file.exists()
+
+    def complete(self) -> bool:
+        return self.manifest_file.exists()
+
+    # --- the plan, and the manifest ----------------------------------------------------------------
+
+    def write_plan(self, plan: Record) -> None:
+        """{identity, log: the manifest's head, slices}"""
+        write_json(self._plan_file, plan)
+
+    def read_plan(self) -> Record:
+        """{} for a log that is not begun."""
+        return read_record(self._plan_file)
+
+    def write_manifest(self, manifest: Record) -> None:
+        write_json(self.manifest_file, manifest)
+
+    def read_manifest(self) -> Record:
+        """Raises FileNotFoundError, and ValueError where it is damaged."""
+        manifest: Record = read_json(self.manifest_file)
+        return manifest
+
+    # --- slices ------------------------------------------------------------------------------------
+
+    def shard(self, name: str) -> Path:
+        return self.path / "shards" / name
+
+    def shard_name(self, number: int, nth: int) -> str:
+        """Of the slice's nth shard."""
+        return f"{number:05d}-{nth:03d}.arrow"
+
+    def has_shard(self, record: Mapping[str, Any]) -> bool:
+        """Whether the shard of this record, one of a commit record's, is there in its full size."""
+        path = self.shard(record["name"])
+        return path.is_file() and path.stat().st_size == record["size"]
+
+    def write_commit(self, number: int, record: Record) -> None:
+        """The slice's files are all there."""
+        write_json(self.path / _commit(number), record)
+
+    def read_commit(self, number: int) -> Record | None:
+        """None for a slice that is not committed."""
+        path = self.path / _commit(number)
+        return read_json(path) if path.exists() else None
+
+    def committed(self) -> list[int]:
+        """Numbers of the slices with a commit record, in order."""
+        names = (path.stem for path in self.path.glob("slices/*.json"))
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def is_whole(self, number: int, record: Record) -> bool:
+        """Whether all files of a committed slice are there."""
+        quarantine = self.path / _quarantine(number)
+        return all(self.has_shard(shard) for shard in record["shards"]) and (
+            not record["n_quarantined"] or quarantine.exists()
+        )
+
+    # --- records that could not be read ------------------------------------------------------------
+
+    def write_quarantine(self, number: int, bad: Iterable[Record]) -> None:
+        """Those of a slice: {file, row, reason}."""
+        write_bytes(self.path / _quarantine(number), b"".join(orjson.dumps(each) + b"\n" for each in bad))
+
+    def read_quarantine(self, number: int) -> list[Record]:
+        return read_jsonl(self.path / _quarantine(number))
+
+    def join_quarantines(self, numbers: Sequence[int]) -> None:
+        """Those of these slices, in one file."""
+        parts = [(self.path / _quarantine(number)).read_bytes() for number in numbers]
+        write_bytes(self.quarantine_file, b"".join(parts))
+
+    # --- the end -----------------------------------------------------------------------------------
+
+    def tidy(self, slices: Mapping[int, Record]) -> None:
+        """Keep the plan and the files of these slices, by commit records; remove raydist's other files."""
+        kept = {PLAN, *(_commit(number) for number in slices)}
+        kept |= {f"shards/{shard['name']}" for record in slices.values() for shard in record["shards"]}
+        kept |= {_quarantine(number) for number, record in slices.items() if record["n_quarantined"]}
+        for file in [file for file in self.path.rglob("*") if file.is_file() and not file.is_symlink()]:
+            name = file.relative_to(self.path).as_posix()
+            if name not in kept and _OURS.fullmatch(name):
+                file.unlink(missing_ok=True)
+
+
+def _commit(number: int) -> str:
+    return f"slices/{number:05d}.json"
+
+
+def _quarantine(number: int) -> str:
+    return f"quarantine/{number:05d}.jsonl"
