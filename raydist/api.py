@@ -13,7 +13,7 @@ from raydist.job.load import load_job
 from raydist.job.schema import Job
 from raydist.run.dataset import Prepared, find_prepared, prepare_logs
 from raydist.run.run import RunResult, folder_of, run_job
-from raydist.track.progress import Progress
+from raydist.track.progress import make_view
 
 if TYPE_CHECKING:
     import ray.data
@@ -60,8 +60,8 @@ def tune(job: Job, *, address: str | None = None) -> SweepResult:
 
 def prepare(job: Job, *, address: str | None = None) -> Prepared:
     """Make the token logs of `job`, or find them made; returns them opened."""
-    with Progress() as progress, ray_session(0, 1, ray_address(address)):
-        return prepare_logs(job, progress)
+    with make_view() as view, ray_session(0, 1, ray_address(address)):
+        return prepare_logs(job, view)
 
 
 def open_feed(job_or_run: Job | str | Path) -> Feed:

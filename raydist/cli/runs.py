@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -92,26 +91,17 @@ def _end_as(folder: RunFolder) -> None:
 
 def _print_records(folder: RunFolder, follow: bool) -> None:
     from raydist.folder import LIVE
-    from raydist.track.progress import Progress
+    from raydist.track.progress import Lines
     from raydist.track.records import Tail
 
-    lines, tail = Progress(_Lines()), Tail(folder.metrics_file)
+    lines, tail = Lines(click.echo), Tail(folder.metrics_file)
     while True:
         live = follow and folder.state() in LIVE  # before the poll, so that the last records are not missed
         for record in tail.poll():
-            lines.total_steps = record.get("steps", lines.total_steps)
             lines.record(record)
         if not live:
             return
         time.sleep(POLL_SECONDS)
-
-
-class _Lines(io.StringIO):
-    """Never a terminal, so that Progress prints plain lines."""
-
-    def write(self, text: str) -> int:
-        click.echo(text, nl=False)
-        return len(text)
 
 
 def _logs_of_job(run: str, address: str, follow: bool) -> int:

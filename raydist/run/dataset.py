@@ -20,7 +20,7 @@ from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer, resolve_t
 from raydist.errors import CorpusError, EmptyCorpus, LogError
 from raydist.job.schema import Job, Source
 from raydist.storage import Storage
-from raydist.track.progress import Progress
+from raydist.track.listener import Listener
 
 if TYPE_CHECKING:
     from raydist.corpus.pipeline import Share
@@ -124,7 +124,7 @@ class Prepared:
 
 def prepare_logs(
     job: Job,
-    progress: Progress,
+    listener: Listener,
     *,
     pinned: dict[str, Any] | None = None,
     stop: Callable[[], None] = lambda: None,
@@ -135,13 +135,13 @@ def prepare_logs(
     """
     if pinned and _complete(job, pinned):
         prepared = _open_pinned(job, pinned)
-        _tell_what_changed(prepared, progress)
+        _tell_what_changed(prepared, listener)
         return prepared
-    progress.phase("planning")
+    listener.phase("planning")
 
     def made(name: str, plan: LogPlan) -> TokenLog:
         stop()
-        return _make(name, plan, job.corpus.on_error, progress)
+        return _make(name, plan, job.corpus.on_error, listener)
 
     return _of_plans(job, _tokenizer(job, pinned), made, pinned)
 
@@ -159,7 +159,7 @@ def can_begin_early(job: Job) -> bool:
 
 
 def prepare_first(
-    job: Job, progress: Progress, share: Share, *, pinned: dict[str, Any] | None = None
+    job: Job, listener: Listener, share: Share, *, pinned: dict[str, Any] | None = None
 ) -> tuple[Prepared, Callable[[], Prepared]] | None:
     """The logs as far as their first window, and what makes the rest of them; None if that is all there is.
 
@@ -186,7 +186,7 @@ def prepare_first(
             up_to(slices)
         return up_to(longest)
 
-    progress.phase("preparing", f"the first {window} slices of each source; the others while it trains")
+    listener.phase("preparing", f"the first {window} slices of each source; the others while it trains")
     eval_logs = {name: made(plan, sys.maxsize) for name, plan in eval_plans.items()}
     for slices in itertools.count(window, window):  # a slice may hold no document, and so no shard
         prepared = up_to(slices)
@@ -288,22 +288,22 @@ def _complete(job: Job, pins: dict[str, Any]) -> bool:
     return not any(folder.begun() and not folder.complete() for folder in folders)
 
 
-def _make(name: str, plan: LogPlan, on_error: str, progress: Progress) -> TokenLog:
-    progress.phase(f"preparing {name}", f"{plan.n_files:,} files, {plan.n_slices:,} slices")
+def _make(name: str, plan: LogPlan, on_error: str, listener: Listener) -> TokenLog:
+    listener.phase(f"preparing {name}", f"{plan.n_files:,} files, {plan.n_slices:,} slices")
     log = build_log(
         plan,
         on_error=on_error,
-        on_progress=lambda now: progress.prepare(now.n_done, now.n_slices, now.n_documents, now.n_tokens),
+        on_progress=lambda now: listener.prepare(now.n_done, now.n_slices, now.n_documents, now.n_tokens),
     )
     if log.n_quarantined:
-        progress.message(
+        listener.message(
             f"{name}: {log.n_quarantined} unreadable records or files left out;"
             f" see {log.folder.quarantine_file}"
         )
     return log
 
 
-def _tell_what_changed(prepared: Prepared, progress: Progress) -> None:
+def _tell_what_changed(prepared: Prepared, listener: Listener) -> None:
     job, logs = prepared.job, prepared.eval_logs | prepared.logs
     for name, source in [*job.corpus.sources.items(), *job.eval.sources.items()]:
         try:
@@ -312,7 +312,7 @@ def _tell_what_changed(prepared: Prepared, progress: Progress) -> None:
             reason = "its source files changed since the run began"
         except CorpusError as error:
             reason = f"its source files cannot be read any more ({error.what})"
-        progress.message(f"{name}: {reason}; the run goes on with the tokens it began with")
+        listener.message(f"{name}: {reason}; the run goes on with the tokens it began with")
 
 
 def _open_pinned(job: Job, pins: dict[str, Any]) -> Prepared:

@@ -26,7 +26,8 @@ from raydist.job.load import job_yaml, load_job
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
 from raydist.run.dataset import Prepared, can_begin_early, prepare_first, prepare_logs
-from raydist.track.progress import Progress
+from raydist.track.listener import Listener
+from raydist.track.progress import make_view
 from raydist.track.records import Tail, effective, read_metrics
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class RunResult:
 
 
 def run_job(
-    job: Job, *, address: str | None = None, progress: Progress | None = None, parent: str | None = None
+    job: Job, *, address: str | None = None, listener: Listener | None = None, parent: str | None = None
 ) -> RunResult:
     """Run `job` to its end, or resume the run of that name. parent: the MLflow run that it is part of.
 
@@ -67,13 +68,13 @@ def run_job(
         raise JobError(f"{job.name} is a sweep: it has a tune section", fix="raydist tune, or tune: null")
     folder = folder_of(job)
     folder.check_place("run")
-    progress = progress or Progress(name=job.name)
-    with progress, folder.lease():
+    listener = listener or make_view(name=job.name)
+    with listener, folder.lease():
         folder.mark("run")
         if _already_finished(job, folder):
-            progress.message(f"run {job.name} is finished already; nothing to do")
+            listener.message(f"run {job.name} is finished already; nothing to do")
             return _result(folder)
-        with status_of(folder), stop_signals(folder, progress):
+        with status_of(folder), stop_signals(folder, listener):
             from raydist.run.preflight import check_job
 
             _claim(job, folder)
@@ -81,9 +82,9 @@ def run_job(
             _keep_collator(job, folder)
             with (
                 ray_session(job.scaling.num_workers, job.scaling.cpus_per_worker, address),
-                stop_signals(folder, progress),  # again: joining a cluster puts Ray's own handlers in place
+                stop_signals(folder, listener),  # again: joining a cluster puts Ray's own handlers in place
             ):
-                _prepare_and_train(job, folder, progress, parent)
+                _prepare_and_train(job, folder, listener, parent)
         return _result(folder)
 
 
@@ -91,21 +92,21 @@ def folder_of(job: Job) -> RunFolder:
     return RunFolder(Path(job.storage).expanduser() / job.name)
 
 
-def _prepare_and_train(job: Job, folder: RunFolder, progress: Progress, parent: str | None) -> None:
+def _prepare_and_train(job: Job, folder: RunFolder, listener: Listener, parent: str | None) -> None:
     from raydist.model.attention import check_attention
 
     check_attention(job.model.attn_implementation, "cuda" if job.scaling.on_gpus(gpus()) else "cpu")
-    prepared, rest = _prepare(job, folder, progress)
+    prepared, rest = _prepare(job, folder, listener)
     feed = prepared.feed()
     plan = _plan(job, folder, feed)
     _write_data(folder, prepared, feed)
     stop_if_asked(folder)
-    with _reported(job, folder, progress, parent):
-        stopped = _attempts(job, folder, prepared, rest, plan, progress)
+    with _reported(job, folder, listener, parent):
+        stopped = _attempts(job, folder, prepared, rest, plan, listener)
         if rest is not None:
             if stopped and not rest.done():
                 raise stopped_error(folder)
-            prepared = _awaited(rest, progress)
+            prepared = _awaited(rest, listener)
             feed = prepared.feed()
             _write_data(folder, prepared, feed)
         _conclude(folder, prepared, feed)
@@ -175,7 +176,7 @@ def status_of(folder: RunFolder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def stop_signals(folder: RunFolder, progress: Progress) -> Iterator[None]:
+def stop_signals(folder: RunFolder, listener: Listener) -> Iterator[None]:
     """SIGTERM and Ctrl-C ask for a checkpoint and a clean end; a second one ends at once."""
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -184,7 +185,7 @@ def stop_signals(folder: RunFolder, progress: Progress) -> Iterator[None]:
         folder.stop_flag.touch()
         if folder.status()["state"] != "training":
             raise stopped_error(folder)
-        progress.message("stopping after a checkpoint; once more to stop at once")
+        listener.message("stopping after a checkpoint; once more to stop at once")
 
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread receives signals; `raydist stop` still works
@@ -216,21 +217,21 @@ def stopped_error(folder: RunFolder) -> Stopped:
 # --- data ----------------------------------------------------------------------------------------
 
 
-def _prepare(job: Job, folder: RunFolder, progress: Progress) -> tuple[Prepared, Future[Prepared] | None]:
+def _prepare(job: Job, folder: RunFolder, listener: Listener) -> tuple[Prepared, Future[Prepared] | None]:
     """The token logs; or their first windows, while the rest is made beside the training."""
     folder.set_status("preparing")
     pinned = folder.data().get("pins")
     share = spare(job) if can_begin_early(job) else None
-    first = prepare_first(job, progress, share, pinned=pinned) if share else None
+    first = prepare_first(job, listener, share, pinned=pinned) if share else None
     if first is None:
-        return prepare_logs(job, progress, pinned=pinned, stop=lambda: stop_if_asked(folder)), None
+        return prepare_logs(job, listener, pinned=pinned, stop=lambda: stop_if_asked(folder)), None
     prepared, rest = first
     return prepared, _in_thread(rest)
 
 
-def _awaited(rest: Future[Prepared], progress: Progress) -> Prepared:
+def _awaited(rest: Future[Prepared], listener: Listener) -> Prepared:
     if not rest.done():
-        progress.phase(
+        listener.phase(
             "preparing", "training has ended; the rest of the token logs, to account for every token"
         )
     return rest.result()
@@ -250,7 +251,7 @@ def _attempts(
     prepared: Prepared,
     rest: Future[Prepared] | None,
     plan: Plan,
-    progress: Progress,
+    listener: Listener,
 ) -> bool:
     """Train until an attempt ends by itself; True when it was stopped on request.
 
@@ -258,16 +259,15 @@ def _attempts(
     function would only repeat, so it ends the run.
     """
     folder.set_status("training")
-    progress.total_steps = plan.steps
-    progress.phase("training")
+    listener.phase("training")
     lost = 0
     while True:
         spec = prepared.attempt_spec(folder, plan, folder.next_attempt())
         try:
-            return _watch(spec, rest, folder, progress)
+            return _watch(spec, rest, folder, listener)
         except OutOfMemory as error:
             plan = _halved(job, folder, plan, spec.attempt, error)
-            progress.message(f"{error.what}; going on with {plan.micro_batches} of the same global batch")
+            listener.message(f"{error.what}; going on with {plan.micro_batches} of the same global batch")
         except WorkerLost as error:
             lost += 1
             if lost > job.scaling.max_failures:
@@ -277,7 +277,7 @@ def _attempts(
                     why=error.what,
                     fix="see ray/ in the run's folder; submit again to go on from the last checkpoint",
                 ) from error
-            progress.message(f"a worker was lost; going on from the last checkpoint ({error.what})")
+            listener.message(f"a worker was lost; going on from the last checkpoint ({error.what})")
 
 
 def _plan(job: Job, folder: RunFolder, feed: Feed) -> Plan:
@@ -303,7 +303,7 @@ def _halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfM
     return make_plan(job, plan.world_size, plan.samples_per_epoch, tokens)
 
 
-def _watch(spec: AttemptSpec, rest: Future[Prepared] | None, folder: RunFolder, progress: Progress) -> bool:
+def _watch(spec: AttemptSpec, rest: Future[Prepared] | None, folder: RunFolder, listener: Listener) -> bool:
     """Run one attempt in a thread, so that this one can show its records and receive signals.
 
     rest: the preparation that goes on beside it; what it raises is raised here.
@@ -311,12 +311,12 @@ def _watch(spec: AttemptSpec, rest: Future[Prepared] | None, folder: RunFolder, 
     from raydist.cluster.trainer import run_attempt
 
     tail = Tail(folder.metrics_file, offset=_size(folder.metrics_file))
-    attempt = _in_thread(lambda: run_attempt(spec, progress.message))
+    attempt = _in_thread(lambda: run_attempt(spec, listener.message))
     done = False
     while not done:
         done = attempt.done()  # before the poll, so that the last records are not missed
         for record in tail.poll():
-            progress.record(record)
+            listener.record(record)
         if rest is not None and rest.done():
             rest.result()
         time.sleep(0 if done else POLL_SECONDS)
@@ -358,12 +358,12 @@ def _conclude(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
 
 
 @contextlib.contextmanager
-def _reported(job: Job, folder: RunFolder, progress: Progress, parent: str | None) -> Iterator[None]:
+def _reported(job: Job, folder: RunFolder, listener: Listener, parent: str | None) -> Iterator[None]:
     """Trackers follow the run; they and the report say how it ended, however it ends."""
     from raydist.track.report import write_report
     from raydist.track.start import start_trackers
 
-    trackers = start_trackers(job, folder, parent=parent, on_warning=progress.message)
+    trackers = start_trackers(job, folder, parent=parent, on_warning=listener.message)
     state, told = "failed", ""
     try:
         yield

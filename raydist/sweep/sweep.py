@@ -28,8 +28,9 @@ from raydist.run.dataset import Prepared, prepare_logs
 from raydist.run.run import folder_of, status_of, stop_if_asked, stop_signals
 from raydist.sweep.suggest import METRIC, Journal, Parameters, read_parameters
 from raydist.sweep.trial import ENDED, SweepSpec, TrialRun, curve
+from raydist.track.listener import Listener
 from raydist.track.mlflow import finish_parent, start_parent
-from raydist.track.progress import Progress
+from raydist.track.progress import make_view
 from raydist.track.sweep_page import Trial, ranked, write_sweep_page
 
 
@@ -42,26 +43,26 @@ class SweepResult:
     best: Path | None
 
 
-def run_sweep(job: Job, *, address: str | None = None, progress: Progress | None = None) -> SweepResult:
+def run_sweep(job: Job, *, address: str | None = None, listener: Listener | None = None) -> SweepResult:
     """Run the sweep of `job`, or go on with the one of that name; no finished trial runs twice.
 
     Raises TrainingError at the end if trials failed, each of which is recorded; the others count.
     """
     if job.tune is None:
         raise JobError(f"{job.name} has no tune section", fix="raydist submit runs it, or say what to search")
-    folder, progress = folder_of(job), progress or Progress(name=job.name)
+    folder, listener = folder_of(job), listener or make_view(name=job.name)
     folder.check_place("sweep")
-    with progress, folder.lease():
+    with listener, folder.lease():
         folder.mark("sweep")
         _refuse_changed(job, folder)
-        with status_of(folder), stop_signals(folder, progress):
+        with status_of(folder), stop_signals(folder, listener):
             _claim(job, folder)
             workers = job.scaling
             with (
                 ray_session(workers.num_workers, workers.cpus_per_worker, address),
-                stop_signals(folder, progress),  # again: joining a cluster puts Ray's own handlers in place
+                stop_signals(folder, listener),  # again: joining a cluster puts Ray's own handlers in place
             ):
-                _prepare_and_search(job, folder, progress)
+                _prepare_and_search(job, folder, listener)
     return read_sweep(job)
 
 
@@ -98,21 +99,21 @@ def _at_an_end(job: Job, end: int) -> Job:
     return trial_job(job, 0, {key: of.extremes[end] for key, of in job.tune.search.items()})
 
 
-def _prepare_and_search(job: Job, folder: RunFolder, progress: Progress) -> None:
+def _prepare_and_search(job: Job, folder: RunFolder, listener: Listener) -> None:
     assert job.tune is not None
     room = require_room(job, "one trial")
     folder.set_status("preparing")
     pins = folder.data().get("pins")
-    prepared = prepare_logs(job, progress, pinned=pins, stop=lambda: stop_if_asked(folder))
+    prepared = prepare_logs(job, listener, pinned=pins, stop=lambda: stop_if_asked(folder))
     _require_held_out(replace(prepared, job=_at_an_end(job, 0)))
     files.write_json(folder.data_file, {"pins": prepared.pins()})
     folder.set_status("training")
     at_a_time = room if job.tune.concurrency == "auto" else min(room, job.tune.concurrency)
-    progress.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
-    with _concluded(job, folder, progress) as parent:
+    listener.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
+    with _concluded(job, folder, listener) as parent:
         ended = {n: state for n, (state, _) in enumerate(_states(job, folder)) if state in ENDED}
         spec = SweepSpec(job, folder.path.resolve(), prepared.pins(), parent, ended)
-        _search(spec, folder, at_a_time, progress)
+        _search(spec, folder, at_a_time, listener)
         stop_if_asked(folder)
         _refuse_failed(folder, read_sweep(job))
 
@@ -128,7 +129,7 @@ def _require_held_out(prepared: Prepared) -> None:
         )
 
 
-def _search(spec: SweepSpec, folder: RunFolder, at_a_time: int, progress: Progress) -> None:
+def _search(spec: SweepSpec, folder: RunFolder, at_a_time: int, listener: Listener) -> None:
     """Tune keeps its own records in ray/attempt-N; nothing is ever read from there."""
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1")
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a job's relative paths are of this folder
@@ -150,7 +151,7 @@ def _search(spec: SweepSpec, folder: RunFolder, at_a_time: int, progress: Progre
             name=f"attempt-{folder.next_attempt()}",
             storage_path=str(folder.ray.resolve()),
             stop=_Asked(folder),
-            callbacks=[_Told(spec, folder, progress)],
+            callbacks=[_Told(spec, folder, listener)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=spec.job.scaling.max_failures),
             verbose=0,
@@ -188,8 +189,8 @@ class _Asked(tune.Stopper):
 class _Told(tune.Callback):
     """Writes down how trials end, and says so."""
 
-    def __init__(self, spec: SweepSpec, folder: RunFolder, progress: Progress) -> None:
-        self._spec, self._folder, self._progress = spec, folder, progress
+    def __init__(self, spec: SweepSpec, folder: RunFolder, listener: Listener) -> None:
+        self._spec, self._folder, self._listener = spec, folder, listener
         self._best, self._done = math.inf, 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -204,7 +205,7 @@ class _Told(tune.Callback):
         if _number(trial) in self._spec.ended:
             return  # it only repeats what it said
         shown = f"{result[METRIC]:.4f} bits per byte at {result['percent']:.0f}%"
-        self._progress.message(f"trial {_number(trial):03d}  {shown}")
+        self._listener.message(f"trial {_number(trial):03d}  {shown}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result
@@ -216,7 +217,7 @@ class _Told(tune.Callback):
 
     def _show(self) -> None:
         assert self._spec.job.tune is not None
-        self._progress.trials(self._done, self._spec.job.tune.n_trials, self._best)
+        self._listener.trials(self._done, self._spec.job.tune.n_trials, self._best)
 
     def _end(self, number: int, state: str, error: str) -> None:
         self._done += 1
@@ -226,7 +227,7 @@ class _Told(tune.Callback):
         files.append_json(
             self._folder.trials_file, {"number": number, "state": state, "error": error}, flush=True
         )
-        self._progress.message(f"trial {number:03d}  {state}{': ' * bool(error)}{error}")
+        self._listener.message(f"trial {number:03d}  {state}{': ' * bool(error)}{error}")
 
 
 def _number(trial: Any) -> int:
@@ -250,9 +251,9 @@ def _state(told: dict[str, Any], path: Path) -> tuple[str, str]:
 
 
 @contextlib.contextmanager
-def _concluded(job: Job, folder: RunFolder, progress: Progress) -> Iterator[str | None]:
+def _concluded(job: Job, folder: RunFolder, listener: Listener) -> Iterator[str | None]:
     """Gives the sweep's MLflow run; best.yaml, the page and MLflow tell how it ended, however it ends."""
-    told: Callable[[str], None] = progress.message
+    told: Callable[[str], None] = listener.message
     parent = start_parent(job, folder, on_warning=told) if job.tracking.mlflow else None
     state, error = "failed", ""
     try:

@@ -20,7 +20,7 @@ from raydist.job.schema import Job
 from raydist.job.search import trial_job
 from raydist.run.run import folder_of, run_job
 from raydist.sweep.suggest import METRIC, read_parameters
-from raydist.track.progress import Progress
+from raydist.track.listener import Listener
 from raydist.track.records import Record, effective
 
 Result = dict[str, Any]
@@ -49,12 +49,11 @@ class SweepSpec:
         return trial_job(self.job, number, {"storage": str(self.folder.parent), **parameters})
 
 
-class Evaluations(Progress):
-    """Turns a run's records into results: one for each step that was evaluated."""
+class Evaluations(Listener):
+    """Calls `report` with a result for each step of a run that was evaluated."""
 
-    def __init__(self, job: Job, tell: Callable[[Result], None]) -> None:
-        super().__init__(Path(os.devnull).open("w"))  # noqa: SIM115 - lives as long as the process
-        self._job, self._tell = job, tell
+    def __init__(self, job: Job, report: Callable[[Result], None]) -> None:
+        self._job, self._report = job, report
         self._steps = 1
         self._held: list[Record] = []
 
@@ -72,11 +71,11 @@ class Evaluations(Progress):
             n_bytes = sum(r["n_bytes"] for r in self._held)
             bits = sum(r["bits_per_byte"] * r["n_bytes"] for r in self._held) / n_bytes
             percent, self._held = 100 * step / self._steps, []
-            self._tell({METRIC: bits, "percent": percent, "tokens": tokens_after(self._job, step)})
+            self._report({METRIC: bits, "percent": percent, "tokens": tokens_after(self._job, step)})
 
 
 def curve(job: Job, folder: RunFolder) -> list[Result]:
-    """The results that a run's folder tells of."""
+    """The results of a run so far, from its folder."""
     results: list[Result] = []
     evaluations = Evaluations(job, results.append)
     for record in effective(folder):
@@ -137,5 +136,5 @@ class TrialRun(tune.Trainable):
         folder.mark("run")
         if not folder.data_file.exists():
             folder.add_data(pins=spec.pins)
-        run_job(job, progress=Evaluations(job, self._results.put), parent=spec.parent)
+        run_job(job, listener=Evaluations(job, self._results.put), parent=spec.parent)
         return "finished"

@@ -1,12 +1,18 @@
-"""What a person sees while a run goes on: a calm live view in a terminal, plain lines elsewhere."""
+"""What a person sees while a run goes on: a calm live view in a terminal, plain lines elsewhere.
+
+records, phases ──> View ──┬──> LiveView    a bar, and figures that change in place
+                           └──> Lines       a line for each thing worth one
+"""
 
 from __future__ import annotations
 
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import TextIO
 
 from rich import progress
@@ -14,6 +20,7 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from raydist.track.humanize import clean, duration, number, workers
+from raydist.track.listener import Listener
 from raydist.track.records import Record
 
 PREPARE_SECONDS = 5.0
@@ -29,51 +36,31 @@ COLUMNS = (
 )
 
 
-class Progress(progress.Progress):
-    """Use as a context manager. With a terminal, whatever else is printed appears above the live view.
+def make_view(stream: TextIO | None = None, *, name: str = "") -> View:
+    """For `stream`, by default stderr: a live view where it is a terminal that can show one, else lines.
 
-    The view is a line of progress, then figures. `total_steps` is set when it is known.
+    name: the run's.
     """
+    stream = stream or sys.stderr
+    console = Console(file=stream, highlight=False)
+    live = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
 
-    def __init__(
-        self, stream: TextIO | None = None, *, name: str = "", clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.total_steps, self._name, self._clock = 0, name, clock
-        self._figures: dict[str, str] = {}
-        self._first_perplexity: dict[str, float] = {}
+    def say(text: str) -> None:
+        stream.write(text + "\n")
+        stream.flush()
+
+    return LiveView(console, name) if live else Lines(say)
+
+
+class View(Listener, ABC):
+    """Turns records into what is shown of them. The ETA is by the median of the recent steps' seconds."""
+
+    def __init__(self) -> None:
+        self._total_steps = 0
         self._seconds: deque[float] = deque(maxlen=RECENT_RECORDS)
-        self._last_prepared = -float("inf")
-        self._stream = stream or sys.stderr
-        console = Console(file=self._stream, highlight=False)
-        fits = console.is_terminal and not console.is_dumb_terminal and console.encoding.startswith("utf")
-        # also catches what else is printed to this terminal, but not what is piped elsewhere
-        out, err = sys.stdout.isatty(), sys.stderr.isatty()
-        super().__init__(
-            *COLUMNS, console=console, redirect_stdout=out, redirect_stderr=err, disable=not fits
-        )
-        self.expand, self.live.refresh_per_second = True, 4
-        self._begin("starting")
-
-    def phase(self, name: str, detail: str = "") -> None:
-        """Say what is done now: planning, preparing, training, ..."""
-        self._begin(name, detail)
-        self._plain(f"{name}: {detail}" if detail else name)
-
-    def prepare(self, done: int, total: int, documents: int, tokens: int) -> None:
-        """`done` of `total` slices; what is in them so far."""
-        count, facts = f"slice {done:,}/{total:,}", f"{documents:,} documents  {tokens:,} tokens"
-        self._advance(done, total, count, facts)
-        now = self._clock()
-        if done == total or now - self._last_prepared >= PREPARE_SECONDS:
-            self._last_prepared = now
-            self._plain(f"{count}  {facts}")
-
-    def trials(self, done: int, total: int, best: float) -> None:
-        """`done` of `total` trials of a sweep; the least bits per byte so far."""
-        self._advance(done, total, f"trial {done:,}/{total:,}", f"best {number(best)} bits per byte")
 
     def record(self, record: Record) -> None:
-        """Show one record of metrics.jsonl."""
+        self._total_steps = record.get("steps", self._total_steps)
         kind = record.get("kind")
         if kind == "train":
             self._train(record)
@@ -85,47 +72,112 @@ class Progress(progress.Progress):
             self._seconds.clear()
             self.message(f"resumed at step {record['step']:,} with {workers(record.get('world_size', 1))}")
 
+    def _train(self, record: Record) -> None:
+        step, total = record["step"], max(self._total_steps, record["step"])
+        self._seconds.append(record["step_seconds"])
+        facts = "  ".join([f"loss {number(record['loss'])}", *rates(record)])
+        left = (total - step) * statistics.median(self._seconds)
+        self._step(step, total, facts, f"ETA {duration(left)}")
+
+    @abstractmethod
+    def _step(self, step: int, total: int, facts: str, expected: str) -> None: ...
+
+    @abstractmethod
+    def _evaluation(self, step: int, source: str, perplexity: float) -> None: ...
+
+
+class Lines(View):
+    """Plain lines without control characters, each given to `say`, which ends it."""
+
+    def __init__(self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._say, self._clock = say, clock
+        self._last_prepared = -float("inf")
+
+    def phase(self, name: str, detail: str = "") -> None:
+        self.message(f"{name}: {detail}" if detail else name)
+
+    def prepare(self, done: int, total: int, documents: int, tokens: int) -> None:
+        now = self._clock()
+        if done == total or now - self._last_prepared >= PREPARE_SECONDS:
+            self._last_prepared = now
+            self.message(f"slice {done:,}/{total:,}  {documents:,} documents  {tokens:,} tokens")
+
     def message(self, text: str) -> None:
-        """A lasting line."""
-        if not self.disable:
-            self.print(clean(text), markup=False, soft_wrap=True)
-        self._plain(text)
+        self._say(clean(text))
+
+    def _step(self, step: int, total: int, facts: str, expected: str) -> None:
+        self.message(f"step {step:,}/{total:,}  {facts}  {expected}")
+
+    def _evaluation(self, step: int, source: str, perplexity: float) -> None:
+        self.message(f"eval  step {step:,}  {source}  perplexity {number(perplexity)}")
+
+
+class LiveView(View):
+    """A line of progress, then figures; whatever else is printed meanwhile appears above them."""
+
+    def __init__(self, console: Console, name: str = "") -> None:
+        super().__init__()
+        self._name = name
+        self._first_perplexity: dict[str, float] = {}
+        self._bar = _Bar(console)
+        self._begin("starting")
+
+    def __enter__(self) -> LiveView:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def phase(self, name: str, detail: str = "") -> None:
+        self._begin(name, detail)
+
+    def prepare(self, done: int, total: int, documents: int, tokens: int) -> None:
+        facts = f"{documents:,} documents  {tokens:,} tokens"
+        self._advance(done, total, f"slice {done:,}/{total:,}", facts)
+
+    def trials(self, done: int, total: int, best: float) -> None:
+        self._advance(done, total, f"trial {done:,}/{total:,}", f"best {number(best)} bits per byte")
+
+    def message(self, text: str) -> None:
+        self._bar.print(clean(text), markup=False, soft_wrap=True)
+
+    def _step(self, step: int, total: int, facts: str, expected: str) -> None:
+        self._advance(step, total, f"step {step:,}/{total:,}", facts, expected)
+
+    def _evaluation(self, step: int, source: str, perplexity: float) -> None:
+        """The first perplexity, the last, and the change between them."""
+        first, last = self._first_perplexity.setdefault(source, perplexity), perplexity
+        change = f"{number(first)} → {number(last)}  {100 * (last / first - 1):+.1f} %" if first else ""
+        self._bar.figures[source] = f"perplexity  {source}  {number(last) if last == first else change}"
+
+    def _begin(self, phase: str, detail: str = "") -> None:
+        for task in self._bar.task_ids:
+            self._bar.remove_task(task)
+        self._bar.figures[""] = detail
+        self._task = self._bar.add_task(f"{self._name} {phase}".strip(), total=None, count="", expected="")
+
+    def _advance(self, done: int, total: int, count: str, facts: str, expected: str = "") -> None:
+        self._bar.figures[""] = facts
+        self._bar.update(self._task, completed=done, total=total, count=count, expected=expected)
+
+
+class _Bar(progress.Progress):
+    """The line of progress, and below it `figures`, a line each; those that are empty are left out."""
+
+    def __init__(self, console: Console) -> None:
+        self.figures: dict[str, str] = {}
+        # also catches what else is printed to this terminal, but not what is piped elsewhere
+        out, err = sys.stdout.isatty(), sys.stderr.isatty()
+        super().__init__(*COLUMNS, console=console, redirect_stdout=out, redirect_stderr=err)
+        self.expand, self.live.refresh_per_second = True, 4
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield from super().get_renderables()
-        yield from (Text(f"  {clean(figure)}") for figure in list(self._figures.values()) if figure)
-
-    def _begin(self, phase: str, detail: str = "") -> None:
-        for task in self.task_ids:
-            self.remove_task(task)
-        self._figures[""] = detail
-        self._task = self.add_task(f"{self._name} {phase}".strip(), total=None, count="", expected="")
-
-    def _advance(self, done: int, total: int, count: str, facts: str, expected: str = "") -> None:
-        self._figures[""] = facts
-        self.update(self._task, completed=done, total=total, count=count, expected=expected)
-
-    def _train(self, record: Record) -> None:
-        """The end is expected by the median of the recent steps' seconds."""
-        step, total = record["step"], max(self.total_steps, record["step"])
-        self._seconds.append(record["step_seconds"])
-        count, loss = f"step {step:,}/{total:,}", f"loss {number(record['loss'])}"
-        expected = f"ETA {duration((total - step) * statistics.median(self._seconds))}"
-        facts = "  ".join([loss, *rates(record)])
-        self._advance(step, total, count, facts, expected)
-        self._plain(f"{count}  {facts}  {expected}")
-
-    def _evaluation(self, step: int, source: str, last: float) -> None:
-        first = self._first_perplexity.setdefault(source, last)
-        change = f"{number(first)} → {number(last)}  {100 * (last / first - 1):+.1f} %" if first else ""
-        shown = number(last) if last == first else change
-        self._figures[source] = f"perplexity  {source}  {shown}"
-        self._plain(f"eval  step {step:,}  {source}  perplexity {number(last)}")
-
-    def _plain(self, text: str) -> None:
-        if self.disable:
-            self._stream.write(clean(text) + "\n")
-            self._stream.flush()
+        yield from (Text(f"  {clean(figure)}") for figure in list(self.figures.values()) if figure)
 
 
 def rates(record: Record) -> list[str]:

@@ -3,7 +3,7 @@ import re
 from typing import Any
 
 from raydist.track.humanize import duration, number
-from raydist.track.progress import Progress
+from raydist.track.progress import Lines, make_view
 
 
 class Terminal(io.StringIO):
@@ -28,8 +28,8 @@ def evaluation(step: int, perplexity: float) -> dict[str, Any]:
 
 def test_without_a_terminal_lines_are_plain_and_one_per_record() -> None:
     stream = io.StringIO()
-    with Progress(stream) as progress:
-        progress.total_steps = 40
+    with make_view(stream) as progress:
+        progress.record({"kind": "start", "step": 0, "steps": 40})
         progress.phase("training", "2 workers")
         for record in (evaluation(0, 4012.0), train(10), train(20, loss=None, mfu=0.41)):
             progress.record(record)
@@ -46,12 +46,11 @@ def test_without_a_terminal_lines_are_plain_and_one_per_record() -> None:
 
 
 def test_plain_lines_of_preparation_are_bounded_and_the_last_is_shown() -> None:
-    stream, now = io.StringIO(), 0.0
-    with Progress(stream, clock=lambda: now) as progress:
+    now, lines = 0.0, list[str]()
+    with Lines(lines.append, clock=lambda: now) as progress:
         for done in range(1, 101):
             now += 0.125
             progress.prepare(done, 100, done * 3, done * 1000)
-    lines = stream.getvalue().splitlines()
     assert lines == [
         "slice 1/100  3 documents  1,000 tokens",
         "slice 41/100  123 documents  41,000 tokens",
@@ -60,10 +59,10 @@ def test_plain_lines_of_preparation_are_bounded_and_the_last_is_shown() -> None:
     ]
 
 
-def test_the_end_is_expected_by_recent_steps_and_anew_after_a_resume() -> None:
+def test_the_end_is_expected_by_recent_steps_and_again_after_a_resume() -> None:
     stream = io.StringIO()
-    with Progress(stream, clock=lambda: 0.0) as progress:
-        progress.total_steps = 100
+    with make_view(stream) as progress:
+        progress.record({"kind": "start", "step": 0, "steps": 100})
         for step in range(1, 31):
             progress.record(train(step, step_seconds=60.0 if step <= 15 else 1.0))
         progress.record({"kind": "resume", "step": 20, "world_size": 1})
@@ -78,8 +77,8 @@ def test_a_terminal_shows_the_figures_live(monkeypatch: Any) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "100")
     stream = Terminal()
-    with Progress(stream, name="demo") as progress:
-        progress.total_steps = 40
+    with make_view(stream, name="demo") as progress:
+        progress.record({"kind": "start", "step": 0, "steps": 40})
         progress.phase("training")
         for record in (evaluation(0, 4012.0), train(10), evaluation(10, 45.2)):
             progress.record(record)
@@ -100,7 +99,7 @@ def test_a_terminal_shows_the_figures_live(monkeypatch: Any) -> None:
 def test_a_dumb_terminal_gets_plain_lines(monkeypatch: Any) -> None:
     monkeypatch.setenv("TERM", "dumb")
     stream = Terminal()
-    with Progress(stream) as progress:
+    with make_view(stream) as progress:
         progress.message("hello")
     assert stream.getvalue() == "hello\n"
 
