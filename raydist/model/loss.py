@@ -44,6 +44,17 @@ def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return logits
 
 
+def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Scalar fp32: the summed loss of a batch, over the labels that are not -100.
+
+    Every strategy and the evaluation call this, so a loss term of the model's own, as of a router, belongs
+    here. The model computes in what the caller's autocast says, the loss in fp32 all the same.
+    """
+    logits = logits_of(model, batch)
+    with torch.autocast(logits.device.type, enabled=False):
+        return summed_cross_entropy(logits, batch["labels"])
+
+
 def summed_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """Scalar fp32: over the labels that are not -100. logits (B, T, V), labels (B, T), already shifted."""
     loss: Tensor = _ChunkedCrossEntropy.apply(logits.flatten(0, 1), labels.flatten())  # type: ignore[no-untyped-call]

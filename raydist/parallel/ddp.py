@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from raydist.job.schema import Job
-from raydist.model.loss import autocast, logits_of, summed_cross_entropy
+from raydist.model.loss import autocast, loss_of
 from raydist.parallel.optimizer import (
     clip_,
     gradient_norm,
@@ -39,8 +39,7 @@ class OwnOptimizer:
 
     def _loss(self, batch: dict[str, Tensor], n_labels: int) -> Tensor:
         with autocast(self.world.device, self.job.train.mixed_precision):
-            logits = logits_of(self.model, batch)
-        return summed_cross_entropy(logits, batch["labels"]) / n_labels
+            return loss_of(self.model, batch) / n_labels
 
     def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: float) -> float:
         clip_(gradients, refuse_non_finite(norm), max_grad_norm)

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from raydist.job.schema import Job
 from raydist.model.layers import layers_of
-from raydist.model.loss import logits_of, summed_cross_entropy
+from raydist.model.loss import loss_of
 from raydist.parallel.ddp import OwnOptimizer
 from raydist.parallel.optimizer import gradient_norm
 from raydist.parallel.weights import broadcast_weights, materialize
@@ -39,7 +39,7 @@ class Fsdp(OwnOptimizer):
         super().__init__(model, job, world)
 
     def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
-        loss = summed_cross_entropy(logits_of(self.model, batch), batch["labels"]) / n_labels
+        loss = loss_of(self.model, batch) / n_labels
         loss.backward()
         return loss.detach()
 

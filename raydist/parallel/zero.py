@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from raydist.errors import JobError
 from raydist.job.schema import Job
-from raydist.model.loss import logits_of, summed_cross_entropy
+from raydist.model.loss import loss_of
 from raydist.parallel.optimizer import make_optimizer, refuse_non_finite, set_learning_rate
 from raydist.parallel.state import MOMENTS, check_fits, chunks, fresh_moments, read_state, write_state
 from raydist.parallel.strategy import Saved, SaveHandle
@@ -64,7 +64,7 @@ class Zero:
     def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
         """DeepSpeed averages over ranks and micro batches: undone by the factor and the flag."""
         self.engine.set_gradient_accumulation_boundary(last)
-        loss = summed_cross_entropy(logits_of(self.engine, batch), batch["labels"]) / n_labels
+        loss = loss_of(self.engine, batch) / n_labels
         self.engine.backward(loss * self.world.world_size, scale_wrt_gas=False)
         if not last:
             self.engine.step()  # counts the micro batch

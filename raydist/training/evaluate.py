@@ -10,17 +10,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from raydist.model.loss import IGNORED, autocast, logits_of, summed_cross_entropy, to_device
+from raydist.model.loss import autocast, loss_of, to_device
 from raydist.parallel.world import World
 
 
 class EvalData(Protocol):
-    """Held-out documents of one source, packed; `batches` gives equally many on every rank."""
+    """Held-out documents of one source, packed; `batches` gives equally many on every rank.
+
+    n_labels: in the batches of all ranks together.
+    """
 
     name: str
     n_documents: int
     n_tokens: int
     n_bytes: int
+    n_labels: int
 
     def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[dict[str, Tensor]]: ...
 
@@ -58,15 +62,13 @@ def evaluate(
 def _evaluate_one(
     model: nn.Module, data: EvalData, world: World, micro_batch_size: int, mixed_precision: str
 ) -> Evaluation:
-    loss, labels = 0.0, 0
+    loss = 0.0
     for batch in data.batches(world.rank, world.world_size, micro_batch_size):
         batch = to_device(batch, world.device)
         with autocast(world.device, mixed_precision):
-            logits = logits_of(model, batch)
-        loss += summed_cross_entropy(logits, batch["labels"]).item()
-        labels += int((batch["labels"] != IGNORED).sum())
-    total, count = world.sum_floats([loss, labels])
-    mean = total / max(count, 1)
+            loss += loss_of(model, batch).item()
+    total = world.sum_floats([loss])[0]
+    mean = total / max(data.n_labels, 1)
     return Evaluation(
         source=data.name,
         eval_loss=mean,

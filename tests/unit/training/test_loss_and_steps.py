@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +14,14 @@ import torch.nn.functional as F
 from raydist.errors import TrainingError
 from raydist.job.schema import Train
 from raydist.model import loss
+from raydist.model.build import build_model
 from raydist.model.loss import summed_cross_entropy
 from raydist.parallel.optimizer import clip_, gradient_norm, make_optimizer, refuse_non_finite
+from raydist.parallel.world import World
+from raydist.training.data import open_data
+from raydist.training.evaluate import evaluate
 from raydist.training.schedule import learning_rate
+from tests.train_parts import make_spec
 
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 1000])
@@ -30,6 +37,46 @@ def test_summed_cross_entropy_is_torchs(monkeypatch: pytest.MonkeyPatch, rows_at
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
     torch.testing.assert_close(logits.grad, reference.grad, rtol=1e-5, atol=1e-8)
     assert (logits.grad[0, 1] == 0).all()
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_loss_of_a_batch_is_summed_in_fp32_whatever_the_model_computes_in(precision: str) -> None:
+    torch.manual_seed(0)
+    ids = torch.randint(11, (2, 6))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1], [0, 1, 0, 1, 2, 3]])
+    lengths = torch.tensor([[4, 2, 0, 0, 0, 0], [2, 4, 0, 0, 0, 0]], dtype=torch.int32)
+    labels = torch.where(positions.roll(-1, 1) == 0, -100, ids.roll(-1, 1))
+    batch = {"input_ids": ids, "position_ids": positions, "document_lengths": lengths, "labels": labels}
+    model = torch.nn.Sequential(torch.nn.Embedding(11, 8), torch.nn.Linear(8, 11))
+    given = {}
+
+    class Model(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, **others: Any) -> Any:
+            given.update(others)
+            return SimpleNamespace(logits=model(input_ids))
+
+    with loss.autocast(torch.device("cpu"), precision):
+        found = loss.loss_of(Model(), batch)
+        logits = model(ids)
+    assert logits.dtype == {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert found.dtype == torch.float32 and found.shape == ()
+    assert torch.equal(found, summed_cross_entropy(logits, labels))
+    assert given["document_lengths"] == [[4, 2], [2, 4]] and "labels" not in given
+    found.backward()
+    expected = torch.autograd.grad(summed_cross_entropy(logits, labels), list(model.parameters()))
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+
+
+def test_an_evaluation_is_the_mean_over_all_labels_of_all_ranks(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path)
+    model, (data,) = build_model(spec.job, spec.tokenizer, torch.device("cpu")), open_data(spec).eval_sets
+    batches = [batch for rank in range(3) for batch in data.batches(rank, 3, 2)]
+    labels = torch.cat([batch["labels"].flatten() for batch in batches])
+    assert (labels != -100).sum() == data.n_labels
+    with torch.no_grad():
+        logits = torch.cat([loss.logits_of(model, batch).flatten(0, 1) for batch in batches])
+    (found,) = evaluate(model, [data], World(), 2, "fp32")
+    assert found.eval_loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
 def test_a_batch_of_padding_has_loss_and_gradient_zero() -> None:
