@@ -1,16 +1,16 @@
 """What a Hugging Face model is here: made, given its attention, run, written. Nothing of several processes.
 
-    job, tokenizer ─▶ build ─▶ model ─▶ loss_of(model, batch) ─▶ ... trained ... ─▶ export ─▶ model/
-                       │  ▲
-       base: weights ──┘  └── attention: the fastest that keeps documents apart, proven by a probe
-                              adapter, quantization: a frozen base and LoRA on it
+job, tokenizer ─▶ build ─▶ model ─▶ loss_of(model, batch) ─▶ ... trained ... ─▶ export ─▶ model/
+                   │  ▲
+   base: weights ──┘  └── attention: the fastest that keeps documents apart, proven by a probe
+                          adapter, quantization: a frozen base and LoRA on it
 
-    build          configuration, model in memory, its sizes; what cannot be used is refused here
-    base           a base's weights: loaded, and refused where they are not those of its configuration
-    attention      kinds of attention, which one a device takes, the probe that tokens see no other document
-    layers         the decoder layers of any architecture
-    loss           the loss of (model, batch), summed over labels; a model's own extra terms belong here too
-    adapter        LoRA by peft
-    quantization   a frozen base in 4 or 8 bits by bitsandbytes
-    export         a Hugging Face folder: written, loaded again, sampled from, merged
+build          configuration, model in memory, its sizes; what cannot be used is refused here
+base           a base's weights: loaded, and refused where they are not those of its configuration
+attention      kinds of attention, which one a device takes, the probe that tokens see no other document
+layers         the decoder layers of any architecture
+loss           the loss of (model, batch), summed over labels; a model's own extra terms belong here too
+adapter        LoRA by peft
+quantization   a frozen base in 4 or 8 bits by bitsandbytes
+export         a Hugging Face folder: written, loaded again, sampled from, merged
 """

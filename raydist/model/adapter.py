@@ -9,7 +9,7 @@ from raydist.job.schema import Lora
 
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
-    """Raises ModelError for target modules that the model does not have, naming those it has."""
+    """The model with a LoRA adapter. Raises ModelError for unknown target modules, with the known ones."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -39,5 +39,5 @@ def _target_modules(model: nn.Module, lora: Lora) -> str | list[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Conv1D is what GPT-2 calls its linear layers."""
+    """Whether LoRA can adapt it. GPT-2 calls its linear layers Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

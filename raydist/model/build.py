@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """Without progress bars, and the warnings of peft and of DeepSpeed, which saving a model imports."""
+    """Silences progress bars and the warnings of peft and DeepSpeed (saving a model imports DeepSpeed)."""
     from transformers.utils import logging as hub
 
     bars, level = hub.is_progress_bar_enabled(), logging.root.manager.disable
@@ -48,7 +48,10 @@ def quietly() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Sizes:
-    """total, trainable: parameters.  weight_bytes: held in training.  vocabulary: rows of the embedding."""
+    """total, trainable: numbers of parameters.  weight_bytes: of all weights while training.
+
+    vocabulary: rows of the embedding.  layers, hidden: number of layers, width.
+    """
 
     total: int
     trainable: int
@@ -59,7 +62,7 @@ class Sizes:
 
 
 def load_config(job: Job, vocab_size: int | None = None) -> PretrainedConfig:
-    """The model's transformers configuration; a new model's vocabulary is its tokenizer's, `vocab_size`.
+    """The model's transformers configuration. vocab_size: of a new model, which has its tokenizer's.
 
     Raises ModelError for a base that cannot be used, JobError for a configuration with unknown
     names. Code that comes with a model is never run.
@@ -74,7 +77,7 @@ def load_config(job: Job, vocab_size: int | None = None) -> PretrainedConfig:
 
 
 def base_path(job: Job) -> str:
-    """The hub id as it is, a folder absolute: the trained adapter names it, wherever it is loaded from."""
+    """The hub id, or the folder as an absolute path: a trained adapter names it, wherever it is loaded."""
     assert job.model.base is not None
     folder = Path(job.model.base).expanduser()
     return str(folder.resolve()) if folder.is_dir() else job.model.base
@@ -243,7 +246,7 @@ def _save_activation_memory(model: nn.Module) -> None:
 
 
 def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:
-    """The special tokens are the tokenizer's, whatever the configuration says."""
+    """The special tokens are the tokenizer's, also where the configuration names others."""
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(tokenizer_folder)
@@ -259,7 +262,7 @@ def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:
 
 
 def _base(job: Job, device: torch.device) -> nn.Module:
-    """Quantized ones are on `device`, others on the CPU."""
+    """The base model: a quantized one is on `device`, another on the CPU."""
     dtype = torch.float32 if job.adapter is None else "auto"
     options = {**SAFE, "attn_implementation": "eager"}
     with _usable(job):
@@ -284,7 +287,7 @@ def _check_vocabulary(model: nn.Module, tokenizer_folder: Path) -> None:
 
 @quietly()
 def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
-    """Counted on a model without storage."""
+    """Counted on a model on the meta device."""
     from transformers import AutoModelForCausalLM
 
     from raydist.model.adapter import add_lora
@@ -300,5 +303,5 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    """All of them, or only those that training changes."""
+    """The number of all parameters, or of those that are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

@@ -34,7 +34,7 @@ def save_model(
     """Write a Hugging Face folder with the tokenizer and `card` as README.md.
 
     model: for its configuration and the names in it.  state: what is written, on the CPU.
-    Made beside `folder` and renamed: it is whole or not there.
+    It is made next to `folder` and renamed, so `folder` is whole or missing.
     """
     with replacing(folder) as temporary:
         if job.adapter is None:
@@ -85,7 +85,7 @@ def save_full(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, fo
 
 
 def saved_dtype(job: Job) -> torch.dtype:
-    """Of model/: the base's; fp32 for a model that began at random."""
+    """The dtype of model/: the base's, or fp32 for a model from random weights."""
     dtype = load_config(job).dtype if job.model.base is not None else None
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
@@ -126,7 +126,7 @@ def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 @quietly()
 def load_trained(folder: Path) -> Any:
-    """The model in a run's model/, for inference; an adapter is on its base, quantized as in training."""
+    """The model in a run's model/, for inference. An adapter is put on its base, quantized as in training."""
     if not (folder / "adapter_config.json").exists():
         return load_base(str(folder), where=str(folder)).eval()
     from peft import PeftConfig
@@ -140,9 +140,9 @@ def load_trained(folder: Path) -> Any:
 
 
 def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int = 0) -> tuple[str, str]:
-    """The prompt and a sampled continuation, at most `n_tokens` long, by the model in `folder`.
+    """The prompt and a continuation of at most `n_tokens`, sampled from the model in `folder`.
 
-    Sampled at temperature 0.8: the likeliest continuation of a small model only repeats itself.
+    The temperature is 0.8, because the likeliest continuation of a small model only repeats itself.
     """
     model, tokenizer = load_trained(folder), load_tokenizer(folder)
     ids = torch.tensor([list(prompt)])
@@ -164,8 +164,8 @@ def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int 
 def merge_adapter(run: RunFolder, base: Path | None = None) -> Path:
     """Add the run's adapter to its base, in fp32, and write <run>/export/merged in the base's dtype.
 
-    A quantized base is dequantized first, and the merged model is fp32. base: the folder of a copy of
-    an unquantized base. Raises ModelError when there is no adapter, or no base that it fits.
+    A quantized base is dequantized first, and its merged model is fp32. base: a folder with a copy of an
+    unquantized base. Raises ModelError when there is no adapter, or no base that it fits.
     """
     source, target = run.model, run.merged
     quantized = _check(source, base)
@@ -188,7 +188,7 @@ def merge_adapter(run: RunFolder, base: Path | None = None) -> Path:
 
 
 def _check(source: Path, base: Path | None) -> dict[str, Any] | None:
-    """How the adapter's base was quantized, None when it was not."""
+    """How the adapter's base was quantized; None if it was not. Raises ModelError if it cannot be merged."""
     if not (source / "adapter_config.json").exists():
         raise ModelError(
             f"{source} is not an adapter",
@@ -207,7 +207,7 @@ def _check(source: Path, base: Path | None) -> dict[str, Any] | None:
 
 
 def _merged(base: str, adapter: Path, quantized: dict[str, Any] | None) -> tuple[nn.Module, torch.dtype]:
-    """In fp32; and the dtype that the base came in."""
+    """The merged model in fp32, and the dtype of the base."""
     if quantized is not None:
         model: Any = load_dequantized(base, quantized, where=base, **SAFE)
     else:

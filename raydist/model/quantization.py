@@ -1,8 +1,8 @@
-"""A frozen base in 4 or 8 bits, stored by bitsandbytes; a LoRA adapter beside it is trained (QLoRA).
+"""A frozen base in 4 or 8 bits, stored by bitsandbytes, under a LoRA adapter that is trained (QLoRA).
 
-Every product is with the dequantized weight: in training, in evaluation and in the merged model. The
-products of bitsandbytes differ among themselves: in evaluation its int8 also rounds activations
-(LLM.int8(): 15% of the largest logit on a 135M model), and its int4 computes in bf16 on some CPUs (2%).
+Every product uses the dequantized weight: in training, in evaluation and in the merged model. The kernels
+of bitsandbytes differ from each other: in evaluation its int8 also rounds activations (LLM.int8(): 15% of
+the largest logit on a 135M model), and its int4 computes in bf16 on some CPUs (2%).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 CONFIG = "quantization_config.json"
-"""In a model folder beside the adapter: how its base was quantized."""
+"""A file next to the adapter that says how its base was quantized."""
 
 BYTES = {"int4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-"""Per weight: int4 has a scale of 8 bits for 64 weights, and one of 32 bits for 256 of those."""
+"""Bytes per weight. int4 has an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those."""
 
 
 def check_quantization(config: PretrainedConfig, job: Job) -> None:
@@ -40,7 +40,7 @@ def check_quantization(config: PretrainedConfig, job: Job) -> None:
             f"the base {job.model.base} is quantized already",
             where="quantization",
             why="its config.json has a quantization_config, and weights are not quantized twice",
-            fix="give the base that it was made from, as model.base",
+            fix="set model.base to the base that it was made from",
         )
 
 
@@ -60,7 +60,7 @@ def check_bitsandbytes(device: torch.device) -> None:
 
 
 def quantization_config(job: Job) -> dict[str, Any]:
-    """What makes transformers' BitsAndBytesConfig, in JSON: NF4 with its scales in 8 bits, or int8."""
+    """Arguments of transformers' BitsAndBytesConfig: NF4 with its scales in 8 bits, or int8."""
     if job.quantization == "int8":
         return {"load_in_8bit": True}
     compute = "bfloat16" if job.train.mixed_precision == "bf16" else "float32"
@@ -69,9 +69,9 @@ def quantization_config(job: Job) -> dict[str, Any]:
 
 
 def load_quantized(base: str, config: dict[str, Any], device: torch.device, **options: Any) -> nn.Module:
-    """The base on `device`, each linear layer but the output head quantized, all else in fp32.
+    """The base on `device`: every linear layer except the output head is quantized, the rest is fp32.
 
-    It is placed while it is loaded: int8 weights lose their scales when a model is moved later.
+    It is put there while it is loaded, because int8 weights lose their scales when a model is moved later.
     """
     from transformers import BitsAndBytesConfig
 
@@ -84,7 +84,7 @@ def load_quantized(base: str, config: dict[str, Any], device: torch.device, **op
 
 
 def load_dequantized(base: str, config: dict[str, Any], **options: Any) -> nn.Module:
-    """The base in fp32, of plain layers, with the values that its quantized weights stand for."""
+    """The base in fp32, made of plain layers that hold the dequantized values."""
     plain: nn.Module = load_base(base, dtype=torch.float32, **options)
     for name, layer in _quantized_layers(load_quantized(base, config, torch.device("cpu"), **options)):
         target, weight = plain.get_submodule(name), dequantized(layer, torch.float32)
@@ -94,7 +94,7 @@ def load_dequantized(base: str, config: dict[str, Any], **options: Any) -> nn.Mo
 
 
 def base_bytes(model: nn.Module, job: Job) -> int:
-    """What a frozen base takes: as it came, or its linear layers quantized and the rest in fp32."""
+    """Memory of a frozen base: in its own dtype, or with quantized linear layers and the rest in fp32."""
     total, config = sum(p.numel() for p in model.parameters()), model.config
     if job.quantization is None:
         return total * getattr(config.dtype, "itemsize", 4)
@@ -104,7 +104,7 @@ def base_bytes(model: nn.Module, job: Job) -> int:
 
 
 def write_config(job: Job, folder: Path) -> None:
-    """Beside an adapter, for whoever loads it; nothing for a base that was not quantized."""
+    """Written next to an adapter, for whoever loads it, if its base was quantized."""
     if job.quantization is not None:
         files.write_json(folder / CONFIG, quantization_config(job))
 
@@ -133,7 +133,7 @@ def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 
 
 def _forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """What nn.Linear does, also under autocast."""
+    """The forward pass of nn.Linear, also under autocast."""
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     out: Tensor = _Product.apply(x, layer)  # type: ignore[no-untyped-call]
@@ -141,7 +141,7 @@ def _forward(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T with a frozen W. It is dequantized for each use, so that no layer keeps a copy of it."""
+    """x W^T with a frozen W, which is dequantized for each use, so that no layer keeps a copy."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:

@@ -1,14 +1,14 @@
 """A model and its optimizer, spread over ranks. The loop sees `Strategy` alone.
 
-    build_on_ranks ─▶ model ─▶ make_strategy ─▶ Strategy: forward_backward, update, save, load, gather_full
-                                                   ├── ddp     the whole model on every rank
-                                                   ├── fsdp    PyTorch's FSDP2
-                                                   └── zero    DeepSpeed ZeRO, stages 1 to 3
+build_on_ranks ─▶ model ─▶ make_strategy ─▶ Strategy: forward_backward, update, save, load, gather_full
+                                               ├── ddp     the whole model on every rank
+                                               ├── fsdp    PyTorch's FSDP2
+                                               └── zero    DeepSpeed ZeRO, stages 1 to 3
 
-    strategy    the protocol, and the handle of a checkpoint that is being written
-    build       from a job to a model on every rank, and the strategy that the job names
-    world       this rank among the others, and the sums they take
-    weights     from rank 0's weights to shards, without a whole copy on each rank
-    optimizer   which optimizer a job has, and its step: norm, clipping, learning rate
-    state       weights and optimizer state by name in safetensors, one format for every strategy
+strategy    the protocol, and the handle of a checkpoint that is being written
+build       from a job to a model on every rank, and the strategy that the job names
+world       this rank among the others, and the sums they take
+weights     from rank 0's weights to shards, without a whole copy on each rank
+optimizer   which optimizer a job has, and its step: norm, clipping, learning rate
+state       weights and optimizer state by name in safetensors, one format for every strategy
 """

@@ -18,9 +18,9 @@ from raydist.parallel.world import World
 def build_on_ranks(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
     """Collective: `build_model`, the same model on every rank.
 
-    Where the strategy shards weights it is on rank 0's CPU, and elsewhere on meta, without weights: rank 0
-    alone can probe its attention then, and the others take what it took. Quantized weights are read by every
-    rank: their scales could not be told apart and sent.
+    Where the strategy shards weights, rank 0 has the model on its CPU and the others have it on meta, without
+    weights. Only rank 0 can probe the attention then; the others take the one it took. Quantized weights are
+    read by every rank, because their scales could not be recognized and sent.
     """
     if not job.strategy.shards_weights or job.quantization is not None:
         return build_model(job, tokenizer_folder, world.device)

@@ -1,8 +1,8 @@
 """From rank 0's model to one that is spread over the ranks, without a whole copy on each of them.
 
-Rank 0 alone reads a sharded strategy's model; the others build it on torch's meta device. Large
-empty tensors take no memory until something is written to them, so a rank never holds more than
-its own shards and what is just being shared.
+Rank 0 alone reads the model of a strategy that shards; the others build it on torch's meta device. Large
+empty tensors take no memory until they are written to, so a rank never holds more than its own shards
+and the layer that is being shared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 def materialize(model: nn.Module) -> None:
-    """Collective: an empty tensor on the CPU for each that is on meta, in rank 0's dtype; ties stay."""
+    """Collective: replace each tensor on meta by an empty one on the CPU, in rank 0's dtype. Ties stay."""
     dtypes = [[tensor.dtype for tensor in _tensors(model)]]
     dist.broadcast_object_list(dtypes, src=0)
     pairs = zip(_tensors(model), dtypes[0], strict=True)
@@ -29,7 +29,7 @@ def materialize(model: nn.Module) -> None:
 
 
 def broadcast_weights(module: nn.Module) -> None:
-    """Collective: rank 0's parameters and buffers, as far as they are not sharded yet, into the others'."""
+    """Collective: copy rank 0's parameters and buffers to the others, except those already sharded."""
     for tensor in _tensors(module):
         if not hasattr(tensor, "device_mesh"):
             dist.broadcast(tensor.detach(), src=0)

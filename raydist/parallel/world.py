@@ -14,7 +14,7 @@ from raydist.errors import WorkerLost
 
 
 def backend_of(device: torch.device) -> str:
-    """On GPUs gloo as well: weights are shared, and checkpoints planned, on the CPU."""
+    """GPU runs also need gloo: weights are shared and checkpoints are planned on the CPU."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -22,8 +22,8 @@ def backend_of(device: torch.device) -> str:
 def contact(rank: int) -> Iterator[None]:
     """Raises WorkerLost where a collective fails because the other ranks cannot be reached.
 
-    Sharding strategies communicate within the model's own passes, and gloo tells of a lost connection
-    by a plain RuntimeError: so what counts is where the error came from.
+    Sharding strategies communicate within the model's own passes, and gloo reports a lost connection as a
+    plain RuntimeError. So an error counts as lost contact by where it was raised.
     """
     try:
         yield
@@ -42,7 +42,7 @@ def contact(rank: int) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class World:
-    """With one rank no process group is needed; with more the caller has made the default group."""
+    """This rank. One rank alone needs no process group; for more, the caller has made the default group."""
 
     rank: int = 0
     world_size: int = 1
@@ -54,18 +54,18 @@ class World:
         return self.rank == 0
 
     def ensure_group(self) -> None:
-        """A group of one for libraries that insist on one."""
+        """Make a process group of one, for libraries that require a group."""
         if not dist.is_initialized():
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group(backend_of(self.device), store=store, rank=0, world_size=1)
 
     def sum_ints(self, values: Sequence[int]) -> list[int]:
-        """Element by element over all ranks, exact."""
+        """Element-wise sums over all ranks, exact."""
         total = self.sum_(torch.tensor(values, dtype=torch.int64, device=self.device))
         return [int(value) for value in total.tolist()]
 
     def sum_floats(self, values: Sequence[float]) -> list[float]:
-        """Element by element over all ranks, in fp64."""
+        """Element-wise sums over all ranks, in fp64."""
         total = self.sum_(torch.tensor(values, dtype=torch.float64, device=self.device))
         return [float(value) for value in total.tolist()]
 
@@ -84,7 +84,7 @@ class World:
         return self.sum_floats([value if self.is_main else 0.0])[0]
 
     def all(self, here: bool) -> bool:
-        """Whether it is so on every rank."""
+        """Whether `here` is true on every rank."""
         return self.sum_ints([not here]) == [0]
 
     def barrier(self) -> None:

@@ -1,21 +1,21 @@
 """One attempt at training, from the newest checkpoint to the end or to a stop. Runs under Ray and torchrun.
 
-    AttemptSpec ─▶ train ─▶ Attempt.fit:  batch ─▶ forward, backward, update ─▶ hooks ─▶ evaluate? commit?
-                              │                                                           │
-                              └── data: the feed, the held-out sets                  └── checkpoint, ledger
-                                                                        at the end: export ─▶ model/
+AttemptSpec ─▶ train ─▶ Attempt.fit:  batch ─▶ forward, backward, update ─▶ hooks ─▶ evaluate? commit?
+                          │                                                           │
+                          └── data: the feed, the held-out sets                  └── checkpoint, ledger
+                                                                    at the end: export ─▶ model/
 
-    loop           the loop itself
-    hooks          what happens around it: the protocol, a user's own, stop requests, keeping the best model
-    records        the hook that writes metrics.jsonl, and its figures
-    profiler       the hook that writes a trace of a few steps
-    checkpoint     where a run stands, what counts as saved, the ledger
-    evaluate       loss, perplexity and bits per byte of the held-out sets
-    schedule       the learning rate of a step
-    collate        the user's function between the feed and the model
-    data           opens what an attempt reads
-    memory         running out of memory, told apart from other errors
-    export, card   model/ and its README.md
-    attempt_spec   what an attempt needs to know, the same on every rank
-    torchrun       the process group and signals of a rank without Ray; `python -m raydist.training` uses it
+loop           the loop itself
+hooks          what happens around it: the protocol, a user's own, stop requests, keeping the best model
+records        the hook that writes metrics.jsonl, and its figures
+profiler       the hook that writes a trace of a few steps
+checkpoint     where a run stands, what counts as saved, the ledger
+evaluate       loss, perplexity and bits per byte of the held-out sets
+schedule       the learning rate of a step
+collate        the user's function between the feed and the model
+data           opens what an attempt reads
+memory         recognizes errors that mean out of memory
+export, card   model/ and its README.md
+attempt_spec   what an attempt needs to know, the same on every rank
+torchrun       the process group and signals of a rank without Ray; `python -m raydist.training` uses it
 """

@@ -52,13 +52,13 @@ def _batches(plan: Plan) -> str:
 
 
 def _how_to_load(job: Job) -> str:
-    """For an adapter on a quantized base: peft alone would put it on the original weights."""
+    """Shown for an adapter on a quantized base, which peft alone would put on the original weights."""
     if job.quantization is None:
         return ""
     product = "rounds activations to 8 bits too" if job.quantization == "int8" else "may compute in bf16"
     return f"""## How to load it
 
-The adapter belongs to the weights of the base as `quantization_config.json` quantizes them, and to no others:
+The adapter belongs to the base's weights as `quantization_config.json` quantizes them, and to no others:
 
 ```python
 import json
@@ -72,7 +72,7 @@ base = AutoModelForCausalLM.from_pretrained("{job.model.base}", quantization_con
 model = PeftModel.from_pretrained(base, folder)
 ```
 
-So loaded, bitsandbytes {product}. `raydist export {job.name} --merge` writes a plain model that
+Loaded like this, bitsandbytes {product}. `raydist export {job.name} --merge` writes a plain model that
 computes what was trained.
 
 """

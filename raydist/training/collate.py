@@ -18,15 +18,15 @@ WHERE = "train.collator"
 
 
 def make_collator(path: str | None) -> Callable[[Tensors], Tensors] | None:
-    """`train.collator`, module:function, behind checks of what it returns; None for none.
+    """The function that `train.collator` names, with checks of what it returns; None where it names none.
 
-    It is called on every micro batch of the training, not of an evaluation, in a thread that reads
-    ahead: input_ids, labels, position_ids, int64 (B, T), document_lengths, int32 (B, T), and sample,
-    int64 (B,), on the CPU (see `Blocks.empty`). Padding has sample -1. It gives a dict of the same
-    shapes back: a label may become -100, which takes it out of the loss and of the count that the loss
-    is divided by; input_ids may have other values; document_lengths may be left out; further tensors go
-    to the model's forward by their names. All else is a TrainingError. It should be a function of the
-    batch alone, or a resumed run is not the same one: draw by `sample`, if at all.
+    It is called on every micro batch of training, not of evaluation, in the thread that reads ahead. It gets
+    tensors on the CPU: input_ids, labels, position_ids, int64 (B, T), document_lengths, int32 (B, T), and
+    sample, int64 (B,), -1 for padding (see `Blocks.empty`). It returns a dict of the same shapes. A label may
+    become -100, which takes it out of the loss and of the count that the loss is divided by. input_ids may
+    have other values, document_lengths may be left out, and further tensors go to the model's forward by
+    their names. Anything else is a TrainingError. A resumed run is the same one only if the function depends
+    on the batch alone: seed random draws by `sample`.
 
     Raises JobError if there is no such function.
     """
@@ -43,7 +43,7 @@ def make_collator(path: str | None) -> Callable[[Tensors], Tensors] | None:
                 f"{path} {problem}",
                 where=WHERE,
                 why="the hook gets a finished micro batch: it may mask labels (-100) and add keys",
-                fix="correct the function; what it gets and gives is told in raydist/training/collate.py",
+                fix="correct the function; raydist/training/collate.py describes what it gets and returns",
             )
         result: Tensors = made
         return result
@@ -52,7 +52,7 @@ def make_collator(path: str | None) -> Callable[[Tensors], Tensors] | None:
 
 
 def collator_fingerprint(path: str) -> str:
-    """Of its source, by which a resumed run is known to use the same one; of its name if it has none."""
+    """A hash of the function's source, to see that a resumed run uses the same one; else its name."""
     try:
         return fingerprint(source_of(import_function(path, WHERE)))
     except (TypeError, OSError):
@@ -60,7 +60,7 @@ def collator_fingerprint(path: str) -> str:
 
 
 def _problem(given: Tensors, made: Any) -> str:
-    """What is wrong with it; empty if nothing is."""
+    """What is wrong with a collator's result; empty if nothing is."""
     if not isinstance(made, dict) or not all(isinstance(value, torch.Tensor) for value in made.values()):
         return "does not give a dict of tensors"
     for name in ("attention_mask", "past_key_values", "use_cache"):

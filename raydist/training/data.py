@@ -1,4 +1,4 @@
-"""The training samples and evaluation sets of a spec."""
+"""What an attempt reads: the training samples and the evaluation sets."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Data:
-    """What is trained on and what is evaluated on; an evaluation set may be empty."""
+    """feed: to train on.  eval_sets: to evaluate on; one may be empty."""
 
     feed: Feed
     eval_sets: Sequence[EvalData]
@@ -34,7 +34,7 @@ def open_data(spec: AttemptSpec) -> Data:
     held_out = [
         EvalSet(name, log, packing, holdout=share, max_tokens=limit, unique=unique)
         for name, log in logs.items()
-        if share > 0 and log.complete  # without a share none was asked for; lowest hashes are of all
+        if share > 0 and log.complete  # the lowest hashes are known once the whole token log is there
     ]
     extra = [EvalSet(n, log, packing, holdout=None, max_tokens=limit) for n, log in eval_logs.items()]
     return Data(make_feed(job, logs), [*held_out, *extra])

@@ -49,7 +49,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module, sets: Sequence[EvalData], world: World, micro_batch_size: int, mixed_precision: str
 ) -> list[Evaluation]:
-    """Empty sets are left out. Sums are taken in fp64 over all ranks; the model is in training mode after."""
+    """Evaluate every set that has documents, in fp64 sums over all ranks. Leaves `model` in training mode."""
     model.eval()
     try:
         return [

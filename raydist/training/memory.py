@@ -1,4 +1,4 @@
-"""Running out of memory, told apart from other errors, so that smaller micro batches can be tried."""
+"""Recognizes errors that mean out of memory, so that smaller micro batches can be tried."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ NO_MEMORY = ("can't allocate memory", "CUDA out of memory", "CUBLAS_STATUS_ALLOC
 def memory_watched(micro_batches: str) -> Iterator[None]:
     """Raises OutOfMemory where torch or Python could not allocate, on a GPU or in host memory.
 
-    What an attempt has done since its last checkpoint is lost then. To go on in the same process would
-    not be safe: under a strategy that shards, other ranks wait for this one within their own passes.
+    The work since the last checkpoint is lost. Going on in the same process would not be safe: under a
+    strategy that shards, the other ranks wait for this one within their own passes.
     """
     try:
         yield

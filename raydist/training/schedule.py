@@ -10,8 +10,8 @@ from raydist.job.schema import Train
 def learning_rate(step: int, steps: int, train: Train) -> float:
     """The rate of optimizer step `step`, which counts from 0, in a run of `steps`.
 
-    A linear warm-up that wastes no step at rate zero, then the decay to lr * min_lr_ratio, which it
-    reaches at `steps`.
+    A linear warm-up, whose first step is not at rate zero, then a decay that reaches lr * min_lr_ratio
+    at `steps`.
     """
     warmup = math.ceil(train.warmup_ratio * steps)
     if step < warmup:
@@ -23,7 +23,7 @@ def learning_rate(step: int, steps: int, train: Train) -> float:
 
 
 def _remaining(progress: float, step: int, steps: int, train: Train) -> float:
-    """Share of the way from the least rate to the full one; `progress` runs from 0 to 1 after warm-up."""
+    """The share left of the way down from lr to lr * min_lr_ratio. progress: 0 to 1 after the warm-up."""
     match train.scheduler:
         case "constant":
             return 1.0
