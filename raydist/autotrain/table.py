@@ -82,9 +82,9 @@ TABLE: dict[str, Parameter] = {
     ),
     "optimizer": Parameter(
         TEXT, "adamw_torch", "", "AdamW in fp32", {"adamw_torch": None, "adamw_torch_fused": None},
-        "is not here: only AdamW's state is saved, and brought to another number of workers, exactly",
+        "is not supported: the optimizer is AdamW",
     ),
-    "weight_decay": Parameter(REAL, 0.0, "train.weight_decay", "AdamW's, on matrices only"),
+    "weight_decay": Parameter(REAL, 0.0, "train.weight_decay", "on matrices only, not on norms and biases"),
     "max_grad_norm": Parameter(
         REAL, 1.0, "train.max_grad_norm", "gradients are clipped to this norm; 0: never"
     ),

@@ -122,7 +122,9 @@ class Train(Section):
     warmup_ratio: Share = Field(0.05, description="share of the steps")
     min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="last lr over lr")
     decay_ratio: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="share of the steps; wsd only")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="AdamW's, on matrices only")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="on matrices only, not on norms and biases"
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="gradients are clipped to this norm"
     )

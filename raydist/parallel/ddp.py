@@ -8,7 +8,6 @@ On a GPU torch's DistributedDataParallel overlaps its buckets with the backward 
 from __future__ import annotations
 
 import contextlib
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -16,49 +15,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from raydist.job.schema import Job
 from raydist.model.loss import autocast, loss_of
-from raydist.parallel.optimizer import (
-    clip_,
-    gradient_norm,
-    make_optimizer,
-    refuse_non_finite,
-    set_learning_rate,
-)
-from raydist.parallel.state import adamw_state, load_adamw, write_state
-from raydist.parallel.strategy import Saved, SaveHandle
+from raydist.parallel.optimizer import gradient_norm
+from raydist.parallel.own_optimizer import OwnOptimizer
 from raydist.parallel.world import World
 
 
-class OwnOptimizer:
-    """What DDP and FSDP2 share: AdamW over the model's own parameters. `module` is the bare model."""
-
-    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
-        self.module, self.job, self.world = model, job, world
-        self.model: nn.Module = model
-        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = make_optimizer(model, job.train.weight_decay)
-
+class Ddp(OwnOptimizer):
     def _loss(self, batch: dict[str, Tensor], n_labels: int) -> Tensor:
         with autocast(self.world.device, self.job.train.mixed_precision):
             return loss_of(self.model, batch) / n_labels
 
-    def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: float) -> float:
-        clip_(gradients, refuse_non_finite(norm), max_grad_norm)
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-        return norm
 
-    def save(self, folder: Path) -> SaveHandle:
-        write_state(folder, adamw_state(self.trainable, self.optimizer))
-        return Saved()
-
-    def load(self, folder: Path, step: int | None) -> None:
-        load_adamw(folder, self.trainable, self.optimizer, step)
-
-    def gather_full(self, parameter: nn.Parameter) -> Tensor:
-        return parameter
-
-
-class DdpOnCpu(OwnOptimizer):
+class DdpOnCpu(Ddp):
     def __init__(self, model: nn.Module, job: Job, world: World) -> None:
         super().__init__(model, job, world)
         self._flat = torch.zeros(sum(p.numel() for p in self.trainable.values()))
@@ -82,7 +50,7 @@ class DdpOnCpu(OwnOptimizer):
         return norm
 
 
-class DdpOnGpu(OwnOptimizer):
+class DdpOnGpu(Ddp):
     def __init__(self, model: nn.Module, job: Job, world: World) -> None:
         super().__init__(model, job, world)
         if world.world_size > 1:

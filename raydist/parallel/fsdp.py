@@ -18,8 +18,8 @@ from torch.distributed.tensor import DTensor
 from raydist.job.schema import Job
 from raydist.model.layers import layers_of
 from raydist.model.loss import loss_of
-from raydist.parallel.ddp import OwnOptimizer
 from raydist.parallel.optimizer import gradient_norm
+from raydist.parallel.own_optimizer import OwnOptimizer
 from raydist.parallel.weights import broadcast_weights, materialize
 from raydist.parallel.world import World
 

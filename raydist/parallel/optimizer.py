@@ -1,4 +1,9 @@
-"""AdamW over the trainable weights; matrices decay, vectors (norms, biases) do not."""
+"""The optimizer, chosen here alone, and what every strategy does with gradients before its step.
+
+A further optimizer is a branch in `make_optimizer` and one in `state_bytes_per_weight`. Its class must accept
+its own parameter groups as its only argument, as those of torch and bitsandbytes do, and keep its state as
+`parallel/state.py` says.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +11,33 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 
 from raydist.errors import TrainingError
+from raydist.job.schema import Train
 
 NORM_CHUNK = 512
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> AdamW:
-    """torch's own betas and epsilon. The learning rate is set at each step."""
+def make_optimizer(model: nn.Module, train: Train) -> Optimizer:
+    """AdamW over the trainable weights, with torch's betas and epsilon.
+
+    The learning rate is set at each step. Matrices decay; vectors (norms, biases) do not.
+    """
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [w for w in weights if w.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [w for w in weights if w.ndim >= 2], "weight_decay": train.weight_decay},
         {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
     ]
     return AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+def state_bytes_per_weight(train: Train) -> int:
+    """Bytes that the job's optimizer keeps for each trainable weight, in memory and in a checkpoint."""
+    return 2 * torch.float32.itemsize  # AdamW: the means of the gradient and of its square
+
+
+def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
 

@@ -16,12 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from raydist.errors import JobError
 from raydist.job.schema import Job
 from raydist.model.loss import loss_of
 from raydist.parallel.optimizer import make_optimizer, refuse_non_finite, set_learning_rate
-from raydist.parallel.state import MOMENTS, check_fits, chunks, fresh_moments, read_state, write_state
+from raydist.parallel.state import check_fits, chunks, fresh_state, read_state, slots_of, write_state
 from raydist.parallel.strategy import Saved, SaveHandle
 from raydist.parallel.weights import materialize
 from raydist.parallel.world import World
@@ -31,7 +32,7 @@ LOAD_ELEMENTS = 2**28
 
 
 class Zero:
-    """Weights, gradients and moments are fp32; DeepSpeed keeps them in flat buffers."""
+    """Weights, gradients and the optimizer's state are fp32; DeepSpeed keeps them in flat buffers."""
 
     def __init__(self, model: nn.Module, job: Job, world: World, accumulation_steps: int) -> None:
         self.module, self.world, self.sharded = model, world, job.strategy.stage == 3
@@ -41,7 +42,8 @@ class Zero:
             materialize(model)
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.shapes = {name: p.shape for name, p in self.trainable.items()}
-        optimizer = make_optimizer(model, job.train.weight_decay)
+        optimizer = make_optimizer(model, job.train)
+        self.slots = flat_slots(optimizer, world.device)
         config = {
             **job.deepspeed(),
             "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports it
@@ -83,31 +85,33 @@ class Zero:
         """Gathered a tensor at a time; each rank keeps and writes its share of them."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        self._link_moments()
+        self._link_slots()
         state = {}
         for index, (name, parameter) in enumerate(self.trainable.items()):
             whole = {name: safe_get_full_fp32_param(parameter)}
-            whole |= {f"{m}.{name}": safe_get_full_optimizer_state(parameter, m) for m in MOMENTS}
+            whole |= {f"{s}.{name}": safe_get_full_optimizer_state(parameter, s) for s in self.slots}
             if index % self.world.world_size == self.world.rank:
                 state.update({key: tensor.view(self.shapes[name]).cpu() for key, tensor in whole.items()})
         write_state(folder, state)
         return Saved()
 
     def load(self, folder: Path, step: int | None) -> None:
-        check_fits(folder, self.shapes)
+        slots = self.slots if step is not None else ()
+        state = {f"{slot}.{name}": shape for name, shape in self.shapes.items() for slot in slots}
+        check_fits(folder, self.shapes, state if step is not None else None)
         if step is not None:
-            for flat in self._flat_partitions():
-                self.engine.optimizer.optimizer.state[flat] = fresh_moments(flat.detach(), step)
-            self._link_moments()
+            inner = self.engine.optimizer.optimizer
+            for flat, group in zip(self._flat_partitions(), self._groups(), strict=True):
+                inner.state[flat] = fresh_state(inner, group, flat, step)
+            self._link_slots()
         for names in chunks(self.shapes, LOAD_ELEMENTS):
-            kinds: tuple[str | None, ...] = (None,) if step is None else (None, *MOMENTS)
-            keys = [(kind, name) for kind in kinds for name in names]
-            stored = {f"{m}.{name}" if m else name: torch.empty(self.shapes[name]) for m, name in keys}
+            keys = [(slot, name) for slot in (None, *slots) for name in names]
+            stored = {f"{s}.{name}" if s else name: torch.empty(self.shapes[name]) for s, name in keys}
             read_state(folder, stored)
-            for (moment, name), tensor in zip(keys, stored.values(), strict=True):
-                self._set(self.trainable[name], tensor, moment)
+            for (slot, name), tensor in zip(keys, stored.values(), strict=True):
+                self._set(self.trainable[name], tensor, slot)
 
-    def _set(self, parameter: nn.Parameter, value: Tensor, moment: str | None) -> None:
+    def _set(self, parameter: nn.Parameter, value: Tensor, slot: str | None) -> None:
         """This rank's part of a whole tensor into DeepSpeed's flat buffers, and into the weight itself."""
         from deepspeed import utils
 
@@ -115,15 +119,15 @@ class Zero:
             size, start = parameter.ds_tensor.numel(), parameter.ds_tensor.numel() * self.world.rank  # type: ignore[attr-defined]
             part = value.flatten()[start : start + size]
             part = F.pad(part, (0, size - len(part)))
-            if moment is not None:
-                utils.safe_set_local_optimizer_state(parameter, part, moment)
+            if slot is not None:
+                utils.safe_set_local_optimizer_state(parameter, part, slot)
                 return
             utils.safe_set_local_fp32_param(parameter, part)
             parameter.ds_tensor.copy_(part)  # type: ignore[attr-defined]
             if parameter.numel():  # small ones are kept whole on every rank
                 parameter.data.copy_(value)
-        elif moment is not None:
-            utils.safe_set_full_optimizer_state(parameter, value, moment)
+        elif slot is not None:
+            utils.safe_set_full_optimizer_state(parameter, value, slot)
         else:
             utils.safe_set_full_fp32_param(parameter, value)
             parameter.data.copy_(value)
@@ -146,8 +150,16 @@ class Zero:
         )
         return list(flat)
 
-    def _link_moments(self) -> None:
-        """Stages 1 and 2 find a parameter's moments only after this; on its own DeepSpeed 0.19 does it
+    def _groups(self) -> list[dict[str, Any]]:
+        """The optimizer's group, with its options, of each of those buffers."""
+        optimizer = self.engine.optimizer
+        groups: list[dict[str, Any]] = optimizer.optimizer.param_groups
+        if not self.sharded:
+            return groups
+        return [groups[optimizer.sub_group_to_group_id[i]] for i in range(len(self._flat_partitions()))]
+
+    def _link_slots(self) -> None:
+        """Stages 1 and 2 find a parameter's state only after this; on its own DeepSpeed 0.19 does it
         for the first parameter group alone.
         """
         from deepspeed.utils import lazy_init_hp_params_optimizer_state as link
@@ -156,6 +168,40 @@ class Zero:
             optimizer = self.engine.optimizer
             for parameters, flat in zip(optimizer.bit16_groups, self._flat_partitions(), strict=True):
                 link(parameters, flat, optimizer.optimizer.state)
+
+
+def flat_slots(optimizer: Optimizer, device: torch.device) -> tuple[str, ...]:
+    """What the optimizer keeps for each weight, by slot.
+
+    Raises JobError for one that cannot step parts of flattened weights, which is all that DeepSpeed gives it:
+    its state must be one value per weight, whatever the tensor's shape. State of other shapes would need ways
+    of its own to be saved and loaded here.
+    """
+    matrix = torch.zeros(64, 128, device=device)  # large enough for 8-bit optimizers to quantize
+    kept = set()
+    for group in optimizer.param_groups:
+        for tensor in (matrix, matrix.flatten()):
+            try:
+                slots = slots_of("a weight", tensor, fresh_state(optimizer, group, tensor, step=0))
+            except ValueError as error:  # such as Muon's, for anything but a matrix
+                raise _not_under_zero(optimizer, str(error)) from error
+            for slot, value in slots.items():
+                if value.shape != tensor.shape:
+                    shape = f"its {slot} of a {tuple(tensor.shape)} tensor is {tuple(value.shape)}"
+                    raise _not_under_zero(optimizer, shape)
+            kept.add(tuple(slots))
+    if len(kept) != 1:
+        raise _not_under_zero(optimizer, f"what it keeps depends on the tensor: {sorted(kept)}")
+    return kept.pop()
+
+
+def _not_under_zero(optimizer: Optimizer, why: str) -> JobError:
+    return JobError(
+        f"{type(optimizer).__name__} does not work under DeepSpeed ZeRO",
+        where="strategy.name",
+        why=f"ZeRO steps parts of flattened weights, whose state must have their shape; {why}",
+        fix="take strategy: {name: ddp}",
+    )
 
 
 def check_deepspeed(job: Job) -> None:

@@ -10,6 +10,7 @@ from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
 from raydist.model.build import Sizes, check_fits, load_config, model_sizes
+from raydist.parallel.optimizer import state_bytes_per_weight
 from raydist.storage import Storage
 
 FP32, BF16 = 4, 2
@@ -94,7 +95,9 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
     tokens = plan.micro_batch_tokens
     kept = 2 if job.train.gradient_checkpointing else 34 // 2
     strategy, sharded = job.strategy, 3 if job.strategy.name == "fsdp" else job.strategy.stage or 0
-    master = 1 if strategy.name == "zero" else 0  # DeepSpeed steps a copy of the weights
+    stepped = state_bytes_per_weight(job.train)
+    if strategy.name == "zero":
+        stepped += FP32  # DeepSpeed steps a copy of the weights
     host = "_in_host_memory" if strategy.offload == "cpu" else ""
 
     def share(n_bytes: int, stage: int) -> int:
@@ -104,7 +107,7 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
     parts = {
         f"weights{host if sharded == 3 else ''}": share(sizes.weight_bytes, 3),
         "gradients": share(sizes.trainable * FP32, 2),
-        f"optimizer{host}": share((2 + master) * sizes.trainable * FP32, 1),
+        f"optimizer{host}": share(sizes.trainable * stepped, 1),
         "activations": tokens * sizes.layers * sizes.hidden * kept * compute,
         "logits": 2 * tokens * sizes.vocabulary * FP32,
     }
@@ -115,7 +118,7 @@ def _disk(job: Job, sizes: Sizes, tokens: int) -> dict[str, int]:
     kept = job.checkpoint.save_total_limit + 2  # the best one, and the one being written
     parts = {
         "token_log": tokens * (2 if sizes.vocabulary <= 2**16 else 4),
-        "checkpoints": kept * 3 * sizes.trainable * FP32,
+        "checkpoints": kept * sizes.trainable * (FP32 + state_bytes_per_weight(job.train)),
         "model": sizes.total * FP32,
     }
     return {**parts, "total": sum(parts.values())}

@@ -299,7 +299,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "distillation": ({"trainer": "distillation"}, "trainer: distillation is not here"),
     "backend": ({"backend": "spaces-a10g-large"}, "backend: spaces-a10g-large is not here: for a cluster"),
     "fp16": ({"mixed_precision": "fp16"}, "mixed_precision: fp16 is not here: fp16 needs its loss scaled"),
-    "optimizer": ({"optimizer": "adafactor"}, "optimizer: adafactor is not here: only AdamW's state"),
+    "optimizer": (
+        {"optimizer": "adafactor"},
+        "optimizer: adafactor is not supported: the optimizer is AdamW",
+    ),
     "scheduler": ({"scheduler": "polynomial"}, "scheduler: polynomial is not here; known: linear, cosine"),
     "padding": ({"padding": "left"}, "padding: left is not here"),
     "backend of ranks": ({"distributed_backend": "horovod"}, "distributed_backend: horovod is not here"),

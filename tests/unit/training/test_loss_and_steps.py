@@ -140,7 +140,7 @@ def test_weight_decay_is_for_matrices() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3))
     decays = {
         id(p): group["weight_decay"]
-        for group in make_optimizer(model, 0.1).param_groups
+        for group in make_optimizer(model, Train(max_steps=1, weight_decay=0.1)).param_groups
         for p in group["params"]
     }
     assert {name: decays[id(p)] for name, p in model.named_parameters()} == {

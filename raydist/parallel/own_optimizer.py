@@ -1,0 +1,43 @@
+"""What DDP and FSDP2 share: an optimizer that steps the model's own parameters.
+
+A module of its own since neither is part of the other; under DeepSpeed (zero.py) the optimizer steps flat
+copies instead.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from raydist.job.schema import Job
+from raydist.parallel.optimizer import clip_, make_optimizer, refuse_non_finite, set_learning_rate
+from raydist.parallel.state import load_state, state_by_name, write_state
+from raydist.parallel.strategy import Saved, SaveHandle
+from raydist.parallel.world import World
+
+
+class OwnOptimizer:
+    """Base of a strategy. `module` is the bare model."""
+
+    def __init__(self, model: nn.Module, job: Job, world: World) -> None:
+        self.module, self.job, self.world = model, job, world
+        self.model: nn.Module = model
+        self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = make_optimizer(model, job.train)
+
+    def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: float) -> float:
+        clip_(gradients, refuse_non_finite(norm), max_grad_norm)
+        set_learning_rate(self.optimizer, lr)
+        self.optimizer.step()
+        return norm
+
+    def save(self, folder: Path) -> SaveHandle:
+        write_state(folder, state_by_name(self.trainable, self.optimizer))
+        return Saved()
+
+    def load(self, folder: Path, step: int | None) -> None:
+        load_state(folder, self.trainable, self.optimizer, step)
+
+    def gather_full(self, parameter: nn.Parameter) -> Tensor:
+        return parameter
