@@ -27,6 +27,7 @@ from raydist.job.plan import make_plan
 from raydist.job.schema import Job
 from raydist.model.build import build_model
 from raydist.model.loss import logits_of
+from raydist.run.attempts import attempt_spec
 from raydist.run.dataset import Prepared
 from raydist.training.hooks import Hook, StepResult
 from raydist.training.loop import Attempt, train
@@ -94,7 +95,7 @@ def raydist_steps(prepared: Prepared, turn: int) -> list[float]:
 
     folder = RunFolder(Path(prepared.job.storage) / f"turn-{turn}")
     plan = make_plan(prepared.job, 1, prepared.feed().samples_per_epoch)
-    train(prepared.attempt_spec(folder, plan, attempt=1), hooks=[Clock()])
+    train(attempt_spec(prepared, folder, plan, attempt=1), hooks=[Clock()])
     return differences(ends)
 
 

@@ -12,7 +12,8 @@ from raydist.folder import find_run
 from raydist.job.load import load_job
 from raydist.job.schema import Job
 from raydist.run.dataset import Prepared, find_prepared, prepare_logs
-from raydist.run.run import RunResult, folder_of, run_job
+from raydist.run.lifecycle import folder_of
+from raydist.run.run import RunResult, run_job
 from raydist.track.progress import make_view
 
 if TYPE_CHECKING:

@@ -35,14 +35,14 @@ def init(path: Path, kind: str, force: bool) -> None:
         raise JobError(f"{path} exists", fix="choose another name, or --force to replace it")
     template = resources.files("raydist.job") / "templates" / f"{kind}.yaml"
     files.write_text(path, template.read_text(encoding="utf-8"))
-    click.echo(f"wrote {path}. Next: mend its paths, then  raydist plan {path}  and  raydist submit {path}")
+    click.echo(f"wrote {path}. Next: fix its paths, then  raydist plan {path}  and  raydist submit {path}")
 
 
 @click.command(short_help="Check job files without starting anything.")
 @click.argument("job_files", metavar="JOB.yaml...", nargs=-1, required=True, type=JOB)
 @overrides
 def validate(job_files: tuple[str, ...], overrides: tuple[str, ...]) -> None:
-    """Check job files without starting anything. Every problem of a file is told at once."""
+    """Check job files without starting anything. Every problem of a file is reported at once."""
     from raydist.job.load import load_job
 
     show.checked(job_files, lambda path: load_job(path, overrides))
@@ -72,11 +72,11 @@ def prepare(job_file: str, overrides: tuple[str, ...], address: str | None, as_j
     """Only make the job's token logs; what is there already is kept."""
     from raydist import api
     from raydist.cluster.connect import ray_address
-    from raydist.run.dataset import describe_log
+    from raydist.run.describe import describe, describe_log
 
     job = api.load_job(job_file, overrides)
     prepared = api.prepare(job, address=ray_address(address, job.cluster.address))
-    described = prepared.describe(prepared.feed())
+    described = describe(prepared, prepared.feed())
     described["eval_sources"] = {name: describe_log(log) for name, log in prepared.eval_logs.items()}
     if as_json:
         show.as_json(described)
@@ -149,7 +149,7 @@ def tune(job_file: str, overrides: tuple[str, ...], address: str | None, as_json
         from raydist.cluster.submit import submit_and_follow
 
         raise SystemExit(submit_and_follow(job, cluster, click.echo, "tune"))
-    from raydist.run.run import folder_of
+    from raydist.run.lifecycle import folder_of
     from raydist.sweep.sweep import read_sweep, run_sweep
 
     try:

@@ -16,9 +16,14 @@ if TYPE_CHECKING:
 Resources = dict[str, float]
 
 
+def node_resources() -> list[Resources]:
+    """What each living node of the cluster has, busy or not."""
+    return _resources(_nodes())
+
+
 def gpus() -> float:
-    """Of the cluster, busy or not."""
-    return sum(node.get("GPU", 0) for node in _resources(_nodes()))
+    """All GPUs of the cluster, busy or not."""
+    return sum(node.get("GPU", 0) for node in node_resources())
 
 
 def workers_by_node(job: Job, nodes: Sequence[Resources]) -> list[int]:
@@ -31,21 +36,21 @@ def workers_by_node(job: Job, nodes: Sequence[Resources]) -> list[int]:
 
 def require_room(job: Job, what: str) -> int:
     """How many runs of `job` fit at a time. Raises ClusterError, with the numbers, if not even one does."""
-    held, asked = _resources(_nodes()), job.scaling.num_workers
+    held, asked = node_resources(), job.scaling.num_workers
     fitting = sum(workers_by_node(job, held))
     if fitting >= asked:
         return fitting // asked
     each = f"{job.scaling.cpus_per_worker} CPUs" + " and a GPU" * job.scaling.on_gpus(gpus())
     raise ClusterError(
-        f"the cluster has no room for {what}: {asked} workers of {each}, of which it holds {fitting}",
-        where="; ".join(f"{node['NodeManagerAddress']}: {_told(node['Resources'])}" for node in _nodes()),
+        f"the cluster has no room for {what}: {asked} workers of {each}, and it holds {fitting}",
+        where="; ".join(f"{node['NodeManagerAddress']}: {_shown(node['Resources'])}" for node in _nodes()),
         why="a worker needs its CPUs and its GPU on one node",
         fix="add nodes, or lower scaling.num_workers or scaling.cpus_per_worker",
     )
 
 
 def spare(job: Job) -> Share | None:
-    """What training leaves free for preparing beside it: whole nodes, else CPUs; None if that is nothing."""
+    """What training leaves free for preparing meanwhile: whole nodes, else CPUs; None if that is nothing."""
     from raydist.corpus.pipeline import Share
 
     nodes, scaling = _nodes(), job.scaling
@@ -75,5 +80,5 @@ def _resources(nodes: Sequence[dict[str, Any]]) -> list[Resources]:
     return [node["Resources"] for node in nodes]
 
 
-def _told(resources: Resources) -> str:
+def _shown(resources: Resources) -> str:
     return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"

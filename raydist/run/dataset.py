@@ -1,7 +1,7 @@
 """The data side of a run: its tokenizer and its token logs, made where they are missing.
 
-A run is pinned to the logs it began with: when the source files change later that is said, and the
-run keeps its tokens.
+A run is pinned to the token logs it began with: when its source files change later, a message says so, and
+the run keeps its tokens.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist.corpus.build import LogPlan, build_log, plan_log
@@ -25,18 +24,11 @@ from raydist.track.listener import Listener
 if TYPE_CHECKING:
     from raydist.corpus.pipeline import Share
     from raydist.feed.feed import Feed
-    from raydist.feed.stage import Stage
-    from raydist.folder import RunFolder
-    from raydist.job.plan import Plan
-    from raydist.training.attempt_spec import AttemptSpec
-
-SAMPLE_PROMPT_TOKENS = 24
-SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training needs of the data: `logs` to train on, `eval_logs` only to evaluate on."""
+    """All that training needs of the data: token logs to train on, and `eval_logs` only to evaluate on."""
 
     job: Job
     tokenizer: TokenizerSpec
@@ -48,7 +40,7 @@ class Prepared:
         return all(log.complete for log in self.logs.values())
 
     def pins(self) -> dict[str, Any]:
-        """What a resumed run opens again instead of planning anew."""
+        """What a resumed run opens again, instead of planning its token logs from the source files."""
         return {
             "tokenizer": self.tokenizer.to_json(),
             "logs": {name: log.fingerprint for name, log in self.logs.items()},
@@ -68,59 +60,6 @@ class Prepared:
             )
         return feed
 
-    def describe(self, feed: Feed) -> dict[str, Any]:
-        """The data's numbers, as the report and `prepare` show them; packing: of each stage."""
-        from raydist.feed.selection import unique_share
-
-        return {
-            "sources": {
-                source.name: {
-                    **describe_log(self.logs[source.name]),
-                    "held_out_documents": source.held_out_documents,
-                    "held_out_tokens": source.held_out_tokens,
-                    "duplicate_documents": source.duplicate_documents,
-                    "weight": source.weight,
-                }
-                for source in feed.sources
-            },
-            "unique_share": unique_share(list(self.logs.values())),
-            "packing": [_describe_packing(stage) for stage in feed.stages],
-        }
-
-    def attempt_spec(self, folder: RunFolder, plan: Plan, attempt: int) -> AttemptSpec:
-        from raydist.model.build import base_path
-        from raydist.training.attempt_spec import AttemptSpec
-
-        job, tokenizer = self.job, Path(self.tokenizer.folder)
-        if job.model.base is not None:  # a worker's working directory is another one
-            model = job.model.model_copy(update={"base": base_path(job)})
-            job = job.model_copy(update={"model": model})
-        return AttemptSpec(
-            job=job,
-            run=folder.path.resolve(),
-            logs={name: log.path for name, log in self.logs.items()},
-            eval_logs={name: log.path for name, log in self.eval_logs.items()},
-            tokenizer=tokenizer.resolve() if tokenizer.is_dir() else tokenizer,
-            plan=plan,
-            attempt=attempt,
-            growing=not self.complete,
-        )
-
-    def sample(self, folder: RunFolder) -> dict[str, str] | None:
-        """The trained model's sampled continuation of the start of a held-out document."""
-        from raydist.feed.eval_set import first_held_out
-        from raydist.model.export import continue_text
-
-        document = first_held_out(self.logs.values(), self.job.corpus.holdout)
-        if document is None:
-            document = first_held_out(self.eval_logs.values(), 1.0)
-        if document is None:
-            return None
-        prompt, continuation = continue_text(
-            folder.model, document[:SAMPLE_PROMPT_TOKENS].tolist(), SAMPLE_TOKENS
-        )
-        return {"prompt": prompt, "continuation": continuation}
-
 
 def prepare_logs(
     job: Job,
@@ -129,13 +68,14 @@ def prepare_logs(
     pinned: dict[str, Any] | None = None,
     stop: Callable[[], None] = lambda: None,
 ) -> Prepared:
-    """The tokenizer and every log of `job`, made where missing. Needs a Ray to run on.
+    """The tokenizer and every token log of `job`, made where missing. Needs a Ray to run on.
 
-    pinned: what `Prepared.pins` gave when the run began. stop: called between logs; raises to stop.
+    pinned: what `Prepared.pins` returned when the run began.  stop: called between token logs; raises to
+    end the work.
     """
     if pinned and _complete(job, pinned):
         prepared = _open_pinned(job, pinned)
-        _tell_what_changed(prepared, listener)
+        _say_what_changed(prepared, listener)
         return prepared
     listener.phase("planning")
 
@@ -147,9 +87,9 @@ def prepare_logs(
 
 
 def can_begin_early(job: Job) -> bool:
-    """Whether the order of samples is known before the logs end.
+    """Whether the order of samples is known before the token logs are complete.
 
-    Not of epochs, nor of merged sources; duplicates are found and stages begun in whole logs.
+    It is not known for epochs and for merged sources; duplicates and stages need complete token logs.
     """
     if job.stages or job.corpus.dedup != "none":
         return False
@@ -161,7 +101,7 @@ def can_begin_early(job: Job) -> bool:
 def prepare_first(
     job: Job, listener: Listener, share: Share, *, pinned: dict[str, Any] | None = None
 ) -> tuple[Prepared, Callable[[], Prepared]] | None:
-    """The logs as far as their first window, and what makes the rest of them; None if that is all there is.
+    """The token logs up to their first window, and what makes the rest; None where there is no rest.
 
     The rest is made a window of each source at a time, so that training never waits for one source alone.
     """
@@ -188,7 +128,7 @@ def prepare_first(
 
     listener.phase("preparing", f"the first {window} slices of each source; the others while it trains")
     eval_logs = {name: made(plan, sys.maxsize) for name, plan in eval_plans.items()}
-    for slices in itertools.count(window, window):  # a slice may hold no document, and so no shard
+    for slices in itertools.count(window, window):  # a slice may hold no document, and so have no shard
         prepared = up_to(slices)
         if all(log.complete or len(log.shards) >= window for log in prepared.logs.values()):
             return prepared, rest
@@ -196,7 +136,7 @@ def prepare_first(
 
 
 def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
-    """The logs of `job` as they lie in its storage; makes nothing and needs no Ray.
+    """The token logs of `job` as they are in its storage; makes nothing and needs no Ray.
 
     Raises LogError where one is not complete. pinned: a run's pins, which win over the source files.
     """
@@ -208,31 +148,6 @@ def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
             "the job's tokenizer is not trained yet", fix="raydist prepare makes it and the token logs"
         )
     return _of_plans(job, tokenizer, lambda name, plan: open_log(plan.path))
-
-
-def _describe_packing(stage: Stage) -> dict[str, Any]:
-    size, blocks = stage.packing.block_size, sum(source.n_blocks for source in stage.sources)
-    tokens = sum(source.n_tokens + source.n_eos for source in stage.sources)
-    return {
-        "block_size": size,
-        "strategy": stage.packing.strategy,
-        "n_blocks": blocks,
-        "padding_share": 1 - tokens / (blocks * size),
-    }
-
-
-def describe_log(log: TokenLog) -> dict[str, Any]:
-    return {
-        "log": log.fingerprint,
-        "path": str(log.path),
-        "n_documents": log.n_documents,
-        "n_tokens": log.n_tokens,
-        "n_bytes": log.n_bytes,
-        "mean_tokens": log.n_tokens / max(1, log.n_documents),
-        "n_shards": len(log.shards),
-        "n_quarantined": log.n_quarantined,
-        "n_empty": log.n_empty,
-    }
 
 
 def _storage(job: Job) -> Storage:
@@ -250,7 +165,7 @@ def _tokenizer(job: Job, pinned: dict[str, Any] | None) -> TokenizerSpec:
 def _plans(
     job: Job, tokenizer: TokenizerSpec, pinned: dict[str, Any] | None
 ) -> tuple[dict[str, LogPlan], dict[str, LogPlan]]:
-    """Of the sources to train on and of those to evaluate on. pinned: what they must come to, if given."""
+    """For the sources to train on, and for those to evaluate on. pinned: fingerprints that they must have."""
 
     def plan(kind: str, name: str, source: Source) -> LogPlan:
         planned = _plan(source, job, tokenizer)
@@ -282,7 +197,7 @@ def _of_plans(
 
 
 def _complete(job: Job, pins: dict[str, Any]) -> bool:
-    """Whether all pinned logs are, or are gone altogether, which `_open_pinned` tells."""
+    """Whether all pinned token logs are complete, or gone altogether, which `_open_pinned` refuses."""
     tokens = _storage(job).tokens
     folders = [LogFolder(tokens / pin) for kind in ("logs", "eval_logs") for pin in pins[kind].values()]
     return not any(folder.begun() and not folder.complete() for folder in folders)
@@ -303,7 +218,7 @@ def _make(name: str, plan: LogPlan, on_error: str, listener: Listener) -> TokenL
     return log
 
 
-def _tell_what_changed(prepared: Prepared, listener: Listener) -> None:
+def _say_what_changed(prepared: Prepared, listener: Listener) -> None:
     job, logs = prepared.job, prepared.eval_logs | prepared.logs
     for name, source in [*job.corpus.sources.items(), *job.eval.sources.items()]:
         try:

@@ -1,11 +1,13 @@
-"""All that can be said of a job before anything is started or spent."""
+"""Checks of a job before anything is prepared or trained: without Ray, then on the cluster that there is."""
 
 from __future__ import annotations
 
 import torch
 
+from raydist.cluster.resources import gpus
 from raydist.job.schema import Job
 from raydist.model import quantization
+from raydist.model.attention import check_attention
 from raydist.model.build import check_base, check_fits, load_config, model_sizes, quietly
 from raydist.parallel.zero import check_deepspeed
 from raydist.track.start import check_trackers
@@ -29,3 +31,8 @@ def check_job(job: Job) -> None:
     load_hooks(job.train.hooks)
     if job.model.base is not None:
         check_base(job)
+
+
+def check_on_cluster(job: Job) -> None:
+    """Raises ModelError for an attention that does not run on the devices of the Ray that was joined."""
+    check_attention(job.model.attn_implementation, "cuda" if job.scaling.on_gpus(gpus()) else "cpu")

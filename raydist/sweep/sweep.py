@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,16 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from raydist import files
-from raydist.cluster.connect import ray_session
 from raydist.cluster.resources import require_room
-from raydist.errors import JobError, RunChanged, Stopped, TrainingError
+from raydist.errors import JobError, TrainingError
 from raydist.folder import RunFolder
-from raydist.job.identity import differences
-from raydist.job.load import job_yaml, load_job
+from raydist.job.load import job_yaml
 from raydist.job.schema import Job
 from raydist.job.search import trial_job, trial_name
 from raydist.job.tune import Tune
 from raydist.run.dataset import Prepared, prepare_logs
-from raydist.run.run import folder_of, status_of, stop_if_asked, stop_signals
+from raydist.run.lifecycle import Life, at_the_end, folder_of, state_after
+from raydist.run.preflight import check_job
 from raydist.sweep.suggest import METRIC, Journal, Parameters, read_parameters
 from raydist.sweep.trial import ENDED, SweepSpec, TrialRun, curve
 from raydist.track.listener import Listener
@@ -50,47 +49,13 @@ def run_sweep(job: Job, *, address: str | None = None, listener: Listener | None
     """
     if job.tune is None:
         raise JobError(f"{job.name} has no tune section", fix="raydist submit runs it, or say what to search")
-    folder, listener = folder_of(job), listener or make_view(name=job.name)
-    folder.check_place("sweep")
-    with listener, folder.lease():
-        folder.mark("sweep")
-        _refuse_changed(job, folder)
-        with status_of(folder), stop_signals(folder, listener):
-            _claim(job, folder)
-            workers = job.scaling
-            with (
-                ray_session(workers.num_workers, workers.cpus_per_worker, address),
-                stop_signals(folder, listener),  # again: joining a cluster puts Ray's own handlers in place
-            ):
-                _prepare_and_search(job, folder, listener)
+    life = Life(job, "sweep", listener or make_view(name=job.name))
+    with life.held(), life.begun():
+        for end in (0, -1):
+            check_job(_at_an_end(job, end))
+        with life.on_ray(address):
+            _prepare_and_search(life)
     return read_sweep(job)
-
-
-def _refuse_changed(job: Job, folder: RunFolder) -> None:
-    """Once trials have begun, what they share may not change; how many there are may."""
-    if not (folder.trials_file).exists():
-        return
-    old = load_job(folder.job_file)
-    changed = differences(old, job)
-    if old.tune is None or job.tune is None or old.tune.search != job.tune.search:
-        changed.append("tune.search")
-    if changed:
-        raise RunChanged(
-            f"the job differs from the sweep {job.name} that it would go on with:\n  " + "\n  ".join(changed),
-            where=str(folder.path),
-            why="its trials would not be comparable",
-            fix="give the sweep a new name, undo the change, or remove the sweep's folder",
-        )
-
-
-def _claim(job: Job, folder: RunFolder) -> None:
-    from raydist.run.preflight import check_job
-
-    folder.stop_flag.unlink(missing_ok=True)
-    folder.write_job(job_yaml(job))
-    folder.set_status("planning")
-    for end in (0, -1):
-        check_job(_at_an_end(job, end))
 
 
 def _at_an_end(job: Job, end: int) -> Job:
@@ -99,22 +64,23 @@ def _at_an_end(job: Job, end: int) -> Job:
     return trial_job(job, 0, {key: of.extremes[end] for key, of in job.tune.search.items()})
 
 
-def _prepare_and_search(job: Job, folder: RunFolder, listener: Listener) -> None:
+def _prepare_and_search(life: Life) -> None:
+    job, folder = life.job, life.folder
     assert job.tune is not None
     room = require_room(job, "one trial")
-    folder.set_status("preparing")
+    life.preparing()
     pins = folder.data().get("pins")
-    prepared = prepare_logs(job, listener, pinned=pins, stop=lambda: stop_if_asked(folder))
+    prepared = prepare_logs(job, life.listener, pinned=pins, stop=life.stop_if_asked)
     _require_held_out(replace(prepared, job=_at_an_end(job, 0)))
-    files.write_json(folder.data_file, {"pins": prepared.pins()})
-    folder.set_status("training")
+    folder.add_data(pins=prepared.pins())
+    life.training()
     at_a_time = room if job.tune.concurrency == "auto" else min(room, job.tune.concurrency)
-    listener.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
-    with _concluded(job, folder, listener) as parent:
+    life.listener.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
+    with _concluded(life) as parent:
         ended = {n: state for n, (state, _) in enumerate(_states(job, folder)) if state in ENDED}
         spec = SweepSpec(job, folder.path.resolve(), prepared.pins(), parent, ended)
-        _search(spec, folder, at_a_time, listener)
-        stop_if_asked(folder)
+        _search(spec, life, at_a_time)
+        life.stop_if_asked()
         _refuse_failed(folder, read_sweep(job))
 
 
@@ -129,15 +95,16 @@ def _require_held_out(prepared: Prepared) -> None:
         )
 
 
-def _search(spec: SweepSpec, folder: RunFolder, at_a_time: int, listener: Listener) -> None:
+def _search(spec: SweepSpec, life: Life, at_a_time: int) -> None:
     """Tune keeps its own records in ray/attempt-N; nothing is ever read from there."""
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1")
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a job's relative paths are of this folder
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one reports errors also where it was told to be silent
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what goes wrong is told by _Told
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a job's relative paths mean this folder
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints errors even where verbose is 0
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # OutcomeLog says what goes wrong
     assert spec.job.tune is not None
+    folder = life.folder
     journal = Journal(spec.job, folder.trials_file)
-    # no CPU, which is all for the workers; Ray refuses a request for nothing
+    # no CPU: all are for the workers; and Ray refuses a request for nothing
     trainable = tune.with_resources(tune.with_parameters(TrialRun, spec=spec), {"memory": 2**20})
     tune.Tuner(
         trainable,
@@ -150,8 +117,8 @@ def _search(spec: SweepSpec, folder: RunFolder, at_a_time: int, listener: Listen
         run_config=tune.RunConfig(
             name=f"attempt-{folder.next_attempt()}",
             storage_path=str(folder.ray.resolve()),
-            stop=_Asked(folder),
-            callbacks=[_Told(spec, folder, listener)],
+            stop=StopWhenAsked(folder),
+            callbacks=[OutcomeLog(spec, folder, life.listener)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=spec.job.scaling.max_failures),
             verbose=0,
@@ -173,7 +140,7 @@ def _scheduler(spec: Tune) -> TrialScheduler:
     )
 
 
-class _Asked(tune.Stopper):
+class StopWhenAsked(tune.Stopper):
     """Ends every trial once the sweep is asked to stop."""
 
     def __init__(self, folder: RunFolder) -> None:
@@ -186,7 +153,7 @@ class _Asked(tune.Stopper):
         return self._folder.stop_flag.exists()
 
 
-class _Told(tune.Callback):
+class OutcomeLog(tune.Callback):
     """Writes down how trials end, and says so."""
 
     def __init__(self, spec: SweepSpec, folder: RunFolder, listener: Listener) -> None:
@@ -194,7 +161,7 @@ class _Told(tune.Callback):
         self._best, self._done = math.inf, 0
 
     def __getstate__(self) -> dict[str, Any]:
-        """Tune writes its callbacks down, for a restoration that is never made; a stream cannot be."""
+        """Tune pickles its callbacks, for a restoration that is never made; a listener cannot be pickled."""
         return {}
 
     def on_trial_result(
@@ -203,7 +170,7 @@ class _Told(tune.Callback):
         self._best = min(self._best, result[METRIC])
         self._show()
         if _number(trial) in self._spec.ended:
-            return  # it only repeats what it said
+            return  # an ended trial only repeats its results
         shown = f"{result[METRIC]:.4f} bits per byte at {result['percent']:.0f}%"
         self._listener.message(f"trial {_number(trial):03d}  {shown}")
 
@@ -223,7 +190,7 @@ class _Told(tune.Callback):
         self._done += 1
         self._show()
         if number in self._spec.ended:
-            return  # it was told when it happened
+            return  # it was recorded when it happened
         files.append_json(
             self._folder.trials_file, {"number": number, "state": state, "error": error}, flush=True
         )
@@ -235,44 +202,41 @@ def _number(trial: Any) -> int:
 
 
 def _states(job: Job, folder: RunFolder) -> list[tuple[str, str]]:
-    """State and error of each trial by number: finished where its own folder says so, else as told last."""
+    """State and error of each trial by number: finished if its own folder says so, else as last recorded."""
     last = {record["number"]: record for record in files.read_jsonl(folder.trials_file)}
     return [_state(last[n], folder.path.with_name(trial_name(job, n))) for n in sorted(last)]
 
 
-def _state(told: dict[str, Any], path: Path) -> tuple[str, str]:
+def _state(last: dict[str, Any], path: Path) -> tuple[str, str]:
     state = RunFolder(path).status().get("state")
     if state == "finished":
         return "finished", ""
-    return told.get("state", "stopped" if state == "stopped" else "running"), told.get("error", "")
+    return last.get("state", "stopped" if state == "stopped" else "running"), last.get("error", "")
 
 
 # --- the end -------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _concluded(job: Job, folder: RunFolder, listener: Listener) -> Iterator[str | None]:
-    """Gives the sweep's MLflow run; best.yaml, the page and MLflow tell how it ended, however it ends."""
-    told: Callable[[str], None] = listener.message
-    parent = start_parent(job, folder, on_warning=told) if job.tracking.mlflow else None
-    state, error = "failed", ""
-    try:
-        yield parent
-        state = "finished"
-    except BaseException as raised:
-        state, error = ("stopped", "") if isinstance(raised, Stopped) else ("failed", str(raised))
-        raise
-    finally:
-        result = read_sweep(job)
+@contextmanager
+def _concluded(life: Life) -> Iterator[str | None]:
+    """Gives the sweep's MLflow run; best.yaml, the page and MLflow say how it ended, however it ends."""
+    job, folder, warn = life.job, life.folder, life.listener.message
+    parent = start_parent(job, folder, on_warning=warn) if job.tracking.mlflow else None
+
+    def conclude(error: BaseException | None) -> None:
+        state, result = state_after(error), read_sweep(job)
         best = _write_best(job, folder, result.trials)
-        write_sweep_page(folder, result.trials, state=state, error=error)
+        write_sweep_page(folder, result.trials, state=state, error=str(error) if state == "failed" else "")
         if parent is not None:
             metrics = {METRIC: best.bits_per_byte} if best and best.bits_per_byte else {}
-            finish_parent(job, folder, state, metrics, best.parameters if best else {}, on_warning=told)
+            finish_parent(job, folder, state, metrics, best.parameters if best else {}, on_warning=warn)
+
+    with at_the_end(conclude):
+        yield parent
 
 
 def _write_best(job: Job, folder: RunFolder, trials: Sequence[Trial]) -> Trial | None:
-    """best.yaml is a job of its own name: it trains the best trial's job anew."""
+    """best.yaml is a job of its own name: it trains the best trial's job again."""
     best = next((trial for trial in trials if trial.state == "finished"), None)
     if best is not None:
         kept = {"checkpoint.save_total_limit": job.checkpoint.save_total_limit}

@@ -18,7 +18,8 @@ from raydist.folder import RunFolder
 from raydist.job.plan import tokens_after
 from raydist.job.schema import Job
 from raydist.job.search import trial_job
-from raydist.run.run import folder_of, run_job
+from raydist.run.lifecycle import folder_of
+from raydist.run.run import run_job
 from raydist.sweep.suggest import METRIC, read_parameters
 from raydist.track.listener import Listener
 from raydist.track.records import Record, effective

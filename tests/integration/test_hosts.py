@@ -21,6 +21,7 @@ from raydist import files
 from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.job.plan import make_plan
+from raydist.run.attempts import attempt_spec
 from raydist.run.dataset import find_prepared
 from raydist.track.records import read_metrics
 from raydist.training.loop import train
@@ -155,7 +156,7 @@ def check_unbroken(job: dict[str, Any], folder: RunFolder) -> None:
     assert sum(line["tokens"] for line in kept.values()) == audit["n_trained"] + audit["n_repeated"]
     alone, built = RunFolder(folder.path.parent / "alone"), build_job(job)
     prepared = find_prepared(built, folder.data()["pins"])
-    train(prepared.attempt_spec(alone, make_plan(built, 1, None), 1))
+    train(attempt_spec(prepared, alone, make_plan(built, 1, None), 1))
     assert losses(folder) == pytest.approx(losses(alone), rel=1e-4)
 
 

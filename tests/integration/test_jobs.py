@@ -22,6 +22,7 @@ from raydist.folder import RunFolder
 from raydist.job.load import load_job
 from raydist.job.plan import make_plan
 from raydist.model.export import load_trained
+from raydist.run.attempts import attempt_spec
 from raydist.run.dataset import find_prepared
 from tests.integration.test_run import write_corpus
 from tests.integration.test_train_ray import workers
@@ -119,8 +120,8 @@ def test_its_command_survives_a_kill_and_ends_as_two_undisturbed_ranks(
 
     job = load_job(run.job_file)
     prepared = find_prepared(job, run.data()["pins"])
-    undisturbed = prepared.attempt_spec(
-        RunFolder(tmp_path / "undisturbed"), make_plan(job, 2, None), attempt=1
+    undisturbed = attempt_spec(
+        prepared, RunFolder(tmp_path / "undisturbed"), make_plan(job, 2, None), attempt=1
     )
     run_ranks(undisturbed)
     assert losses(run.path) == losses(undisturbed.run) and len(losses(run.path)) == 20

@@ -16,6 +16,7 @@ from raydist.errors import JobError, ModelError
 from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.job.plan import make_plan
+from raydist.run.attempts import attempt_spec
 from raydist.run.dataset import find_prepared
 from raydist.run.run import run_job
 from raydist.track.records import effective, read_metrics
@@ -90,7 +91,7 @@ def test_the_micro_batch_that_fits_is_found(job: dict[str, Any], capfd: pytest.C
     free = build_job(change(job, train={"micro_batch_size": 4, "collator": f"{__name__}:mask"}))
     roomy = RunFolder(folder.path.with_name("roomy"))
     roomy.path.mkdir()
-    train(find_prepared(free).attempt_spec(roomy, make_plan(free, 1, None), 1))
+    train(attempt_spec(find_prepared(free), roomy, make_plan(free, 1, None), 1))
     assert len(losses(folder)) == 3
     assert losses(folder) == pytest.approx(losses(roomy), abs=1e-4)
 

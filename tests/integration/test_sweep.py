@@ -185,4 +185,4 @@ def test_what_cannot_be_a_sweep_is_refused(
     assert "without held-out text" in "".join(capfd.readouterr())
     assert tune({**job, "name": "large", "scaling": {"num_workers": 9}}) == 8
     told = "".join(capfd.readouterr())
-    assert "no room for one trial: 9 workers of 1 CPUs, of which it holds 3" in told
+    assert "no room for one trial: 9 workers of 1 CPUs, and it holds 3" in told

@@ -12,7 +12,7 @@ import torch
 from raydist.errors import JobError, RunChanged, TrainingError
 from raydist.folder import RunFolder
 from raydist.model.loss import logits_of
-from raydist.run.run import _keep_collator
+from raydist.run.lifecycle import keep_collator
 from raydist.training.collate import make_collator
 from raydist.training.data import open_data
 from raydist.training.loop import train
@@ -143,18 +143,18 @@ def test_a_run_goes_on_with_the_collator_it_began_with(
     spec = make_spec(tmp_path, train={"max_steps": 1, "collator": "own_hooks:keep"})
     folder = RunFolder(spec.run)
     folder.path.mkdir()
-    _keep_collator(spec.job, folder)
+    keep_collator(spec.job, folder)
     module.write_text("# a first try\n" + old)
-    _keep_collator(spec.job, folder)  # nothing is trained yet
+    keep_collator(spec.job, folder)  # nothing is trained yet
     train(spec)
-    _keep_collator(spec.job, folder)
+    keep_collator(spec.job, folder)
     module.write_text(old)
     with pytest.raises(RunChanged, match=r"(?s)the source of own_hooks:keep differs.*restore its module"):
-        _keep_collator(spec.job, folder)
+        keep_collator(spec.job, folder)
     module.write_text("# a first try\n" + old)
-    _keep_collator(spec.job, folder)
+    keep_collator(spec.job, folder)
     folder.data_file.write_text("{}")  # of a run that began before sources were kept
-    _keep_collator(spec.job, folder)
+    keep_collator(spec.job, folder)
 
 
 def test_added_keys_reach_the_model() -> None:

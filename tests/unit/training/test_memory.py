@@ -11,9 +11,9 @@ import torch
 from raydist.errors import OutOfMemory
 from raydist.files import append_json
 from raydist.folder import RunFolder
-from raydist.job.plan import Plan, make_plan
+from raydist.job.plan import Plan
 from raydist.job.schema import Job
-from raydist.run.run import _halved
+from raydist.run.attempts import halved, plan_attempt
 from raydist.training.memory import memory_watched, out_of_memory
 from tests.train_parts import make_job
 
@@ -34,14 +34,15 @@ def test_it_is_halved_down_to_one_and_not_where_the_job_says_how_many(tmp_path: 
     auto = {"micro_batch_size": "auto"}
     of_auto = make_job(tmp_path, train=auto)
     with pytest.raises(OutOfMemory, match="here"):  # the attempt did not begin: the model does not fit
-        _halved(of_auto, folder, make_plan(of_auto, 1, None), 1, error)
+        halved(of_auto, folder, plan_attempt(of_auto, None, [], None), 1, error)
     append_json(folder.metrics_file, {"kind": "start", "step": 0, "attempt": 1})
 
     def found(job: Job) -> list[str]:
-        plans: list[Plan] = [make_plan(job, 1, None)]
+        plans: list[Plan] = [plan_attempt(job, None, [], None)]
         with contextlib.suppress(OutOfMemory):
             for _ in range(9):
-                plans.append(_halved(job, folder, plans[-1], 1, error))
+                tokens = halved(job, folder, plans[-1], 1, error)
+                plans.append(plan_attempt(job, None, [], tokens))
         assert len(plans) < 9
         assert len({(plan.samples, plan.global_batch_size) for plan in plans}) == 1
         return [plan.micro_batches for plan in plans]

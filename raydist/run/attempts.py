@@ -1,0 +1,144 @@
+"""The attempts at a run's training, one after another until one ends by itself.
+
+    the cluster's nodes ──> plan_attempt ──> AttemptSpec ──> Ray Train ──> finished, or stopped on request
+          ▲                                                      │
+          └──── a worker was lost, or a micro batch did not fit ─┘
+
+An exception in the training function would only come again, so it ends the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from raydist.cluster.resources import Resources, node_resources
+from raydist.errors import OutOfMemory, TrainingError, WorkerLost
+from raydist.folder import RunFolder
+from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
+from raydist.job.schema import Job
+from raydist.run.background import in_background
+from raydist.run.dataset import Prepared
+from raydist.run.lifecycle import Life
+from raydist.track.listener import Listener
+from raydist.track.records import Tail, read_metrics
+
+if TYPE_CHECKING:
+    from raydist.training.attempt_spec import AttemptSpec
+    from raydist.training.loop import TrainResult
+
+POLL_SECONDS = 0.5
+
+
+def train(
+    life: Life, prepared: Prepared, samples_per_epoch: int | None, rest: Future[Any] | None
+) -> TrainResult:
+    """Attempts until one ends by itself: at the run's last step, or stopped after a checkpoint.
+
+    samples_per_epoch: the feed's.  rest: the preparation that goes on meanwhile; what it raises is raised
+    here. Raises TrainingError when workers were lost more often than the job allows, and whatever else
+    ended an attempt.
+    """
+    job, folder, lost = life.job, life.folder, 0
+    life.training()
+    life.listener.phase("training")
+    found: int | None = folder.data().get("micro_batch_tokens")
+    while True:
+        nodes = node_resources()
+        plan = plan_attempt(job, samples_per_epoch, nodes, found)
+        spec = attempt_spec(prepared, folder, plan, folder.next_attempt())
+        try:
+            return _watch(spec, folder, rest, life.listener)
+        except OutOfMemory as error:
+            found = halved(job, folder, plan, spec.attempt, error)
+            smaller = plan_attempt(job, samples_per_epoch, nodes, found).micro_batches
+            life.listener.message(f"{error.what}; going on with {smaller} of the same global batch")
+        except WorkerLost as error:
+            lost += 1
+            if lost > job.scaling.max_failures:
+                raise TrainingError(
+                    f"training lost a worker {lost} times",
+                    where=str(folder.path),
+                    why=error.what,
+                    fix="see ray/ in the run's folder; submit again to go on from the last checkpoint",
+                ) from error
+            # a GPU node that is gone now may be back before the next attempt's workers start
+            found = found or starting_tokens(job, nodes)
+            life.listener.message(f"a worker was lost; going on from the last checkpoint ({error.what})")
+
+
+def plan_attempt(
+    job: Job, samples_per_epoch: int | None, nodes: Sequence[Resources], found: int | None
+) -> Plan:
+    """The plan of an attempt that begins on these nodes.
+
+    found: tokens of a micro batch that earlier attempts know to fit, for `micro_batch_size: auto`.
+    """
+    tokens = found or starting_tokens(job, nodes)
+    return make_plan(job, job.scaling.num_workers, samples_per_epoch, tokens)
+
+
+def starting_tokens(job: Job, nodes: Sequence[Resources]) -> int:
+    """Tokens of a micro batch that `auto` tries first."""
+    on_gpus = job.scaling.on_gpus(sum(node.get("GPU", 0) for node in nodes))
+    return GPU_MICRO_BATCH_TOKENS if on_gpus else CPU_MICRO_BATCH_TOKENS
+
+
+def halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMemory) -> int:
+    """Half the tokens of the largest micro batch of `plan`, which the run's folder keeps for later attempts.
+
+    Raises `error` where the job says how large micro batches are, or they are one sequence already. Also
+    where the attempt did not get as far as to record its start: then the model itself does not fit.
+    """
+    starts = [record for record in read_metrics(folder) if record["kind"] in ("start", "resume")]
+    begun = any(record["attempt"] == attempt for record in starts)
+    above_one = [
+        stage.micro_batch_size * stage.block_size for stage in plan.stages if stage.micro_batch_size > 1
+    ]
+    if job.train.micro_batch_size != "auto" or not above_one or not begun:
+        raise error
+    tokens = max(above_one) // 2
+    folder.add_data(micro_batch_tokens=tokens)
+    return tokens
+
+
+def attempt_spec(prepared: Prepared, folder: RunFolder, plan: Plan, attempt: int) -> AttemptSpec:
+    """Paths are absolute: a worker's working directory is another one."""
+    from raydist.model.build import base_path
+    from raydist.training.attempt_spec import AttemptSpec
+
+    job, tokenizer = prepared.job, Path(prepared.tokenizer.folder)
+    if job.model.base is not None:
+        model = job.model.model_copy(update={"base": base_path(job)})
+        job = job.model_copy(update={"model": model})
+    return AttemptSpec(
+        job=job,
+        run=folder.path.resolve(),
+        logs={name: log.path for name, log in prepared.logs.items()},
+        eval_logs={name: log.path for name, log in prepared.eval_logs.items()},
+        tokenizer=tokenizer.resolve() if tokenizer.is_dir() else tokenizer,
+        plan=plan,
+        attempt=attempt,
+        growing=not prepared.complete,
+    )
+
+
+def _watch(spec: AttemptSpec, folder: RunFolder, rest: Future[Any] | None, listener: Listener) -> TrainResult:
+    """One attempt, in a thread, so that this one can pass on its records and receive signals."""
+    from raydist.cluster.trainer import run_attempt
+
+    records = folder.metrics_file
+    tail = Tail(records, offset=records.stat().st_size if records.exists() else 0)
+    attempt = in_background(lambda: run_attempt(spec, listener.message), "attempt")
+    done = False
+    while not done:
+        done = attempt.done()  # before the poll, so that the last records are not missed
+        for record in tail.poll():
+            listener.record(record)
+        if rest is not None and rest.done():
+            rest.result()
+        time.sleep(0 if done else POLL_SECONDS)
+    return attempt.result()

@@ -1,0 +1,199 @@
+"""The life of a run's or sweep's folder: who may take it, what it goes through, and how it ends.
+
+    held ──> begun: planning ──> preparing ──> training ──> finished | stopped | failed
+      │        │                                               ▲
+      │        └─ what a changed job left is removed           │ raydist stop, Ctrl-C or SIGTERM: stopped
+      └─ refused: somebody else's folder, a living driver, a job that differs from what was trained
+
+status.json is written here alone.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from raydist.cluster.connect import ray_session
+from raydist.errors import RunChanged, Stopped
+from raydist.folder import Kind, RunFolder
+from raydist.job.identity import differences
+from raydist.job.load import job_yaml, load_job
+from raydist.job.schema import Job
+from raydist.track.listener import Listener
+
+
+def folder_of(job: Job) -> RunFolder:
+    return RunFolder(Path(job.storage).expanduser() / job.name)
+
+
+class Life:
+    """A run or a sweep in the hands of this driver."""
+
+    def __init__(self, job: Job, kind: Kind, listener: Listener) -> None:
+        self.job, self.kind, self.listener = job, kind, listener
+        self.folder = folder_of(job)
+        self._changed: list[str] = []
+        self._known = False
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """The folder is this driver's, and the listener shows what happens, until the block ends.
+
+        Raises RunError where the folder is not raydist's, RunBusy while another driver lives, RunChanged
+        where the job differs from that of the checkpoints (or trials) in it. Then nothing was changed.
+        """
+        self.folder.check_place(self.kind)
+        with self.listener, self.folder.lease():
+            self.folder.mark(self.kind)
+            self._compare()
+            yield
+
+    @property
+    def finished(self) -> bool:
+        """Whether this very job has ended here already. Known once the folder is held."""
+        return self._known and not self._changed and self.folder.status().get("state") == "finished"
+
+    @contextmanager
+    def begun(self) -> Iterator[None]:
+        """From planning to the end, which status.json says, however it comes; signals ask to stop."""
+        with at_the_end(self._write_status), self._stop_signals():
+            if self._changed:
+                self.folder.clear()
+            self.folder.stop_flag.unlink(missing_ok=True)
+            self.folder.write_job(job_yaml(self.job))
+            self.folder.set_status("planning")
+            yield
+
+    @contextmanager
+    def on_ray(self, address: str | None) -> Iterator[None]:
+        """On the cluster at `address`, or on a Ray of this process's own with room for the job's workers."""
+        scaling = self.job.scaling
+        with (
+            ray_session(scaling.num_workers, scaling.cpus_per_worker, address),
+            self._stop_signals(),  # again: joining a cluster puts Ray's own handlers in place
+        ):
+            yield
+
+    def preparing(self) -> None:
+        self.folder.set_status("preparing")
+
+    def training(self) -> None:
+        self.folder.set_status("training")
+
+    def stop_if_asked(self) -> None:
+        """Raises Stopped."""
+        if self.folder.stop_flag.exists():
+            raise self.stopped()
+
+    def stopped(self) -> Stopped:
+        name = self.folder.path.name
+        fix = "submit the job again to go on"
+        return Stopped(f"run {name} was stopped", where=str(self.folder.path), fix=fix)
+
+    # --- the job that the folder began with --------------------------------------------------------
+
+    def _compare(self) -> None:
+        """Raises RunChanged where what is trained here already was trained under another job."""
+        if not self.folder.job_file.exists():
+            return
+        old, self._known = load_job(self.folder.job_file), True
+        self._changed = differences(old, self.job)
+        if self.kind == "sweep" and _search(old) != _search(self.job):
+            self._changed.append("tune.search")
+        if not self._changed:
+            return
+        listed = "\n  ".join(self._changed)
+        if self.kind == "run" and self.folder.committed():
+            raise RunChanged(
+                f"the job differs from the run {self.job.name} that it would resume:\n  {listed}",
+                where=str(self.folder.path),
+                why="its checkpoints were trained under the old job",
+                fix="give the job a new name, undo the change, or remove the run's folder",
+            )
+        if self.kind == "sweep" and self.folder.trials_file.exists():
+            raise RunChanged(
+                f"the job differs from the sweep {self.job.name} that it would go on with:\n  {listed}",
+                where=str(self.folder.path),
+                why="its trials would not be comparable",
+                fix="give the sweep a new name, undo the change, or remove the sweep's folder",
+            )
+
+    # --- how it ends -------------------------------------------------------------------------------
+
+    def _write_status(self, error: BaseException | None) -> None:
+        state = state_after(error)
+        more = {"error": str(error) or type(error).__name__, "kind": type(error).__name__}
+        self.folder.set_status(state, **more if state == "failed" else {})
+
+    @contextmanager
+    def _stop_signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C ask for a checkpoint and a clean end; a second one ends at once."""
+
+        def ask(number: int, frame: FrameType | None) -> None:
+            if self.folder.stop_flag.exists():
+                raise KeyboardInterrupt
+            self.folder.stop_flag.touch()
+            if self.folder.status().get("state") != "training":
+                raise self.stopped()
+            self.listener.message("stopping after a checkpoint; once more to stop at once")
+
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread receives signals; `raydist stop` still works
+            return
+        with _handling(signal.SIGTERM, ask), _handling(signal.SIGINT, ask):
+            yield
+
+
+def keep_collator(job: Job, folder: RunFolder) -> None:
+    """Raises RunChanged where the collator's source is not the one that the run's checkpoints began with.
+
+    The source is no part of the job, and a run that went on with another one would not be the same.
+    """
+    from raydist.training.collate import collator_fingerprint
+
+    if job.train.collator is None:
+        return
+    source = collator_fingerprint(job.train.collator)
+    if folder.committed() and folder.data().get("collator", source) != source:
+        raise RunChanged(
+            f"the source of {job.train.collator} differs from what run {job.name} began with",
+            where="train.collator",
+            why="its checkpoints were trained with the old one",
+            fix="restore its module, or give the job a new name",
+        )
+    folder.add_data(collator=source)
+
+
+def state_after(error: BaseException | None) -> str:
+    """How work ended that raised `error`, or nothing: finished, stopped or failed."""
+    if error is None:
+        return "finished"
+    return "stopped" if isinstance(error, Stopped) else "failed"
+
+
+@contextmanager
+def at_the_end(conclude: Callable[[BaseException | None], None]) -> Iterator[None]:
+    """Call `conclude` when the block ends, with what it raised, if anything; that goes on being raised."""
+    try:
+        yield
+    except BaseException as error:
+        conclude(error)
+        raise
+    conclude(None)
+
+
+def _search(job: Job) -> object:
+    return job.tune and job.tune.search
+
+
+@contextmanager
+def _handling(number: signal.Signals, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

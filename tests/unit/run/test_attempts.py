@@ -1,0 +1,24 @@
+"""The plan of an attempt, from the nodes that there are and what earlier attempts found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
+from raydist.run.attempts import plan_attempt, starting_tokens
+from tests.train_parts import make_job
+
+
+def test_a_plan_is_made_of_the_nodes_that_are_there_when_the_attempt_begins(tmp_path: Path) -> None:
+    train = {"micro_batch_size": "auto", "global_batch_size": 100_000}
+    job = make_job(tmp_path, train=train, scaling={"num_workers": 2})
+    on_cpus = [{"CPU": 8.0}]
+    on_gpus = [{"CPU": 8.0, "GPU": 1.0}, {"CPU": 8.0, "GPU": 1.0}]
+    size = job.packing.block_size
+    for nodes, tokens in ((on_cpus, CPU_MICRO_BATCH_TOKENS), (on_gpus, GPU_MICRO_BATCH_TOKENS)):
+        assert starting_tokens(job, nodes) == tokens
+        plan = plan_attempt(job, None, nodes, None)
+        assert (plan.world_size, plan.micro_batch_size) == (2, tokens // size)
+    halved = plan_attempt(job, None, on_gpus, GPU_MICRO_BATCH_TOKENS // 2)
+    assert halved.micro_batch_size == GPU_MICRO_BATCH_TOKENS // 2 // size
+    assert (halved.steps, halved.samples) == (plan.steps, plan.samples)
