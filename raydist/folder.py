@@ -39,7 +39,7 @@ CONTENTS = (
     "trials.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json",
     "checkpoints", "ray", "model", ".model.tmp", "export", "tensorboard", "wandb",
 )  # fmt: skip
-"""All that raydist writes into a run's or a sweep's folder, but for the marker and the locks."""
+"""All that raydist writes into a run's or a sweep's folder, except the marker and the locks."""
 
 
 class RunFolder:
@@ -68,7 +68,7 @@ class RunFolder:
 
     @property
     def job_file(self) -> Path:
-        """The resolved job; of a run that was made before runs had a marker, under its old name."""
+        """The resolved job; under its old name in a run that was made before runs had a marker."""
         old = self.path / OLD_JOB
         return old if self._is_unmarked() else self.path / "raydist-job.yaml"
 
@@ -79,9 +79,9 @@ class RunFolder:
         return self.marker.is_file() or self._is_unmarked()
 
     def check_place(self, kind: Kind) -> None:
-        """Raises RunError where this folder neither is that of a run (or sweep) nor can become it.
+        """Raises RunError where this is not the folder of a run (or sweep) and cannot become one.
 
-        It can if it does not exist or is empty. Nothing is written here.
+        A folder that is missing or empty can. Nothing is written here.
         """
         if self.marker.is_file():
             marked = files.read_json(self.marker).get("kind")
@@ -155,9 +155,9 @@ class RunFolder:
         return files.read_record(self.status_file)
 
     def state(self) -> str:
-        """One of STATES; `interrupted` where a driver is said to be at work and is dead."""
-        said = str(self.status().get("state", "planning"))
-        return "interrupted" if said in LIVE and not self.driver() else said
+        """One of STATES; `interrupted` where the status names work under way and its driver is dead."""
+        state = str(self.status().get("state", "planning"))
+        return "interrupted" if state in LIVE and not self.driver() else state
 
     def driver(self) -> str:
         """The process that holds the run, as "process 12 on host"; empty while none does."""
@@ -170,7 +170,7 @@ class RunFolder:
         files.write_json(self.status_file, {"state": state, "since": since, **more})
 
     def data(self) -> dict[str, Any]:
-        """What is known of the run's tokens, and the fingerprints of the logs it is pinned to."""
+        """What is known of the run's tokens, and the fingerprints of the token logs it is pinned to."""
         return files.read_record(self.data_file)
 
     def add_data(self, **more: Any) -> None:
@@ -224,7 +224,7 @@ class RunFolder:
 
     def lease(self) -> AbstractContextManager[None]:
         """Hold the run for this driver. Raises RunBusy, naming the holder, while another one lives."""
-        return exclusive(self.path / ".lease", wait_seconds=1)  # while somebody looks at `driver`
+        return exclusive(self.path / ".lease", wait_seconds=1)  # somebody may be looking at `driver`
 
     def writer(self) -> AbstractContextManager[None]:
         """Hold the run's records for this attempt's rank 0.

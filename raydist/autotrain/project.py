@@ -48,7 +48,7 @@ def run(config: LLMTrainingParams, *, address: str | None = None) -> RunResult:
 
 
 def _problems(config: LLMTrainingParams) -> Iterator[str]:
-    """What P and the environment do not allow, told before anything is spent."""
+    """What P and the environment do not allow, each as a text, before anything is spent."""
     wrong = refusals(config.given)
     if config.project_name is not None and not {"project_name", "resume_from_checkpoint"} & wrong.keys():
         folder = Path(config.project_name).expanduser()
@@ -56,8 +56,8 @@ def _problems(config: LLMTrainingParams) -> Iterator[str]:
         if why := _no_resume(config.resume_from_checkpoint, run):
             yield f"resume_from_checkpoint: {why}"
         if foreign := _foreign(folder, run):
-            told = "P would be given files of these names, and they are not its run's"
-            yield f"project_name: {folder} has {', '.join(foreign)}: {told}; move them, or choose another P"
+            why = "P would get files of these names, and they are not its run's"
+            yield f"project_name: {folder} has {', '.join(foreign)}: {why}; move them, or choose another P"
     if config.push_to_hub is True and "token" not in wrong:
         try:
             read_token(config.token)

@@ -19,7 +19,7 @@ def cluster() -> None:
 @cluster.command(short_help="Check cluster files without starting anything.")
 @click.argument("paths", metavar="FILE...", nargs=-1, required=True, type=click.Path(dir_okay=False))
 def validate(paths: tuple[str, ...]) -> None:
-    """Check cluster files without starting anything. Every problem of a file is told at once."""
+    """Check cluster files without starting anything. Every problem of a file is reported at once."""
     from raydist.cluster.launch import load_cluster
 
     show.checked(paths, load_cluster)

@@ -172,7 +172,7 @@ def result(result: RunResult) -> None:
             + f" + left {audit['n_left']:,}"
         )
         if audit["n_repeated"]:
-            click.echo(f"  beside these, {audit['n_repeated']:,} tokens were trained again in later epochs")
+            click.echo(f"  besides, {audit['n_repeated']:,} tokens were trained again in later epochs")
     if sample := data.get("sample"):
         click.echo(f"prompt        {sample['prompt']!r}\ncontinuation  {sample['continuation']!r}")
     click.echo(f"model   {folder.model}\nreport  {folder.report}")

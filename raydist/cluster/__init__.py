@@ -1,1 +1,14 @@
-"""Joining a Ray cluster or starting an embedded one, and submitting jobs to one."""
+"""Ray clusters: start one, check it, join it, send it jobs, train on it.
+
+raydist cluster up ──> launch            raydist doctor ──> doctor ──> checks
+raydist submit ──> submit ──Jobs API──> raydist train, in the cluster ──> connect ──> trainer
+                     └──> remote: follow, find, stop the job               resources ──┘
+
+connect      joins a cluster, or starts an embedded Ray on this machine
+resources    how many workers the nodes hold, and what training leaves free
+trainer      one attempt at training, in Ray Train's workers
+submit       sends a job, this version of raydist and the user's own modules
+remote       the jobs of a cluster: found by their run, followed, stopped
+doctor       examines every node; checks: what its facts mean
+launch       cluster files, and clusters up and down by Ray's launcher or kubectl
+"""

@@ -45,7 +45,7 @@ def run_attempt(spec: AttemptSpec, say: Callable[[str], None] = lambda text: Non
 
     Raises WorkerLost when a worker process or its node went away, so that another attempt can go on
     from the last checkpoint; ClusterError when there was no room for the workers, in a later attempt
-    only after a wait for nodes, of which `say` is told; what the training function raised, if it is a
+    only after a wait for nodes, which `say` announces; what the training function raised, if it is a
     RaydistError, else TrainingError with the worker's traceback.
     """
     deadline = time.monotonic() + (NODES_BACK_SECONDS if spec.attempt > 1 else 0)

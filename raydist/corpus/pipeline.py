@@ -254,7 +254,7 @@ def settings(share: Share = WHOLE_CLUSTER) -> Iterator[None]:
     context.enable_tensor_extension_casting = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # Reserving for other operators, of which there are none, held all CPUs but one idle for a second.
+    # There are no other operators; reserving for them held all CPUs but one idle for a second.
     context.op_resource_reservation_enabled = False
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=share.cpus)
     if share.nodes:

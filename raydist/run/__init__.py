@@ -1,1 +1,21 @@
-"""One run."""
+"""One run: from its job to a trained model, in one folder.
+
+    job ──> lifecycle ──> preflight ──> dataset ──────> attempts ──────> account ──> report, result
+            claims the    refuses what  token logs,     plan, train,     what became
+            folder        cannot work   made or found   train again      of each token
+            │                               │               │
+            └── status, stop requests       └─ rest made    └─ records ──> Listener, trackers
+                                               meanwhile
+
+    run           composes all of it: run_job
+    lifecycle     who may take a folder, what it goes through, how it ends
+    preflight     checks before anything is prepared or trained
+    dataset       the tokenizer and the token logs: made where missing, pinned, opened
+    attempts      the plan of each attempt, and attempts until one ends by itself
+    describe      the data in figures, for the report and `raydist prepare`
+    text_sample   how the trained model continues a held-out document
+    estimate      what a job would cost, without starting anything: `raydist plan`
+    background    work in a thread
+
+Sweeps use lifecycle, preflight and dataset too; each of their trials is a run.
+"""

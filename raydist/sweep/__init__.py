@@ -1,10 +1,14 @@
 """A sweep: many runs of one job under Ray Tune, compared by bits per byte of the same held-out text.
 
-    suggest   which parameters each trial has, by number; kept in trials.jsonl
-    trial     one trial: an ordinary run, whose evaluations are its results
-    sweep     all of them: claim the folder, prepare the tokens once, search, tell what was best
+    job with tune ──> sweep ──> suggest ──parameters──> trial ──> run_job, a run of its own
+                        ▲       Journal: trial k        │
+                        └──── best.yaml, page ◀─results─┘ one for each step that is evaluated
 
-Each trial is a run of its own, <sweep>-003, in the same storage; what its folder says is what it is
-known by. A sweep that is submitted again goes through the same trials by number: finished ones only
-repeat what their folders say, others go on from their checkpoints.
+    sweep      holds the folder, prepares the tokens once, searches, and says which trial was best
+    suggest    the parameters of each trial, by number; kept before the trial begins
+    trial      one trial: an ordinary run, whose evaluations are its results
+
+A trial is the run <sweep>-003 in the same storage, and its folder says what is known of it. A sweep that is
+submitted again goes through the same trials by number: finished ones only repeat the results in their
+folders, the others go on from their checkpoints.
 """
