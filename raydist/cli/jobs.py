@@ -88,13 +88,25 @@ def prepare(job_file: str, overrides: tuple[str, ...], address: str | None, as_j
 @click.command(short_help="Run a job on this process's Ray.")
 @of_a_job
 @address
+@click.option(
+    "--profile",
+    metavar="DIR",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write a torch.profiler trace of a few steps there, a file per worker.",
+)
 @as_json
-def train(job_file: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
-    """Run the job on this process's Ray: RAY_ADDRESS, or an embedded one."""
+def train(
+    job_file: str, overrides: tuple[str, ...], address: str | None, profile: Path | None, as_json: bool
+) -> None:
+    """Run the job on this process's Ray: RAY_ADDRESS, or an embedded one.
+
+    Without Ray: torchrun --nproc-per-node N -m raydist.training JOB.yaml, once `raydist prepare` has made the
+    token logs.
+    """
     from raydist.cluster.connect import ray_address
     from raydist.job.load import load_job
 
-    _run_here(load_job(job_file, overrides), ray_address(address), as_json)
+    _run_here(load_job(job_file, overrides), ray_address(address), as_json, profile and profile.absolute())
 
 
 @click.command(short_help="Run a job on a cluster, or here where none is configured.")
@@ -124,10 +136,10 @@ def submit(job_file: str, overrides: tuple[str, ...], address: str | None, as_js
     raise SystemExit(submit_and_follow(job, cluster, click.echo))
 
 
-def _run_here(job: Job, address: str | None, as_json: bool) -> None:
+def _run_here(job: Job, address: str | None, as_json: bool, profile: Path | None = None) -> None:
     from raydist.run.run import run_job
 
-    result = run_job(job, address=address)
+    result = run_job(job, address=address, profile=profile)
     if as_json:
         show.as_json({"run": str(result.folder), "state": result.state, "evaluations": result.metrics})
     else:

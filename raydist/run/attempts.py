@@ -34,13 +34,18 @@ POLL_SECONDS = 0.5
 
 
 def train(
-    life: Life, prepared: Prepared, samples_per_epoch: int | None, rest: Future[Any] | None
+    life: Life,
+    prepared: Prepared,
+    samples_per_epoch: int | None,
+    rest: Future[Any] | None,
+    *,
+    profile: Path | None = None,
 ) -> TrainResult:
     """Attempts until one ends by itself: at the run's last step, or stopped after a checkpoint.
 
     samples_per_epoch: the feed's.  rest: the preparation that goes on meanwhile; what it raises is raised
-    here. Raises TrainingError when workers were lost more often than the job allows, and whatever else
-    ended an attempt.
+    here.  profile: see AttemptSpec. Raises TrainingError when workers were lost more often than the job
+    allows, and whatever else ended an attempt.
     """
     job, folder, lost = life.job, life.folder, 0
     life.training()
@@ -49,7 +54,7 @@ def train(
     while True:
         nodes = node_resources()
         plan = plan_attempt(job, samples_per_epoch, nodes, found)
-        spec = attempt_spec(prepared, folder, plan, folder.next_attempt())
+        spec = attempt_spec(prepared, folder, plan, folder.next_attempt(), profile=profile)
         try:
             return _watch(spec, folder, rest, life.listener)
         except OutOfMemory as error:
@@ -84,7 +89,11 @@ def plan_attempt(
 def starting_tokens(job: Job, nodes: Sequence[Resources]) -> int:
     """Tokens of a micro batch that `auto` tries first."""
     on_gpus = job.scaling.on_gpus(sum(node.get("GPU", 0) for node in nodes))
-    return GPU_MICRO_BATCH_TOKENS if on_gpus else CPU_MICRO_BATCH_TOKENS
+    return first_micro_batch_tokens("cuda" if on_gpus else "cpu")
+
+
+def first_micro_batch_tokens(device_type: str) -> int:
+    return GPU_MICRO_BATCH_TOKENS if device_type == "cuda" else CPU_MICRO_BATCH_TOKENS
 
 
 def halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMemory) -> int:
@@ -105,7 +114,9 @@ def halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMe
     return tokens
 
 
-def attempt_spec(prepared: Prepared, folder: RunFolder, plan: Plan, attempt: int) -> AttemptSpec:
+def attempt_spec(
+    prepared: Prepared, folder: RunFolder, plan: Plan, attempt: int, *, profile: Path | None = None
+) -> AttemptSpec:
     """Paths are absolute: a worker's working directory is another one."""
     from raydist.model.build import base_path
     from raydist.training.attempt_spec import AttemptSpec
@@ -123,6 +134,7 @@ def attempt_spec(prepared: Prepared, folder: RunFolder, plan: Plan, attempt: int
         plan=plan,
         attempt=attempt,
         growing=not prepared.complete,
+        profile=profile,
     )
 
 

@@ -48,11 +48,17 @@ class RunResult:
 
 
 def run_job(
-    job: Job, *, address: str | None = None, listener: Listener | None = None, parent: str | None = None
+    job: Job,
+    *,
+    address: str | None = None,
+    listener: Listener | None = None,
+    parent: str | None = None,
+    profile: Path | None = None,
 ) -> RunResult:
     """Run `job` to its end, or resume the run of that name.
 
     listener: by default a live view, or lines, on stderr.  parent: the MLflow run that it is part of.
+    profile: a folder for a trace of a few steps, which every worker must see.
     Raises a RaydistError; the run's status then says failed, or stopped after a checkpoint.
     """
     if job.tune is not None:
@@ -68,11 +74,11 @@ def run_job(
             check_job(job)
             keep_collator(job, life.folder)
             with life.on_ray(address):
-                _prepare_and_train(life, parent)
+                _prepare_and_train(life, parent, profile)
         return _result(life.folder)
 
 
-def _prepare_and_train(life: Life, parent: str | None) -> None:
+def _prepare_and_train(life: Life, parent: str | None, profile: Path | None) -> None:
     from raydist.run import attempts
     from raydist.run.preflight import check_on_cluster
 
@@ -80,17 +86,17 @@ def _prepare_and_train(life: Life, parent: str | None) -> None:
     life.preparing()
     prepared, rest = _prepare(life)
     feed = prepared.feed()
-    _write_data(life.folder, prepared, feed)
+    write_data(life.folder, prepared, feed)
     life.stop_if_asked()
-    with _reported(life, parent):
-        result = attempts.train(life, prepared, feed.samples_per_epoch, rest)
+    with reported(life, parent):
+        result = attempts.train(life, prepared, feed.samples_per_epoch, rest, profile=profile)
         if rest is not None:
             if result.stopped and not rest.done():
                 raise life.stopped()
             prepared = _awaited(rest, life.listener)
             feed = prepared.feed()
-            _write_data(life.folder, prepared, feed)
-        _account(life.folder, prepared, feed)
+            write_data(life.folder, prepared, feed)
+        account(life.folder, prepared, feed)
         if result.stopped:
             raise life.stopped()
 
@@ -117,7 +123,7 @@ def _awaited(rest: Future[Prepared], listener: Listener) -> Prepared:
     return rest.result()
 
 
-def _write_data(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
+def write_data(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
     from raydist.run.describe import describe
 
     folder.add_data(pins=prepared.pins(), **describe(prepared, feed) if prepared.complete else {})
@@ -126,7 +132,7 @@ def _write_data(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
 # --- the end -------------------------------------------------------------------------------------
 
 
-def _account(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
+def account(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
     """What became of every token up to the newest checkpoint, and a sample of the model's text."""
     from raydist.feed.audit import audit
     from raydist.run.text_sample import text_sample
@@ -141,7 +147,7 @@ def _account(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
 
 
 @contextmanager
-def _reported(life: Life, parent: str | None) -> Iterator[None]:
+def reported(life: Life, parent: str | None) -> Iterator[None]:
     """Trackers follow the run; they and the report say how it ended, however it ends."""
     from raydist.track.report import write_report
     from raydist.track.start import start_trackers

@@ -17,5 +17,5 @@ data           opens what an attempt reads
 memory         recognizes errors that mean out of memory
 export, card   model/ and its README.md
 attempt_spec   what an attempt needs to know, the same on every rank
-torchrun       the process group and signals of a rank without Ray; `python -m raydist.training` uses it
+torchrun       the process group and signals of a rank without Ray; run/torchrun.py uses it
 """

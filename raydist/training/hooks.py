@@ -94,7 +94,7 @@ def _load_hook(path: str, where: str) -> Hook:
 
 
 class StopOnRequest(Hook):
-    """Asks for a checkpoint and a clean end once the run's stop flag, or `asked`, says so on rank 0."""
+    """Asks for a checkpoint and a clean end when there is a stop flag, or when `asked` says so on a rank."""
 
     def __init__(self, asked: Callable[[], bool] = lambda: False) -> None:
         self._asked = asked
@@ -106,9 +106,8 @@ class StopOnRequest(Hook):
         self._look(attempt)
 
     def _look(self, attempt: Attempt) -> None:
-        if attempt.stopping or not attempt.world.is_main:
-            return
-        if attempt.folder.stop_flag.exists() or self._asked():
+        flagged = attempt.world.is_main and attempt.folder.stop_flag.exists()
+        if not attempt.stopping and (flagged or self._asked()):
             attempt.request_stop()
 
 
