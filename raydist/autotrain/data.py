@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raydist.corpus.extensions import is_known
-from raydist.corpus.files import is_uri
+from raydist.corpus.formats import is_known
+from raydist.corpus.locations import is_uri
 from raydist.errors import JobError
 
 FindData = Callable[[str | list[str], str, str | None], tuple[list[str], list[str]]]

@@ -13,6 +13,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydist.corpus.formats import READERS
 from raydist.corpus.log import FORMAT, TokenLog, open_log, token_dtype
 from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.slices import Slice, from_json, to_json
@@ -330,8 +331,9 @@ def _sample(plan: LogPlan) -> tuple[list[str], float]:
             texts.append(text)
             n_bytes += len(text.encode())
             if n_bytes - before > ESTIMATE_BYTES:  # a file that cannot be split; the rest is left unread
-                name = plan.source.files[slice_.parts[0].file].name
-                ratio = ASSUMED_COMPRESSION if name.endswith((".gz", ".zst", ".bz2", ".parquet")) else 1
+                file = plan.source.files[slice_.parts[0].file]
+                compressed = file.compression or READERS[file.format].compresses
+                ratio = ASSUMED_COMPRESSION if compressed else 1
                 covered += min(slice_.n_bytes, (n_bytes - before) / ratio)
                 break
         else:

@@ -10,80 +10,60 @@ import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import cache
-from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
-from urllib.parse import quote, unquote
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import xxhash
 
-from raydist.corpus.extensions import detect_format, is_known
+from raydist.corpus.formats import READERS, detect_format, is_known
+from raydist.corpus.locations import File, cannot_read, is_uri, open_file, open_filesystem, split_query
 from raydist.errors import CorpusError
 from raydist.job.schema import Source
 
 MIB = 2**20
 HASHED_WHOLE_BYTES = 64 * MIB
-URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "LastModified", "last_modified", "created")
-QUERY = re.compile(r"\?\w+=")
-
-
-@dataclass(frozen=True)
-class File:
-    """`name` is relative, '/'-separated and the same on every machine; `location` is what to open.
-
-    size: bytes.  identity: changes when the content does.
-    """
-
-    name: str
-    location: str
-    size: int
-    identity: str
 
 
 class Found(NamedTuple):
-    """A file that an entry of the path matches. `stamp`: what tells a remote or large file's version."""
+    """A file that an entry of the path matches.
+
+    stamp: changes with the content, as far as the storage can say (see `_version`).
+    named: the path names this very file, so its format has to be known.
+    """
 
     name: str
     location: str
     size: int
     stamp: str
-    named: bool  # the path names this very file: its format has to be known
+    named: bool
 
 
 def list_files(source: Source) -> list[File]:
     """The files of `source`, sorted by name; one that two entries match counts once.
 
-    CorpusError: an entry that matches nothing, nothing left after `exclude`, no known format.
+    CorpusError: an entry that matches nothing, nothing left after `exclude`, no known format, or a format
+    that cannot be compressed as this file is.
     """
     entries = [source.path] if isinstance(source.path, str) else source.path
     excluded = [_glob_regex(pattern.rstrip("/")) for pattern in source.exclude]
     found: dict[str, Found] = {}
     for entry in entries:
-        place = _substitute(entry)
-        matches = list(_expand_uri(place) if is_uri(place) else _expand_local(place, excluded))
+        location = _substitute(entry)
+        matches = list(_expand_uri(location) if is_uri(location) else _expand_local(location, excluded))
         for file in sorted(_wanted(entry, matches, excluded, source.format)):
             same = file.location if is_uri(file.location) else os.path.realpath(file.location)
             found.setdefault(same, file)
-    distinct = _distinct_names(found.values())
+    distinct = sorted(_distinct_names(found.values()), key=lambda file: file.name)
+    formats = [detect_format(file.name, source.format) for file in distinct]
     with ThreadPoolExecutor(8) as pool:
         identities = pool.map(_identity, distinct)
-        files = [File(f.name, f.location, f.size, i) for f, i in zip(distinct, identities, strict=True)]
-    return sorted(files, key=lambda file: file.name)
-
-
-def open_file(location: str) -> BufferedIOBase:
-    """A seekable binary stream of a local path or a URI."""
-    if not is_uri(location):
-        return Path(location).open("rb")
-    filesystem, path = _filesystem(location)
-    return cast(BufferedIOBase, filesystem.open_input_file(path))
-
-
-def is_uri(location: str) -> bool:
-    return URI.match(location) is not None
+        return [
+            File(file.name, file.location, file.size, identity, *form)
+            for file, identity, form in zip(distinct, identities, formats, strict=True)
+        ]
 
 
 def _substitute(entry: str) -> str:
@@ -107,13 +87,11 @@ def _wanted(entry: str, files: list[Found], excluded: list[re.Pattern[str]], ask
     if asked != "auto":
         return kept
     known = [file for file in kept if file.named or is_known(file.name)]
-    for file in known:
-        detect_format(file.name, asked)
     if not known:
         some = ", ".join(file.name for file in kept[:5]) + (", ..." if len(kept) > 5 else "")
         raise CorpusError(
             f"no file of {entry} has a known format", where=entry, why=f"the files are {some}",
-            fix="set the source's format: parquet, jsonl, json, csv, text or arrow",
+            fix=f"set the source's format to one of {', '.join(READERS)}",
         )  # fmt: skip
     return known
 
@@ -134,7 +112,7 @@ def _expand_local(entry: str, excluded: list[re.Pattern[str]]) -> Iterator[Found
 
 
 def _folder(root: str, prefix: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
-    """Everything under a folder but what starts with '_' or '.'; follows links, each folder once.
+    """Everything under a folder except names that begin with '_' or '.'. Follows links, each folder once.
 
     Excluded folders are not entered: site-packages can hold more than all the rest.
     """
@@ -160,7 +138,7 @@ def _local(path: str, name: str, *, named: bool = False) -> Iterator[Found]:
         status = os.stat(path)
     except FileNotFoundError:
         if os.path.islink(path):
-            raise CorpusError(f"{path} links to nothing", where=path, fix="mend or remove the link") from None
+            raise CorpusError(f"{path} links to nothing", where=path, fix="fix or remove the link") from None
         return
     except OSError as error:
         cannot_read(error, path)
@@ -173,53 +151,15 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(("_", "."))
 
 
-def cannot_read(error: OSError, location: str = "", name: str = "") -> NoReturn:
-    location = location or str(error.filename)
-    raise CorpusError(
-        f"cannot read {name or location}", where=location, why=str(error),
-        fix="check its permissions and its storage, then run again",
-    ) from error  # fmt: skip
-
-
 # --- remote filesystems
-
-
-def _split_query(uri: str) -> tuple[str, str]:
-    """pyarrow's URIs carry options behind '?', as in s3://bucket/key?region=eu-west-1."""
-    match = QUERY.search(uri)
-    return (uri[: match.start()], uri[match.start() :]) if match else (uri, "")
-
-
-def _filesystem(uri: str) -> tuple[Any, str]:
-    """The pyarrow filesystem of a URI (not escaped), or fsspec's wrapped as one, and the path in it."""
-    import pyarrow as pa
-    import pyarrow.fs as pafs
-
-    base, query = _split_query(uri)
-    scheme, _, rest = base.partition("://")
-    host, slash, path = rest.partition("/")
-    try:
-        escaped = f"{scheme}://{host}{slash}{quote(path, safe='/@')}{query}"
-        return cast(tuple[Any, str], pafs.FileSystem.from_uri(escaped))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
-        import fsspec
-
-        try:
-            filesystem, inside = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise CorpusError(
-                f"no filesystem reads {scheme}://", where=uri, why=f"{unknown}; {error}",
-                fix="install the fsspec package of this kind of storage",
-            ) from error  # fmt: skip
-        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(inside)
 
 
 def _expand_uri(entry: str) -> Iterator[Found]:
     import pyarrow.fs as pafs
 
-    base, query = _split_query(entry)
+    base, query = split_query(entry)
     root, pattern = _split_glob(base, lambda segment: "*" in segment or "[" in segment)
-    filesystem, inside = _filesystem(root.rstrip("/") + query)
+    filesystem, inside = open_filesystem(root.rstrip("/") + query)
     try:
         info = filesystem.get_file_info(inside)
         if info.type == pafs.FileType.File and not pattern:
@@ -239,14 +179,14 @@ def _expand_uri(entry: str) -> Iterator[Found]:
 def _remote(filesystem: Any, info: Any, name: str, location: str, *, named: bool = False) -> Found:
     if info.size is None:
         raise CorpusError(
-            f"{location} does not tell its size", where=location, why="slices are planned by size",
-            fix="copy it to a storage that tells it",
+            f"the storage does not give the size of {location}", where=location,
+            why="slices are planned by size", fix="copy the file to a storage that gives sizes",
         )  # fmt: skip
     return Found(name, location, info.size, _version(filesystem, info), named)
 
 
 def _version(filesystem: Any, info: Any) -> str:
-    """What the filesystem gives that changes with the content: an etag, a checksum or a time; else ""."""
+    """An etag, a checksum or a time that changes with the content; "" if the filesystem gives none."""
     if info.mtime_ns is not None:
         return str(info.mtime_ns)
     details = filesystem.handler.fs.info(info.path) if hasattr(filesystem, "handler") else {}
@@ -292,7 +232,7 @@ def _prefixed(group: list[Found]) -> list[Found]:
 
 
 def _identity(file: Found) -> str:
-    """Content hash of a small local file; both ends of a large one; what a remote storage says."""
+    """Changes with the content. Of a small local file a hash, of a large one its ends', else the stamp."""
     if is_uri(file.location) and file.stamp:
         return f"{file.size}:{file.stamp}"
     try:

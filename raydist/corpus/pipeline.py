@@ -27,8 +27,8 @@ from ray.data.datasource import Datasink
 from ray.exceptions import RayTaskError
 
 from raydist.corpus.clean import Cleaner, make_cleaner
-from raydist.corpus.files import File
 from raydist.corpus.formats import Bad, Item, ReadOptions, Record
+from raydist.corpus.locations import File
 from raydist.corpus.log import HASH_BYTES, Documents, SliceWriter
 from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.slices import Slice, read_slice

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raydist.corpus.clean import Cleaner, make_cleaner
-from raydist.corpus.files import File, list_files
+from raydist.corpus.files import list_files
 from raydist.corpus.formats import ReadOptions, Record, check_column
+from raydist.corpus.locations import File
 from raydist.corpus.slices import Slice, plan_slices, read_slice
 from raydist.errors import CorpusError
 from raydist.job.schema import Corpus, Source

@@ -42,6 +42,7 @@ class Model(Section):
 
 
 Format = Literal["auto", "parquet", "jsonl", "json", "csv", "text", "arrow"]
+"""The names in raydist.corpus.formats.table.READERS, which job/ cannot import; a test compares the two."""
 
 
 class Source(Section):

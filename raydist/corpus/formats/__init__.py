@@ -1,99 +1,75 @@
 """Readers of source files: every record as it is, or the reason why it cannot be read.
 
-    File, Part -> blocks -> (decompressed) -> whole lines -> jsonl | text | csv -> lists of Record and Bad
-                                  \\-> json array                                            ^
-    File, Part -> row groups or record batches of one column -> parquet | arrow -----------/
+    File, Part ─▶ Opened ─▶ blocks ─▶ whole lines ─▶ text, csv, json lines ─▶ lists of Record and Bad
+                    │          └──────────────────▶ json array ─────────────▶ of about 4 MiB of text
+                    └─ row groups, record batches ─▶ parquet, arrow ────────▶
 
-Content is UTF-8, decoded strictly. A list holds about 4 MiB of text, so that memory does not grow with
-the file. Damage never raises: it is a Bad. Storage that fails, or a file that changed, raises CorpusError.
+    table       READERS: every format; which one a file's name means
+    reader      Reader: what a format consists of; splitting files at lines or into units
+    columns     parquet, arrow: the text column alone, a few MiB at a time
+    csv, json, text   the other formats
+    streams     bytes of a file: opened, decompressed, in blocks and whole lines
+    records     Part, ReadOptions, Record, Bad
+
+A new format is a module here that makes a Reader, and its line in `table.READERS` (and its name in the
+job's schema, which cannot import this package: a test compares the two).
+
+Content is UTF-8, decoded strictly. Damage never raises: it becomes a Bad, which the package raydist.corpus
+follows from here. Storage that fails, or a file that changed, raises CorpusError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from raydist.corpus.extensions import Compression, Kind, detect_format
-from raydist.corpus.files import File
-from raydist.corpus.formats import columns, csv, json, text
-from raydist.corpus.formats.records import Bad, Item, NoColumn, Part, ReadOptions, Record, Torn, no_column
-from raydist.corpus.formats.streams import Opened, blocks, whole_lines
+from raydist.corpus.formats.reader import Cut
+from raydist.corpus.formats.records import WHOLE, Bad, Item, NoColumn, Part, ReadOptions, Record, Torn
+from raydist.corpus.formats.streams import Opened
+from raydist.corpus.formats.table import READERS, detect_format, is_known
+from raydist.corpus.locations import File
 from raydist.errors import CorpusError
 
-__all__ = ["Bad", "Item", "Part", "ReadOptions", "Record", "check_column", "layout", "read_part"]
+__all__ = [
+    "READERS",
+    "Bad",
+    "Item",
+    "Part",
+    "ReadOptions",
+    "Record",
+    "check_column",
+    "cut_file",
+    "detect_format",
+    "is_known",
+    "read_part",
+]
 
 
-def layout(file: File, options: ReadOptions) -> tuple[Kind, Compression | None]:
-    """Format and compression; a .json file whose first character is not '[' is read as JSON Lines."""
-    kind, compression = detect_format(file.name, options.format)
-    if kind == "json":
-        with Opened(file) as stream:
-            if _first_character(stream, compression) != b"[":
-                return "jsonl", compression
-    return kind, compression
+def cut_file(file: File, n_bytes: int, options: ReadOptions) -> list[Cut]:
+    """Parts of about n_bytes; [] for a file that has to be read as a whole, or is no larger than that."""
+    cut = READERS[file.format].cut
+    if file.size <= n_bytes or file.compression or cut is None:
+        return []
+    with Opened(file) as stream:
+        return cut(stream, n_bytes, options)
 
 
 def read_part(file: File, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
     """Lists of the records of `part` in the file's order; never an empty list."""
-    kind, compression = layout(file, options)
     with Opened(file) as stream:
         try:
-            yield from filter(None, _items(stream, part, options, kind, compression))
+            yield from filter(None, READERS[file.format].read(stream, part, options))
         except Torn as error:
             yield [Bad(None, str(error))]
-
-
-def _items(
-    stream: Opened, part: Part, options: ReadOptions, kind: Kind, compression: Compression | None
-) -> Iterator[list[Item]]:
-    column = options.text_column
-    if kind == "parquet":
-        return columns.read_parquet(stream, part, column)
-    if kind == "arrow":
-        return columns.read_arrow(stream, part, column)
-    content = blocks(stream, part, compression)
-    if kind == "jsonl":
-        lines = whole_lines(content)
-        whole = part.start == 0 and part.end in (-1, stream.file.size)
-        if whole and detect_format(stream.file.name, options.format)[0] == "json":
-            return json.read_columns_or_lines(lines, column)
-        return json.read_lines(lines, column)
-    if kind == "json":
-        return json.read_array((block for _, block in content), column)
-    if kind == "csv":
-        return _csv_items(stream, part, column, compression)
-    if options.document == "file":
-        return text.read_file(content)
-    read = text.read_paragraphs if options.document == "paragraph" else text.read_lines
-    return read(whole_lines(content))
-
-
-def _csv_items(
-    stream: Opened, part: Part, column: str, compression: Compression | None
-) -> Iterator[list[Item]]:
-    delimiter = csv.delimiter_of(stream.file.name)
-    header = csv.read_header(whole_lines(blocks(stream, Part(0), compression)), delimiter)
-    if header is None or column not in header:
-        return iter([[no_column(column, header) if header else Bad(None, "its CSV header cannot be read")]])
-    lines = whole_lines(blocks(stream, part, compression))
-    return csv.read_rows(lines, header, column, delimiter, skip_header=part.start == 0)
-
-
-def _first_character(stream: Opened, compression: Compression | None) -> bytes:
-    try:
-        starts = (block.lstrip()[:1] for _, block in blocks(stream, Part(0), compression))
-        return next(filter(None, starts), b"")
-    except Torn:
-        return b""
 
 
 def check_column(file: File, options: ReadOptions) -> None:
     """CorpusError if the schema, the header or all the first records of `file` lack the text column.
 
-    A file that cannot be read passes: reading it says what is wrong with it.
+    A file that cannot be read passes: reading it reports what is wrong with it.
     """
-    if layout(file, options)[0] == "text":
+    if not READERS[file.format].has_columns:
         return
-    first = next(read_part(file, Part(0), options), [])
+    first = next(read_part(file, WHOLE, options), [])
     missing = [item for item in first if isinstance(item, NoColumn)]
     if missing and len(missing) == len(first):
         raise CorpusError(

@@ -9,21 +9,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from raydist.corpus.formats.records import CHUNK_BYTES, Bad, Item, Part, Record, decoded, no_column
+from raydist.corpus.formats.reader import Cut, Reader, cut_units
+from raydist.corpus.formats.records import (
+    CHUNK_BYTES,
+    Bad,
+    Item,
+    Part,
+    ReadOptions,
+    Record,
+    decoded,
+    no_column,
+)
 from raydist.corpus.formats.streams import Opened
 
 DAMAGED = (pa.ArrowException, OSError, ValueError)
 MAX_ROWS = 65536
 
 
-def open_parquet(stream: Opened) -> Any:
-    """DAMAGED: not a parquet file, or a torn one."""
+def _open_parquet(stream: Opened) -> Any:
+    """Raises one of DAMAGED if the file is not parquet, or damaged."""
     source = pa.PythonFile(cast(IO[bytes], stream), mode="r")
     return pq.ParquetFile(source, buffer_size=CHUNK_BYTES, page_checksum_verification=True)
 
 
-def open_arrow(stream: Opened, fields: list[int] | None = None) -> Any:
-    """A reader of an IPC file (has num_record_batches) or stream. `fields`: the columns to read."""
+def _open_arrow(stream: Opened, fields: list[int] | None = None) -> Any:
+    """A reader of an IPC file (which has num_record_batches) or stream. `fields`: the columns to read."""
     options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
     start = stream.read(6)
     stream.seek(0)
@@ -31,12 +41,12 @@ def open_arrow(stream: Opened, fields: list[int] | None = None) -> Any:
     return (pa.ipc.open_file if start == b"ARROW1" else pa.ipc.open_stream)(source, options=options)
 
 
-def is_file(reader: Any) -> bool:
+def _is_file(reader: Any) -> bool:
     return isinstance(reader, pa.ipc.RecordBatchFileReader)
 
 
-def find(schema: Any, column: str) -> list[str] | None:
-    """The way to `column`: its own name, or the structs that its dots enter; None if there is none."""
+def _find(schema: Any, column: str) -> list[str] | None:
+    """The path of `column`: its own name, or the structs that its dots enter; None if there is none."""
     if column in schema.names:
         return [column]
     fields, path = {field.name: field for field in schema}, column.split(".")
@@ -48,16 +58,16 @@ def find(schema: Any, column: str) -> list[str] | None:
     return path
 
 
-def read_parquet(stream: Opened, part: Part, column: str) -> Iterator[list[Item]]:
-    """A damaged row group is one Bad; the others are read."""
+def _read_parquet(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
+    """Part: row groups. A damaged one is one Bad; the others are read."""
     try:
-        file = open_parquet(stream)
+        file = _open_parquet(stream)
     except DAMAGED as error:
         yield [Bad(None, f"not a readable parquet file: {error}")]
         return
-    path = find(file.schema_arrow, column)
+    path = _find(file.schema_arrow, options.text_column)
     if path is None:
-        yield [no_column(column, file.schema_arrow.names)]
+        yield [no_column(options.text_column, file.schema_arrow.names)]
         return
     row = 0
     for group in range(file.num_row_groups):
@@ -78,16 +88,17 @@ def _batch_rows(file: Any, group: int, path: list[str]) -> int:
     return max(1, min(MAX_ROWS, n_rows))
 
 
-def read_arrow(stream: Opened, part: Part, column: str) -> Iterator[list[Item]]:
+def _read_arrow(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
+    """Part: record batches of an IPC file; a stream is read as a whole."""
     try:
-        schema = open_arrow(stream).schema
-        path = find(schema, column)
+        schema = _open_arrow(stream).schema
+        path = _find(schema, options.text_column)
         if path is None:
-            yield [no_column(column, schema.names)]
+            yield [no_column(options.text_column, schema.names)]
             return
         stream.seek(0)
-        reader = open_arrow(stream, [schema.get_all_field_indices(path[0])[0]])
-        if not is_file(reader):
+        reader = _open_arrow(stream, [schema.get_all_field_indices(path[0])[0]])
+        if not _is_file(reader):
             batches, row = iter(reader), 0
         else:
             end = reader.num_record_batches if part.is_whole else part.end
@@ -102,7 +113,11 @@ def read_arrow(stream: Opened, part: Part, column: str) -> Iterator[list[Item]]:
 def _items_of(
     batches: Iterator[Any], path: list[str], row: int, what: str, *, validate: bool = False
 ) -> Iterator[list[Item]]:
-    """Items of each batch until one cannot be read, which is one Bad. `validate`: offsets may lie."""
+    """Items of each batch. The first that cannot be read is one Bad, and the end.
+
+    what: the part of the file that is lost with it. validate: check offsets, which a damaged file may have
+    wrong.
+    """
     try:
         for batch in batches:
             array = batch.column(batch.schema.get_all_field_indices(path[0])[0])
@@ -166,3 +181,30 @@ def _decoded(value: str | bytes | None, row: int, path: list[str]) -> Item:
     if value is None:
         return Bad(row, f"{'.'.join(path)} is null")
     return Record(value, row) if isinstance(value, str) else decoded(value, row)
+
+
+# --- splitting
+
+
+def _cut_parquet(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
+    try:
+        meta = _open_parquet(stream).metadata
+        sizes = [meta.row_group(group).total_byte_size for group in range(meta.num_row_groups)]
+    except DAMAGED:
+        return []
+    return cut_units([size * stream.file.size / max(1, sum(sizes)) for size in sizes], n_bytes)
+
+
+def _cut_arrow(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
+    try:
+        reader = _open_arrow(stream)
+        n_batches = reader.num_record_batches if _is_file(reader) else 0
+    except DAMAGED:
+        return []
+    return cut_units([stream.file.size / n_batches] * n_batches if n_batches else [], n_bytes)
+
+
+PARQUET = Reader(
+    "parquet", ("parquet", "pq"), _read_parquet, _cut_parquet, may_be_compressed=False, compresses=True
+)
+ARROW = Reader("arrow", ("arrow", "feather", "ipc"), _read_arrow, _cut_arrow, may_be_compressed=False)

@@ -1,30 +1,44 @@
-"""CSV and TSV through the csv module, strictly: what it would mend silently is a bad record."""
+"""CSV and TSV through the csv module, strictly: a record that it would silently repair is a bad one."""
 
 from __future__ import annotations
 
 import csv
 import io
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from raydist.corpus.formats.records import Bad, Item, Record, utf8_fault
+from raydist.corpus.formats.reader import Cut, Reader, cut_bytes
+from raydist.corpus.formats.records import Bad, Item, Part, ReadOptions, Record, no_column, utf8_fault
+from raydist.corpus.formats.streams import Opened, blocks, whole_lines
 
 
-def delimiter_of(name: str) -> str:
-    return "\t" if ".tsv" in name.lower() else ","
+def _delimiter(stream: Opened) -> str:
+    return "\t" if ".tsv" in stream.file.name.lower() else ","
+
+
+def _read(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
+    column, delimiter = options.text_column, _delimiter(stream)
+    header = _read_header(whole_lines(blocks(stream)), delimiter)
+    if header is None:
+        yield [Bad(None, "its CSV header cannot be read")]
+    elif column not in header:
+        yield [no_column(column, header)]
+    else:
+        lines = whole_lines(blocks(stream, part))
+        yield from _read_rows(lines, header, column, delimiter, skip_header=part.start == 0)
 
 
 class _Lines:
-    """Decoded lines for csv.reader, and the byte offset after each. Ends at \\n, \\r or \\r\\n, as in csv."""
+    """Decoded lines for csv.reader, and the byte offset after each. A line ends at \\n, \\r or \\r\\n."""
 
     def __init__(self, chunks: Iterable[tuple[int, bytes]]) -> None:
         self.chunks = chunks
         self.first = -1  # offset of the first line
         self.before = 0  # lines in earlier chunks
         self.ends = np.empty(0, np.int64)
-        self.is_utf8 = True  # so far; else undecodable bytes are surrogates
+        self.is_utf8 = True  # so far; if not, undecodable bytes are surrogates
 
     def __iter__(self) -> Iterator[str]:
         for offset, chunk in self.chunks:
@@ -41,7 +55,7 @@ class _Lines:
         return int(self.ends[line - self.before - 1])
 
 
-def read_header(chunks: Iterable[tuple[int, bytes]], delimiter: str) -> list[str] | None:
+def _read_header(chunks: Iterable[tuple[int, bytes]], delimiter: str) -> list[str] | None:
     """The names of the columns; None when the file has none or they cannot be read."""
     csv.field_size_limit(sys.maxsize)
     try:
@@ -52,7 +66,7 @@ def read_header(chunks: Iterable[tuple[int, bytes]], delimiter: str) -> list[str
     return header if header and utf8_fault(_raw(header, delimiter)) is None else None
 
 
-def read_rows(
+def _read_rows(
     chunks: Iterable[tuple[int, bytes]], header: list[str], column: str, delimiter: str, *, skip_header: bool
 ) -> Iterator[list[Item]]:
     """chunks: (offset, whole lines), from the start of a record. `row` is where a record starts."""
@@ -96,3 +110,51 @@ def _records(reader: Iterator[list[str]]) -> Iterator[list[str] | str]:
 
 def _raw(values: list[str], delimiter: str) -> bytes:
     return delimiter.join(values).encode("utf-8", "surrogateescape")
+
+
+# --- places where a file can be cut
+
+
+def _cut(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
+    return cut_bytes(stream, n_bytes, _record_ends)
+
+
+def _record_ends(stream: Opened, targets: Sequence[int]) -> Iterator[int]:
+    """The first line end after each target that is provably outside quotes, scanning the whole CSV once.
+
+    Quotes are counted as opening and closing in turn. The csv module reads them so as long as each opening
+    quote follows a field's start and each closing one precedes a field's end. Behind the first quote that
+    does not, nothing is proven and the file is not cut.
+    """
+    remaining, inside, comma = list(targets), 0, ord(_delimiter(stream))
+    ends = np.array([comma, *b'\n\r"'], np.uint8)  # two quotes in a row are one quote, escaped
+    for offset, around in _with_neighbours(stream):
+        data = np.frombuffer(around, np.uint8)
+        quotes = np.flatnonzero(data[1:-1] == ord('"')) + 1
+        opening, closing = quotes[inside::2], quotes[1 - inside :: 2]
+        unproven = [opening[~np.isin(data[opening - 1], ends)], closing[~np.isin(data[closing + 1], ends)]]
+        limit = min((int(places[0]) for places in unproven if len(places)), default=len(data))
+        if remaining[0] < offset + len(data):
+            lines = np.flatnonzero(data[1:-1] == ord("\n")) + 1
+            lines = lines[(lines < limit) & ((np.searchsorted(quotes, lines) + inside) % 2 == 0)]
+            while remaining and (at := np.searchsorted(lines, remaining[0] - offset)) < len(lines):
+                yield offset + int(lines[at])
+                remaining.pop(0)
+        if limit < len(data) or not remaining:
+            return
+        inside = (inside + len(quotes)) % 2
+
+
+def _with_neighbours(stream: Opened) -> Iterator[tuple[int, bytes]]:
+    """(offset, block with the byte before and the byte after it). The file counts as between line ends."""
+    before, held, offset = b"\n", b"", 0
+    for start, block in blocks(stream):
+        if held:
+            yield offset, before + held + block[:1]
+            before = held[-1:]
+        held, offset = block, start
+    if held:
+        yield offset, before + held + b"\n"
+
+
+CSV = Reader("csv", ("csv", "tsv"), _read, _cut)

@@ -1,4 +1,4 @@
-"""JSON Lines, and arrays of objects that are read without holding the file."""
+"""JSON Lines; and .json files: arrays of objects, read without holding the file, columns, or lines."""
 
 from __future__ import annotations
 
@@ -11,14 +11,61 @@ from typing import Any
 
 import orjson
 
-from raydist.corpus.formats.records import CHUNK_BYTES, Bad, Item, NoColumn, Record, Torn, listed, utf8_fault
-from raydist.corpus.formats.streams import lines_of
+from raydist.corpus.formats.reader import Cut, Reader, cut_lines
+from raydist.corpus.formats.records import (
+    CHUNK_BYTES,
+    Bad,
+    Item,
+    NoColumn,
+    Part,
+    ReadOptions,
+    Record,
+    Torn,
+    listed,
+    utf8_fault,
+)
+from raydist.corpus.formats.streams import Opened, blocks, lines_of, whole_lines
 
 KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "an array",
          dict: "an object", str: "a string"}  # fmt: skip
 TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
-COLUMN_ROWS = 1024  # in one list of items; the file is in memory
+COLUMN_ROWS = 1024
+"""Rows in one list of items of a file of columns, which is in memory as a whole."""
 OBJECT_HEAD = re.compile(rb'\s*(\{\s*"[^"\\]*")')
+
+
+def _read_jsonl(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
+    return _read_lines(whole_lines(blocks(stream, part)), options.text_column)
+
+
+def _cut_jsonl(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
+    return cut_lines(stream, n_bytes)
+
+
+def _read_json(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
+    """A file whose first character is '[' is an array. Any other is of lines, or, if whole, of columns."""
+    first, content = _first_character(blocks(stream, part))
+    if first == b"[" and part.start == 0:
+        return _read_array((block for _, block in content), options.text_column)
+    is_whole = part.start == 0 and part.end in (-1, stream.file.size)
+    return (_read_columns_or_lines if is_whole else _read_lines)(whole_lines(content), options.text_column)
+
+
+def _cut_json(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
+    """An array is not cut."""
+    return [] if _first_character(blocks(stream))[0] == b"[" else cut_lines(stream, n_bytes)
+
+
+def _first_character(
+    content: Iterator[tuple[int, bytes]],
+) -> tuple[bytes, Iterator[tuple[int, bytes]]]:
+    """The first character that is no white space, b"" if there is none; and the same content."""
+    seen = []
+    for offset, block in content:
+        seen.append((offset, block))
+        if first := block.lstrip()[:1]:
+            return first, chain(seen, content)
+    return b"", iter(seen)
 
 
 def getter(column: str) -> Callable[[Any], Any]:
@@ -64,7 +111,7 @@ def _all_strings(values: list[Any]) -> bool:
     return set(map(type, values)) <= {str}
 
 
-def read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
+def _read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
     """chunks: (offset, whole lines). A chunk in which anything is unusual is read again line by line."""
     get, loads = getter(column), orjson.loads
     for offset, chunk in chunks:
@@ -80,24 +127,24 @@ def read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[lis
             yield [parsed_item(line, row, column) for line, row in numbered if line.strip()]
 
 
-def read_columns_or_lines(chunks: Iterator[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
-    """chunks: of a whole .json file. An object alone in it, whose text column is an object or an array, is
-    of columns, as pandas writes them: `row` counts the rows."""
+def _read_columns_or_lines(chunks: Iterator[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
+    """chunks: of a whole file. If it is one object whose text column is an object or an array, it holds
+    columns, as pandas writes them; `row` counts the rows. Else it holds lines."""
     first = next(chunks, None)
     if first is None:
         return
     texts = _column(first[1], column)
     if texts is None:
-        yield from read_lines(chain([first], chunks), column)
+        yield from _read_lines(chain([first], chunks), column)
     elif (second := next(chunks, None)) is not None:
-        yield from read_lines(chain([first, second], chunks), column)
+        yield from _read_lines(chain([first, second], chunks), column)
     else:
         items = [_value_item(text, row, column) for row, text in enumerate(texts)]
         yield from (items[start : start + COLUMN_ROWS] for start in range(0, len(items), COLUMN_ROWS))
 
 
 def _column(chunk: bytes, column: str) -> list[Any] | None:
-    """The values of the text column of the only line in `chunk`; None if there are more, or no column."""
+    """The text column of the only line in `chunk`; None if there are more lines, or it is no column."""
     if b"\n" in chunk.strip():
         return None
     with suppress(orjson.JSONDecodeError, KeyError, TypeError):
@@ -107,7 +154,7 @@ def _column(chunk: bytes, column: str) -> list[Any] | None:
     return None
 
 
-def read_array(content: Iterable[bytes], column: str) -> Iterator[list[Item]]:
+def _read_array(content: Iterable[bytes], column: str) -> Iterator[list[Item]]:
     """content: blocks of an array of objects, from its '['. `row` counts the elements."""
     array = _Array(column)
     torn = None
@@ -121,12 +168,12 @@ def read_array(content: Iterable[bytes], column: str) -> Iterator[list[Item]]:
 
 
 class _Array:
-    """Takes elements off the front of what is read so far."""
+    """An array of objects whose elements are taken off the front while it is read."""
 
     def __init__(self, column: str) -> None:
         self.column, self.get = column, getter(column)
         self.pending = b""
-        self.wanted = CHUNK_BYTES  # bytes before it is worth trying again
+        self.wanted = CHUNK_BYTES  # bytes to hold before the next attempt
         self.row = 0
         self.opened = self.closed = False
 
@@ -143,7 +190,7 @@ class _Array:
         return items
 
     def finish(self, torn: Torn | None) -> list[Item]:
-        """What is left, and one Bad if the file does not end as an array does."""
+        """The elements that are left, and one Bad if the file does not end as an array does."""
         if not (torn or self.closed):
             with suppress(orjson.JSONDecodeError):
                 return self._items(orjson.loads(b"[" + self.pending))
@@ -156,10 +203,10 @@ class _Array:
         return [*items, Bad(None, f"invalid JSON: {rest[:20]!r} after the array's end")] if rest else items
 
     def _take(self) -> list[Item]:
-        """Every element but the last, parsed at once.
+        """Every element except the last, parsed at once.
 
-        The last is where an object begins again as the first one does. Brackets balance before it
-        only if it is an element of the array, so a parse proves the guess.
+        The last one is guessed to start where the text of the first one's start occurs for the last time.
+        The text before it parses only if the guess is right: else its brackets do not balance.
         """
         if self.closed:
             self.pending = self.pending.strip()[:20]
@@ -188,19 +235,19 @@ class _Array:
         return [text_item(value, row, self.column) for value, row in zip(values, rows, strict=True)]
 
     def _scan(self) -> list[Item]:
-        """The whole elements of `pending` by its brackets, each parsed alone: for nested and bad ones."""
+        """The complete elements of `pending`, found by brackets and parsed one by one: works for bad ones."""
         items: list[Item] = []
         depth = start = 0
         for token in TOKEN.finditer(self.pending) if not self.closed else ():
             kind = token[0][:1]
             if kind == b'"' and len(token[0]) == 1:
-                break  # a string that goes on
+                break  # a string that is not complete yet
             if kind in b"{[":
                 depth += 1
             elif depth == 0 and kind in b",]":
                 self.closed = kind == b"]"
                 raw = self.pending[start : token.start()].strip()
-                if raw or kind == b",":  # a comma before the ] is let pass
+                if raw or kind == b",":  # a comma before the ] is allowed
                     items.append(parsed_item(raw, self.row, self.column))
                     self.row += 1
                 start = token.end()
@@ -210,3 +257,7 @@ class _Array:
                 depth = max(0, depth - 1)
         self.pending = self.pending[start:]
         return items
+
+
+JSONL = Reader("jsonl", ("jsonl", "ndjson"), _read_jsonl, _cut_jsonl)
+JSON = Reader("json", ("json",), _read_json, _cut_json)

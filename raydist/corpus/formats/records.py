@@ -1,21 +1,20 @@
-"""What every reader takes and gives."""
+"""What every reader is given (Part, ReadOptions) and what it gives (Record, Bad)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from raydist.job.schema import Format
-
-CHUNK_BYTES = 4 * 2**20  # of text, in one list of items
+CHUNK_BYTES = 4 * 2**20
+"""Text in one list of items, about."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of one file. `file`: its index in the list of files.
+    """A part of one file. `file`: its index in the list of files.
 
-    start, end: bytes of an uncompressed line file or CSV, row groups of parquet, record batches of
-    Arrow; 0 and -1 is the whole file.
+    start, end: in bytes, row groups or record batches, as the format's reader counts. 0 and -1: the whole
+    file, whatever its format.
     """
 
     file: int
@@ -27,29 +26,34 @@ class Part:
         return self.end == -1
 
 
+WHOLE = Part(0)
+
+
 @dataclass(frozen=True)
 class ReadOptions:
-    format: Format
+    """A source's `format`, `text_column` and `document`. What a file is read as stands in `File.format`."""
+
+    format: str
     text_column: str
     document: Literal["line", "paragraph", "file"]
 
 
 class Record(NamedTuple):
-    """A document. `row`: byte offset (after decompression) in lines, paragraphs and CSV, else row number."""
+    """A document. `row`: its byte offset (decompressed) in lines, paragraphs and CSV, else its number."""
 
     text: str
     row: int
 
 
 class Bad(NamedTuple):
-    """What cannot be read, and why; `row` is None where the file or all that is left of it is meant."""
+    """A record that cannot be read, and why. `row`: as in Record; None for the file, or the rest of it."""
 
     row: int | None
     reason: str
 
 
 class NoColumn(Bad):
-    """The text column is not there."""
+    """The text column is missing."""
 
     __slots__ = ()
 
@@ -58,7 +62,7 @@ Item = Record | Bad
 
 
 class Torn(Exception):
-    """The content of a file ends or breaks before its end. Never leaves this package."""
+    """The content of a file is damaged or ends too early. `read_part` turns it into a Bad."""
 
 
 def decoded(raw: bytes, row: int) -> Item:

@@ -1,27 +1,34 @@
-"""Bytes of a file: opened, decompressed, and cut into chunks of whole lines."""
+"""Bytes of a file: opened, decompressed, in blocks, and in chunks of whole lines."""
 
 from __future__ import annotations
 
 import bz2
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import zstandard
 
-from raydist.corpus.extensions import Compression
-from raydist.corpus.files import File, cannot_read, open_file
-from raydist.corpus.formats.records import CHUNK_BYTES, Part, Torn
+from raydist.corpus.formats.records import CHUNK_BYTES, WHOLE, Part, Torn
+from raydist.corpus.locations import File, cannot_read, open_file
 from raydist.errors import CorpusError
 
+DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "gz": lambda: zlib.decompressobj(wbits=31),
+    "zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    "bz2": bz2.BZ2Decompressor,
+}
+"""By the extension that follows the format's own, as in a.jsonl.gz."""
+
 BOM = b"\xef\xbb\xbf"
-FED_BYTES = 64 * 1024  # of compressed content at a time, so that what comes out is bounded
+FED_BYTES = 64 * 1024
+"""Compressed bytes that are decompressed at once: what they expand to fits in memory."""
 BROKEN = (zlib.error, zstandard.ZstdError, OSError, EOFError)
 
 
 class Opened:
-    """A file's stream. Storage that fails is an error of ours, never mistaken for damaged content."""
+    """A file's stream. Storage that fails raises CorpusError, and so is never taken for damaged content."""
 
     def __init__(self, file: File) -> None:
         self.file = file
@@ -56,21 +63,23 @@ class Opened:
         self.close()
 
 
-def blocks(stream: Opened, part: Part, compression: Compression | None) -> Iterator[tuple[int, bytes]]:
-    """(offset in the file, block) of about CHUNK_BYTES, without the byte order mark that the file may start
-    with. Torn: what was readable came before it."""
+def blocks(stream: Opened, part: Part = WHOLE) -> Iterator[tuple[int, bytes]]:
+    """(offset in the decompressed file, block of about CHUNK_BYTES), without a byte order mark.
+
+    Torn: the content is damaged from here on.
+    """
     offset = part.start
-    for block in _content(stream, part, compression):
+    for block in _content(stream, part):
         if offset == 0 and block.startswith(BOM):
             offset, block = len(BOM), block[len(BOM) :]
         yield offset, block
         offset += len(block)
 
 
-def _content(stream: Opened, part: Part, compression: Compression | None) -> Iterator[bytes]:
+def _content(stream: Opened, part: Part) -> Iterator[bytes]:
     stream.seek(part.start)
-    if compression:
-        yield from _gathered(_decompressed(stream, compression))
+    if stream.file.compression:
+        yield from _gathered(_decompressed(stream, stream.file.compression))
         return
     left = (stream.file.size if part.is_whole else part.end) - part.start
     while left and (block := stream.read(min(CHUNK_BYTES, left))):
@@ -85,15 +94,9 @@ def _content(stream: Opened, part: Part, compression: Compression | None) -> Ite
         )
 
 
-def _decompressor(compression: Compression) -> Any:
-    if compression == "gz":
-        return zlib.decompressobj(wbits=31)
-    return bz2.BZ2Decompressor() if compression == "bz2" else zstandard.ZstdDecompressor().decompressobj()
-
-
-def _decompressed(stream: Opened, compression: Compression) -> Iterator[bytes]:
-    """Every member of the file, one after the other; zeros between gzip members are padding."""
-    decoder, fresh = _decompressor(compression), True
+def _decompressed(stream: Opened, compression: str) -> Iterator[bytes]:
+    """Every member of the file, one after the other. Zeros between gzip members are padding."""
+    decoder, fresh = DECOMPRESSORS[compression](), True
     while raw := stream.read(CHUNK_BYTES):
         for start in range(0, len(raw), FED_BYTES):
             pending = raw[start : start + FED_BYTES]
@@ -110,13 +113,13 @@ def _decompressed(stream: Opened, compression: Compression) -> Iterator[bytes]:
                 pending = b""
                 if decoder.eof:
                     pending = decoder.unused_data
-                    decoder, fresh = _decompressor(compression), True
+                    decoder, fresh = DECOMPRESSORS[compression](), True
     if not fresh:
         raise Torn(f"truncated .{compression}: it ends within its content")
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Small pieces joined to blocks; when the pieces tear, what came before is still given."""
+    """Joins small pieces into blocks. Before Torn is raised, it gives what came before the damage."""
     held: list[bytes] = []
     size = 0
     try:
@@ -133,7 +136,7 @@ def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
 
 
 def whole_lines(content: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """(offset, chunk) of chunks that end with \\n, except the last of a file that does not."""
+    """(offset, chunk) of chunks that end with \\n, except the last of a file that does not end so."""
     held: list[bytes] = []
     start = 0
     for offset, block in content:

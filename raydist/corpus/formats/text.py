@@ -6,16 +6,25 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import compress
 
-from raydist.corpus.formats.records import Item, Record, decoded
-from raydist.corpus.formats.streams import lines_of
+from raydist.corpus.formats.reader import Cut, Reader, cut_bytes, cut_lines, search
+from raydist.corpus.formats.records import Item, Part, ReadOptions, Record, decoded
+from raydist.corpus.formats.streams import Opened, blocks, lines_of, whole_lines
 
-# A line is blank when it holds ASCII white space only; so a cut can be found in bytes, without decoding.
+# A line is blank when it holds ASCII white space only, so a cut can be found in bytes, without decoding.
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r\v\f]*\n)+")  # from the end of the line before them
 FIRST_BLANK_LINES = re.compile(rb"(?:[ \t\r\v\f]*\n)*")
 
 
-def read_lines(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
-    """chunks: (offset, whole lines). Lines end at \\n alone; one \\r before it goes too."""
+def _read(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
+    content = blocks(stream, part)
+    if options.document == "file":
+        return _read_file(content)
+    read = _read_paragraphs if options.document == "paragraph" else _read_lines
+    return read(whole_lines(content))
+
+
+def _read_lines(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
+    """chunks: (offset, whole lines). Lines end at \\n alone; one \\r before it is left out as well."""
     for offset, chunk in chunks:
         lines, rows = lines_of(offset, chunk)
         try:
@@ -29,12 +38,12 @@ def read_lines(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
         yield list(map(Record._make, compress(zip(texts, rows, strict=True), map(bytes.strip, lines))))
 
 
-def read_paragraphs(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
+def _read_paragraphs(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
     """chunks: (offset, whole lines). Paragraphs stand between blank lines and keep their inner line ends."""
     held, start = b"", 0
     for offset, chunk in chunks:
         start = start if held else offset
-        searched = max(0, len(held) - 1)  # what is held has no blank line, but may end before one
+        searched = max(0, len(held) - 1)  # `held` contains no blank line, but may end before one
         held += chunk
         if BLANK_LINES.search(held, searched):
             items, used = _paragraphs(held, start)
@@ -64,6 +73,27 @@ def _paragraphs(content: bytes, offset: int) -> tuple[list[Item], int]:
     return [decoded(content[a:b].removesuffix(b"\r"), offset + a) for a, b in edges], used
 
 
-def read_file(content: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
+def _read_file(content: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
     """The whole content as one document, also when it is empty."""
     yield [decoded(b"".join(block for _, block in content), 0)]
+
+
+def _cut(stream: Opened, n_bytes: int, options: ReadOptions) -> list[Cut]:
+    if options.document == "file":
+        return []
+    return cut_lines(stream, n_bytes) if options.document == "line" else _cut_paragraphs(stream, n_bytes)
+
+
+def _cut_paragraphs(stream: Opened, n_bytes: int) -> list[Cut]:
+    """Byte ranges that end behind blank lines."""
+
+    def find(window: bytes, _: int) -> int:
+        match = BLANK_LINES.search(window)
+        return match.end() if match else 0
+
+    return cut_bytes(
+        stream, n_bytes, lambda stream, targets: [search(stream, target, find) for target in targets]
+    )
+
+
+TEXT = Reader("text", ("txt", "text", "md", "py"), _read, _cut, has_columns=False)

@@ -7,8 +7,9 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from raydist.corpus.extensions import detect_format
-from raydist.corpus.files import list_files, open_file
+from raydist.corpus.files import list_files
+from raydist.corpus.formats import detect_format
+from raydist.corpus.locations import open_file
 from raydist.errors import CorpusError
 from raydist.job.schema import Source
 

@@ -5,6 +5,7 @@ import csv
 import gzip
 import json
 import struct
+from typing import get_args
 
 import fsspec
 import orjson
@@ -15,9 +16,13 @@ import pytest
 import zstandard
 
 from raydist.corpus.files import list_files
-from raydist.corpus.formats import Bad, Part, ReadOptions, Record, check_column, read_part
+from raydist.corpus.formats import READERS, Bad, Part, ReadOptions, Record, check_column, read_part
+from raydist.corpus.formats.reader import Reader, cut_lines
+from raydist.corpus.formats.streams import blocks, whole_lines
+from raydist.corpus.slices import plan_slices
+from raydist.corpus.source import open_source
 from raydist.errors import CorpusError
-from raydist.job.schema import Source
+from raydist.job.schema import Corpus, Format, Source
 
 TEXTS = [
     "0012",
@@ -506,3 +511,38 @@ def test_a_file_that_is_gone_or_shrank_is_an_error_not_a_bad_record(tmp_path):
     path.unlink()
     with pytest.raises(CorpusError, match="cannot read"):
         list(read_part(file, Part(0, 0, -1), ReadOptions("auto", "text", "line")))
+
+
+# --- the table of formats
+
+
+def test_the_schema_lists_the_formats_of_the_table():
+    """The job is checked, with line numbers, by a package that cannot import the readers."""
+    assert set(get_args(Format)) == {"auto", *READERS}
+
+
+def test_an_extension_belongs_to_one_format():
+    extensions = [extension for reader in READERS.values() for extension in reader.extensions]
+    assert len(extensions) == len(set(extensions))
+
+
+def test_a_format_needs_one_line_of_the_table(tmp_path, monkeypatch):
+    """Its files are found, split, read, compressed or not, and what they lack is reported."""
+
+    def read_records(stream, part, options):
+        for offset, lines in whole_lines(blocks(stream, part)):
+            yield [
+                Record(line, offset) if line != "!" else Bad(offset, "!") for line in lines.decode().split()
+            ]
+
+    shout = Reader("shout", ("up",), read_records, lambda stream, n_bytes, _: cut_lines(stream, n_bytes))
+    monkeypatch.setitem(READERS, "shout", shout)
+    (tmp_path / "a.up").write_text("ONE\nTWO\n!\n" * 100)
+    (tmp_path / "b.up.gz").write_bytes(gzip.compress(b"THREE\n"))
+    source = open_source(
+        Source(path=str(tmp_path)), Corpus(sources={"a": {"path": str(tmp_path)}}, slice_bytes=2**20)
+    )
+    assert [(file.format, file.compression) for file in source.files] == [("shout", None), ("shout", "gz")]
+    slices = plan_slices(source.files, source.options, 100)
+    assert len(slices) > 8
+    assert sorted(source.texts(slices)) == ["ONE"] * 100 + ["THREE"] + ["TWO"] * 100

@@ -147,6 +147,16 @@ def test_row_groups_and_batches_are_shared_out(tmp_path):
     assert [item.text for _, item in whole(files, how)] == table["text"].to_pylist() * 2
 
 
+def test_an_arrow_stream_is_planned_whole(tmp_path):
+    table = pa.table({"text": [f"{i} " * 50 for i in range(100)]})
+    with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as sink:
+        sink.write_table(table, max_chunksize=10)
+    files, how = list_all(tmp_path), options()
+    slices = plan_slices(files, how, files[0].size // 4)
+    assert [entry.parts for entry in slices] == [(Part(0),)]
+    assert in_slices(files, slices, how) == whole(files, how)
+
+
 def test_what_cannot_be_cut_stays_whole_and_small_files_share(tmp_path):
     raw = b"".join(orjson.dumps({"text": "word " * 20}) + b"\n" for _ in range(100))
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(raw, 0))

@@ -1,0 +1,80 @@
+"""The table of file formats, and which of them a file's name means."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from raydist.corpus.formats import columns, csv, json, text
+from raydist.corpus.formats.reader import Reader
+from raydist.corpus.formats.streams import DECOMPRESSORS
+from raydist.errors import CorpusError
+
+READERS: dict[str, Reader] = {
+    reader.name: reader
+    for reader in (
+        columns.PARQUET,
+        json.JSONL,
+        json.JSON,
+        csv.CSV,
+        text.TEXT,
+        columns.ARROW,
+    )
+}
+"""Every format by its name. The job's schema lists the same names; a test compares the two."""
+
+
+class FileFormat(NamedTuple):
+    """format: a key of READERS.  compression: a key of DECOMPRESSORS, or None."""
+
+    format: str
+    compression: str | None
+
+
+def is_known(name: str) -> bool:
+    """Whether `format: auto` can read a file of this name."""
+    extension, compression = _extensions(name)
+    reader = _reader_of(extension)
+    return reader is not None and (reader.may_be_compressed or not compression)
+
+
+def detect_format(name: str, asked: str) -> FileFormat:
+    """By a file's name; `asked`, unless "auto", replaces the format that its extension means.
+
+    CorpusError: an unknown extension, or a compressed file of a format that cannot be compressed.
+    """
+    extension, compression = _extensions(name)
+    reader = _reader_of(extension) if asked == "auto" else READERS[asked]
+    if reader is None:
+        known = ", ".join(f".{extension}" for reader in READERS.values() for extension in reader.extensions)
+        raise CorpusError(
+            f"the format of {name} is unknown",
+            where=name,
+            why=f"its name ends in none of {known}, with or without {_listed(DECOMPRESSORS)} after those",
+            fix=f"set the source's format to one of {', '.join(READERS)}",
+        )
+    if compression and not reader.may_be_compressed:
+        raise CorpusError(
+            f"{name} is {reader.name} inside .{compression}",
+            where=name,
+            why=f"{reader.name} files are read in parts and hold their own compression",
+            fix=f"decompress the file, leaving .{reader.name}",
+        )
+    return FileFormat(reader.name, compression)
+
+
+def _reader_of(extension: str) -> Reader | None:
+    return next((reader for reader in READERS.values() if extension in reader.extensions), None)
+
+
+def _extensions(name: str) -> tuple[str, str | None]:
+    """("csv", "gz") of a/b.CSV.gz: the extension in lower case, and the compression that follows it."""
+    *stem, last = name.rsplit("/", 1)[-1].lower().split(".")
+    if last in DECOMPRESSORS and stem:
+        return (stem[-1] if len(stem) > 1 else ""), last
+    return (last if stem else ""), None
+
+
+def _listed(extensions: Iterable[str]) -> str:
+    *first, last = (f".{extension}" for extension in extensions)
+    return f"{', '.join(first)} or {last}"

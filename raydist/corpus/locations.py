@@ -1,0 +1,81 @@
+"""A source file, and how its location, a local path or a URI, is opened."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from io import BufferedIOBase
+from pathlib import Path
+from typing import Any, NoReturn, cast
+from urllib.parse import quote
+
+from raydist.errors import CorpusError
+
+URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+QUERY = re.compile(r"\?\w+=")
+
+
+@dataclass(frozen=True)
+class File:
+    """name: relative, '/'-separated, the same on every machine.  location: the path or URI to open.
+
+    size: bytes.  identity: changes when the content does.  format: a key of READERS.  compression: a key
+    of DECOMPRESSORS, or None. Both are found once, when the file is listed.
+    """
+
+    name: str
+    location: str
+    size: int
+    identity: str
+    format: str
+    compression: str | None
+
+
+def is_uri(location: str) -> bool:
+    return URI.match(location) is not None
+
+
+def open_file(location: str) -> BufferedIOBase:
+    """A seekable binary stream of a local path or a URI."""
+    if not is_uri(location):
+        return Path(location).open("rb")
+    filesystem, path = open_filesystem(location)
+    return cast(BufferedIOBase, filesystem.open_input_file(path))
+
+
+def open_filesystem(uri: str) -> tuple[Any, str]:
+    """The pyarrow filesystem of a URI (not escaped), or fsspec's wrapped as one, and the path in it."""
+    import pyarrow as pa
+    import pyarrow.fs as pafs
+
+    base, query = split_query(uri)
+    scheme, _, rest = base.partition("://")
+    host, slash, path = rest.partition("/")
+    try:
+        escaped = f"{scheme}://{host}{slash}{quote(path, safe='/@')}{query}"
+        return cast(tuple[Any, str], pafs.FileSystem.from_uri(escaped))
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
+        import fsspec
+
+        try:
+            filesystem, inside = fsspec.core.url_to_fs(uri)
+        except (ValueError, ImportError) as error:
+            raise CorpusError(
+                f"no filesystem reads {scheme}://", where=uri, why=f"{unknown}; {error}",
+                fix="install the fsspec package of this kind of storage",
+            ) from error  # fmt: skip
+        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(inside)
+
+
+def split_query(uri: str) -> tuple[str, str]:
+    """pyarrow's URIs end in options after '?', as in s3://bucket/key?region=eu-west-1."""
+    match = QUERY.search(uri)
+    return (uri[: match.start()], uri[match.start() :]) if match else (uri, "")
+
+
+def cannot_read(error: OSError, location: str = "", name: str = "") -> NoReturn:
+    location = location or str(error.filename)
+    raise CorpusError(
+        f"cannot read {name or location}", where=location, why=str(error),
+        fix="check its permissions and its storage, then run again",
+    ) from error  # fmt: skip
