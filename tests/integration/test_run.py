@@ -410,8 +410,7 @@ def test_a_job_on_a_cluster_is_left_found_and_stopped(
         for step in (2, 4, 6):
             wait_for_step(folder, step, process)
             proxy.cut()
-        wait_for_step(folder, 12, process)
-        time.sleep(3)
+        wait_for_step(folder, 30, process)
         process.send_signal(signal.SIGINT)
         code, attached = finish(process)
     assert code == 0 and "detached; the job goes on" in attached, attached

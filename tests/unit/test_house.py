@@ -1,4 +1,4 @@
-"""The house rules: the light stays light, the small stays small, shipped jobs are valid and explained."""
+"""The house rules: what is light stays light, names have one owner, shipped jobs are valid and explained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +18,8 @@ from raydist.job.load import load_job
 ROOT = Path(__file__).resolve().parents[2]
 JOBS = sorted((ROOT / "jobs").glob("*.yaml"))
 MODULES = sorted((ROOT / "raydist").rglob("*.py"))
-PROGRAMS = [*MODULES, *sorted((ROOT / "benchmarks").glob("*.py")), *sorted((ROOT / "tests").rglob("*.py"))]
 
 MAX_TOP_LEVEL = 15
-MAX_MODULE_LINES = 400
-MAX_FUNCTION_LINES = 60
 
 SMALL = {
     "sweep": ["model.config.hidden_size=64", "train.max_tokens=2048"],
@@ -96,7 +92,8 @@ def test_the_full_jobs_show_every_key_of_the_schema(name: str) -> None:
 # --- the command line
 
 
-def test_importing_the_command_line_loads_nothing_heavy_and_help_is_quick() -> None:
+def test_importing_the_command_line_loads_nothing_heavy() -> None:
+    """So that `raydist --help` answers at once."""
     code = "import raydist.cli, sys; print(*sorted(m for m in sys.modules if '.' not in m))"
     loaded = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
@@ -104,32 +101,9 @@ def test_importing_the_command_line_loads_nothing_heavy_and_help_is_quick() -> N
     assert not {"torch", "ray", "transformers", "pydantic", "numpy", "pyarrow", "yaml"} & set(
         loaded.stdout.split()
     )
-    assert min(seconds("-m", "raydist", "--help") for _ in range(3)) < 0.3 + seconds("-c", "pass")
-
-
-def seconds(*arguments: str) -> float:
-    start = time.perf_counter()
-    subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, check=True)
-    return time.perf_counter() - start
 
 
 # --- the code
-
-
-def test_functions_and_modules_are_small() -> None:
-    long = [
-        f"{name_of(path)}: {n} lines"
-        for path in MODULES
-        if (n := len(path.read_text().splitlines())) > MAX_MODULE_LINES
-    ]
-    for path in PROGRAMS:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if (
-                isinstance(node, ast.FunctionDef)
-                and (n := (node.end_lineno or 0) - node.lineno + 1) > MAX_FUNCTION_LINES
-            ):
-                long.append(f"{name_of(path)}:{node.lineno}: {node.name} has {n} lines")
-    assert not long
 
 
 OWNERS = {
@@ -138,6 +112,7 @@ OWNERS = {
     "folder.py": (
         "raydist-job.yaml", "status.json", "data.json", "metrics.jsonl", "ledger.jsonl", "report.html",
         "trials.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json", ".lease", "export/merged",
+        "COMMIT.json",
     ),
 }  # fmt: skip
 """The one module that spells each name; every other one asks it."""
@@ -148,7 +123,7 @@ def test_names_in_a_folder_stand_in_one_module(owner: str) -> None:
     found = [
         f"{name_of(path)}:{node.lineno}: {node.value}"
         for path in MODULES
-        if path != ROOT / "raydist" / owner and path.parent.name != "training"
+        if path != ROOT / "raydist" / owner
         for node in literals(ast.parse(path.read_text()))
         if " " not in node.value  # else it is a text for people
         and any(re.search(rf"(?<![\w.]){re.escape(name)}(?!\.j2)", node.value) for name in OWNERS[owner])

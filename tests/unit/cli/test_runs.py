@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +50,9 @@ def run(*arguments: str) -> Result:
 
 
 def test_runs_are_listed_the_newest_first_and_a_dead_drivers_is_interrupted(tmp_path: Path) -> None:
-    make_run(tmp_path, "first", "finished", steps=4)
-    time.sleep(1.1)  # `since` counts seconds
+    first = make_run(tmp_path, "first", "finished", steps=4)
+    earlier = {**first.status(), "since": "2026-01-01T00:00:00+00:00"}
+    files.write_json(first.status_file, earlier)
     second = make_run(tmp_path, "second", "training")
     with second.lease():
         told = run("ls", "--storage", str(tmp_path)).output.splitlines()
