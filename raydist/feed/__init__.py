@@ -1,12 +1,29 @@
 """Token logs to batches: which tokens are in the g-th sample of a run, at any world size, without Ray.
 
-    TokenLog ─lengths─▶ packing ─blocks of each shard─▶ order ─▶ mixture ─▶ Feed ─▶ loader ─▶ Step
-    (corpus)            packs: kept beside the logs     windows, which      block(g)  rank r of w,
-        │                                               Feistel  source     audit     thread, tensors
-        └─lowest hashes─▶ holdout ─▶ EvalSet
+    TokenLog ─▶ selection ─▶ packing ─▶ shuffle ─▶ mixture ─▶ stage ─▶ Feed ─▶ loader ─▶ Step
+    (corpus)    documents    blocks of  windows    which      blocks   g-th     batches of
+        │       to train on  a shard    of shards  source     in order sample   rank r of w
+        │                                                                └▶ audit
+        └─▶ eval_set: held-out documents, lowest hashes first ─▶ batches
 
-Everything up to `Feed` is a pure function of (logs, mixture, packing, seed, g), so the position in the
-data is the integer g. torch is imported by the loader alone.
+    selection   the documents that training leaves out: held out, or with a text that occurred before
+    packing     documents into blocks: the index of a shard's blocks, and a block as arrays
+    pack_index  the blocks of a token log, under one packing and one selection
+    shuffle     the order of a stream of shards: windows, and a permutation of the blocks in each
+    mixture     the source of each sample, where sources have weights
+    stage       blocks of one size, in order; a later stage begins with what the one before left unread
+    feed        all stages of a run: the g-th sample
+    loader      a rank's part of each global batch as tensors, read ahead by a thread
+    eval_set    held-out documents as batches
+    audit       what became of every token of the token logs
+    cache       arrays kept on disk next to the token logs
+
+Everything up to `Feed` is a pure function of (token logs, mixture, packing, stages, seed, g), so the
+position in the data is the integer g. torch is imported by the loader alone.
+
+Words: a document is a run of tokens of one shard. A block is the content of one sample: pieces of documents
+and padding. A sample has a number g in the run and a position in its stream; a stream is the shards of one
+weighted source, or of all sources merged.
 """
 
 from raydist.feed.audit import Audit, audit

@@ -14,16 +14,16 @@ from raydist.feed.packing import PackIndex
 from raydist.feed.shuffle import HEAD
 
 Reads = list[tuple[PackIndex, Ints]]
-"""Of one shard: under which packing which of its blocks were read."""
+"""The blocks of one shard that were read, and the index that they are blocks of."""
 
 
 @dataclass(frozen=True)
 class Audit:
     """Document tokens, without EOS: n_in = n_trained + n_held_out + n_duplicate + n_left.
 
-    n_trained: input of a trained sample at least once.  n_repeated: further times that such were input.
-    n_duplicate: of documents dropped because their text occurred before, and not held out.
-    Of the trained samples: n_samples, and their inputs n_eos (added) and n_padding.
+    n_trained: tokens that were an input of a trained sample at least once.  n_repeated: how often they were
+    an input again.  n_duplicate: tokens of documents, not held out, that are left out because their text
+    occurred before.  n_samples: trained samples.  n_eos, n_padding: their added EOS and padding inputs.
     """
 
     n_in: int
@@ -41,16 +41,16 @@ class Audit:
 
 
 def audit(feed: Feed, n_samples: int) -> Audit:
-    """After the first `n_samples` of a run. Each is counted by itself; LogError if they do not add up.
+    """After the first `n_samples` of a run. Each number is counted by itself; LogError if they do not add up.
 
-    A window that was always read whole is counted by the sums of its shards, any other token by token.
+    A window that was only read as a whole is counted by the sums of its shards, any other token by token.
     """
     total = np.zeros(3, np.int64)
     for number in range(len(feed.streams)):
         whole, reads = _visits(feed, number, n_samples)
         for window in range(len(feed.streams[number].window_ends)):
             for source, shard in feed.stages[0].shards_of(number, window):
-                total += _shard(feed, source, shard, whole[window], reads.get((source, shard), []))
+                total += _count_shard(feed, source, shard, whole[window], reads.get((source, shard), []))
     trained, left, repeated = total.tolist()
     counts = feed.counts(0, n_samples)
     n_in = sum(source.log.n_tokens for source in feed.sources)
@@ -64,7 +64,7 @@ def audit(feed: Feed, n_samples: int) -> Audit:
 
 
 def _visits(feed: Feed, number: int, n_samples: int) -> tuple[Counter[int], dict[tuple[int, int], Reads]]:
-    """Of a stream: how often each window was read whole, and by shard all other reading."""
+    """For a stream: how often each window was read as a whole, and other reads, by (source, shard)."""
     whole: Counter[int] = Counter()
     reads: dict[tuple[int, int], Reads] = defaultdict(list)
     for stage, lo, hi in feed.parts(0, n_samples):
@@ -79,13 +79,13 @@ def _visits(feed: Feed, number: int, n_samples: int) -> tuple[Counter[int], dict
     return whole, reads
 
 
-def _shard(feed: Feed, source: int, shard: int, whole: int, reads: Reads) -> Ints:
-    """Tokens trained, left, and repeats, of the documents of a shard that are to be trained on."""
-    of = feed.sources[source]
-    n_tokens = int(of.totals.tokens[shard])
+def _count_shard(feed: Feed, source: int, shard: int, whole: int, reads: Reads) -> Ints:
+    """Tokens trained, left and repeated, int64 [3], of a shard's documents that are not left out."""
+    packed = feed.sources[source]
+    n_tokens = int(packed.totals.tokens[shard])
     if not reads:
         return np.array([n_tokens, 0, n_tokens * (whole - 1)] if whole else [0, n_tokens, 0], np.int64)
-    index, length = of.index(shard), of.log.shards[shard].n_tokens
+    index, length = packed.index(shard), packed.log.shards[shard].n_tokens
     eos = feed.packing.add_eos_token
     to_train = _times([(index, np.arange(index.n_blocks))], length, eos)
     times = whole * to_train + _times(reads, length, eos)
@@ -94,12 +94,12 @@ def _shard(feed: Feed, source: int, shard: int, whole: int, reads: Reads) -> Int
 
 
 def _times(reads: Reads, n_tokens: int, eos: bool) -> Ints:
-    """How often each token of a shard was in the blocks read, int64[n_tokens]; an added EOS is none."""
+    """How often each token of a shard was in the blocks read, int64 [n_tokens]; added EOS are not counted."""
     steps = np.zeros(n_tokens + 1, np.int64)
     for index, blocks in reads:
-        left = index.fragments(blocks)
-        ends = left.offset + left.length - ((left.rest == 0) & eos)
-        np.add.at(steps, left.offset, 1)
+        read = index.fragments(blocks)
+        ends = read.offset + read.length - ((read.rest == 0) & eos)
+        np.add.at(steps, read.offset, 1)
         np.add.at(steps, ends, -1)
     return np.cumsum(steps[:-1])
 
@@ -113,5 +113,5 @@ def _check(feed: Feed, result: Audit) -> None:
             where=", ".join(str(source.log.path) for source in feed.sources),
             why="the token logs or their pack indexes are not what the feed was made of",
             fix=f"delete {feed.sources[0].folder.parent}, which is made again, and submit the job again;"
-            " if that does not help, delete the token logs too: `raydist prepare` makes them again",
+            " if that does not help, delete the token logs as well: `raydist prepare` makes them again",
         )

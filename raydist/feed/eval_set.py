@@ -10,7 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from raydist.corpus.log import Ints, TokenLog, held_out
-from raydist.feed.pack_index import cached_array, pack_index_folder
+from raydist.feed.cache import cached_array, pack_index_folder
 from raydist.feed.packing import pack
 from raydist.feed.stage import blocks_for
 from raydist.job.schema import Packing
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class EvalSet:
-    """Whole documents of one log, up to max_tokens of them and at least one, concatenated into blocks.
+    """Whole documents of one token log, up to max_tokens of them and at least one, concatenated into blocks.
 
-    holdout: share of the log's documents to choose from, those that a Feed with the same share leaves out;
-    None for a log that is for evaluation only: all of them. unique: each text once. Which these are is
-    found once and remembered.
+    holdout: share of the documents to choose from, those that a Feed with the same share leaves out; None for
+    a token log that is for evaluation only: all of them.  unique: each text once. The choice is made once and
+    kept on disk.
     n_tokens: document tokens.  n_labels: predicted tokens, EOS among them.  n_bytes: of the documents' text.
     """
 
@@ -43,7 +43,7 @@ class EvalSet:
         selection = xxhash.xxh3_64_hexdigest(f"1/{holdout}/{max_tokens}{'/unique' * unique}".encode())
         chosen = cached_array(
             pack_index_folder(log) / f"{log.fingerprint}-eval" / f"{selection}.pack",
-            lambda: select(log, 1.0 if holdout is None else holdout, max_tokens, unique).ravel(),
+            lambda: lowest_hashes(log, 1.0 if holdout is None else holdout, max_tokens, unique).ravel(),
         ).reshape(-1, 4)
         self.n_documents = len(chosen)
         self.n_tokens, self.n_bytes = chosen[:, 2:].sum(axis=0).tolist()
@@ -53,30 +53,30 @@ class EvalSet:
         self._tokens = _read_documents(log, chosen[:, :2])
 
     def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Tensors]:
-        """This rank's blocks as tensors, like a Feed's samples; equally many batches on every rank."""
+        """This rank's blocks as tensors, like a Feed's samples; as many batches on every rank."""
         from raydist.feed.loader import micro_batches, rank_samples  # torch is needed only here
 
-        numbers = rank_samples(0, self.n_blocks, rank, world_size)
-        for at in range(0, len(numbers), micro_batch_size):
-            these = numbers[at : at + micro_batch_size]
-            batch = self.blocks.empty(these)
-            for row in np.flatnonzero(these >= 0).tolist():
-                self.blocks.fill(batch, row, self._tokens, self.index, int(these[row]))
+        samples = rank_samples(0, self.n_blocks, rank, world_size)
+        for start in range(0, len(samples), micro_batch_size):
+            blocks = samples[start : start + micro_batch_size]
+            batch = self.blocks.empty(blocks)
+            for row in np.flatnonzero(blocks >= 0).tolist():
+                self.blocks.fill(batch, row, self._tokens, self.index, int(blocks[row]))
             yield from micro_batches(batch, micro_batch_size)
 
 
-def select(log: TokenLog, share: float, max_tokens: float, unique: bool = False) -> Ints:
-    """Shard, row, tokens and bytes of each chosen document, int64[N, 4], by hash, equal ones by position.
+def lowest_hashes(log: TokenLog, share: float, max_tokens: float, unique: bool = False) -> Ints:
+    """Shard, row, tokens and bytes of each chosen document, int64 [N, 4], by hash, equal ones in order.
 
-    unique: of documents with the same hash, the first alone. Reads the hash, length and size columns,
-    and holds no more candidates than max_tokens asks for.
+    unique: only the first of documents with the same hash. Reads the hash, length and size columns, and holds
+    no more candidates than max_tokens asks for.
     """
     chosen, hashes = np.zeros((0, 4), np.int64), np.zeros(0, np.uint64)
     for number, shard in enumerate(log.shards):
-        of_shard = shard.hashes()
-        rows = np.flatnonzero(held_out(of_shard, share))
+        shard_hashes = shard.hashes()
+        rows = np.flatnonzero(held_out(shard_hashes, share))
         columns = [np.full(len(rows), number), rows, shard.lengths()[rows], shard.byte_counts()[rows]]
-        hashes = np.concatenate([hashes, of_shard[rows]])
+        hashes = np.concatenate([hashes, shard_hashes[rows]])
         order = np.argsort(hashes, kind="stable")
         chosen, hashes = np.concatenate([chosen, np.stack(columns, axis=1)])[order], hashes[order]
         if unique and len(hashes):
@@ -88,20 +88,20 @@ def select(log: TokenLog, share: float, max_tokens: float, unique: bool = False)
 
 
 def first_held_out(logs: Iterable[TokenLog], holdout: float) -> NDArray[np.integer] | None:
-    """Tokens of the first log's held-out document of lowest hash; None if no log has any."""
+    """Tokens of the first token log's held-out document with the lowest hash; None if no log has any."""
     for log in logs:
-        place = select(log, holdout, max_tokens=0)
-        if len(place):
-            return _read_documents(log, place)
+        chosen = lowest_hashes(log, holdout, max_tokens=0)
+        if len(chosen):
+            return _read_documents(log, chosen[:, :2])
     return None
 
 
 def _read_documents(log: TokenLog, places: Ints) -> NDArray[np.integer]:
-    """Tokens of documents (shard, row), int64[N, 2], one after another."""
+    """Tokens of the documents at places (shard, row), int64 [N, 2], one after another."""
     documents: list[NDArray[np.integer]] = [np.zeros(0, log.dtype)] * len(places)
     for number in np.unique(places[:, 0]).tolist():
         tokens, offsets = log.shards[number].tokens(), log.shards[number].offsets()
-        for at in np.flatnonzero(places[:, 0] == number).tolist():
-            row = places[at, 1]
-            documents[at] = tokens[offsets[row] : offsets[row + 1]]
+        for nth in np.flatnonzero(places[:, 0] == number).tolist():
+            row = places[nth, 1]
+            documents[nth] = tokens[offsets[row] : offsets[row + 1]]
     return np.concatenate([np.zeros(0, log.dtype), *documents])

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from raydist.corpus.log import Ints, TokenLog, open_log
 from raydist.feed.pack_index import FeedSource
 from raydist.feed.packing import REVISION, Batch
-from raydist.feed.selection import duplicates, fingerprints
+from raydist.feed.selection import select
 from raydist.feed.stage import Counts, Stage
 from raydist.job.plan import Stretch, stretches
 from raydist.job.schema import Job, Packing
@@ -27,13 +27,15 @@ if TYPE_CHECKING:
 
 
 POLL_SECONDS = 1.0
+"""Between two looks at token logs that grow."""
 
 
 class Feed:
     """Packed blocks in the order of a run, without end.
 
-    dedup: whether documents whose text occurred before are left out.  stretches: how many samples of which
-    block size follow each other, in place of packing's; the last has no end. Raises what Stage does.
+    holdout: share of the documents held out for evaluation.  dedup: whether documents whose text occurred
+    before are left out.  stretches: how many samples of which block size follow each other, in place of
+    packing's one; the last has no end. Raises what Stage does.
     """
 
     def __init__(
@@ -48,18 +50,16 @@ class Feed:
     ) -> None:
         self._made_of = (tuple(sources), packing, seed, holdout)
         self._options = {"dedup": dedup, "stretches": tuple(stretches)}
-        self.packing, self.seed, self.holdout, self.stretches = packing, seed, holdout, tuple(stretches)
-        logs = [source.log for source in sources]
-        self.dedup = fingerprints(logs) if dedup else []
-        name = xxhash.xxh3_64_hexdigest(orjson.dumps(self.dedup))
-        repeats = [(rows, name) for rows in duplicates(logs)] if dedup else [None for _ in logs]
+        self.packing, self.seed, self.stretches = packing, seed, tuple(stretches)
+        self.holdout, self.dedup = holdout, dedup
+        selections = select([source.log for source in sources], holdout, dedup=dedup)
         sizes = [stage.block_size for stage in stretches] or [packing.block_size]
         starts = [0, *accumulate(stage.samples for stage in stretches[:-1])]
         self.stages: list[Stage] = []
         for size, start in zip(sizes, starts, strict=True):
-            of_stage = packing.model_copy(update={"block_size": size})
+            resized = packing.model_copy(update={"block_size": size})
             before = self.stages[-1] if self.stages else None
-            self.stages.append(Stage(sources, of_stage, seed, holdout, repeats, before, start))
+            self.stages.append(Stage(sources, selections, resized, seed, before, start))
         self.sources, self.streams = self.stages[0].sources, self.stages[0].streams
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -76,12 +76,12 @@ class Feed:
 
     @property
     def complete(self) -> bool:
-        """Whether every token log is; if not, the streams end with the last whole window that is there."""
+        """Whether every token log is; if not, the streams end with the last window whose shards all exist."""
         return all(source.log.complete for source in self.sources)
 
     @property
     def completed(self) -> bool:
-        """Whether every token log is by now. A feed does not change: open a new one."""
+        """Whether every token log is complete by now. A feed does not change: open a new one."""
         return all(source.log.folder.complete() for source in self.sources)
 
     def covers(self, g: int) -> bool:
@@ -95,20 +95,20 @@ class Feed:
         return all(n <= stream.n_blocks for n, stream, grows in known if grows)
 
     def grown(self, g: int, while_waiting: Callable[[], None]) -> Feed:
-        """This feed once it covers the first g samples; waits for the token logs to grow.
+        """This feed, opened again until it covers the first g samples; waits for the token logs to grow.
 
         while_waiting: called every POLL_SECONDS meanwhile; raises to end the wait.
         """
-        feed, seen = self, -1
+        feed, opened = self, -1
         while not feed.covers(g):
-            while (there := feed._windows_there()) == seen:
+            while (available := feed._windows_available()) == opened:
                 while_waiting()
                 time.sleep(POLL_SECONDS)
             sources = [replace(s, log=open_log(s.log.path, growing=True)) for s in feed._made_of[0]]
-            feed, seen = Feed(sources, self.packing, self.seed, self.holdout), there
+            feed, opened = Feed(sources, self.packing, self.seed, self.holdout), available
         return feed
 
-    def _windows_there(self) -> int:
+    def _windows_available(self) -> int:
         """Grows whenever opening the token logs again may give another window."""
         folders = [source.log.folder for source in self.sources if not source.log.complete]
         counts = [len(folder.committed()) // self.packing.window_shards for folder in folders]
@@ -126,13 +126,13 @@ class Feed:
             "seed": self.seed,
             "holdout": self.holdout,
         }
-        # left out where not used: checkpoints of runs without them keep their fingerprint
-        parts |= {"dedup": self.dedup} if self.dedup else {}
+        # Left out where not used, so that the fingerprint in older checkpoints stays the same.
+        parts |= {"dedup": parts["logs"]} if self.dedup else {}
         parts |= {"stages": [list(stage) for stage in self.stretches]} if self.stretches else {}
         return xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
     def stage_of(self, g: int) -> Stage:
-        """The stage that the run's sample g belongs to."""
+        """The stage of the run's sample g."""
         return self.stages[self.stage_number(g)]
 
     def stage_number(self, g: int) -> int:
@@ -144,16 +144,16 @@ class Feed:
         return {name: int(array[0]) if name == "sample" else array[0] for name, array in batch.items()}
 
     def batch(self, samples: Sequence[int] | Ints) -> Batch:
-        """Samples as arrays [B, T], see `Blocks.empty`. Sample -1 is padding: labels all -100.
+        """Samples of the run as arrays [B, T], see `Blocks.empty`. Sample -1 is padding: labels all -100.
 
-        Raises ValueError for samples of several stages: their blocks are not of one size.
+        Raises ValueError for samples of several stages: their blocks differ in size.
         """
-        numbers = np.asarray(samples, np.int64)
-        stages = {self.stage_number(int(g)) for g in numbers if g >= 0} or {0}
+        samples = np.asarray(samples, np.int64)
+        stages = {self.stage_number(int(g)) for g in samples if g >= 0} or {0}
         if len(stages) > 1:
             starts = [stage.start for stage in self.stages]
             raise ValueError(f"samples of several stages in one batch; the stages begin at {starts}")
-        return self.stages[stages.pop()].read(numbers)[0]
+        return self.stages[stages.pop()].read(samples)[0]
 
     def loader(
         self,
@@ -169,14 +169,14 @@ class Feed:
     ) -> Iterator[Step]:
         """Steps (see `loader.Step`) of samples [start, stop) for one rank; without end if `stop` is None.
 
-        Both sizes in sequences, one for all stages or one for each. Closing or dropping the iterator ends
-        its thread. while_waiting: see `grown`. collate: see `loader.read_step`.
+        Both sizes count sequences: one number for all stages, or one for each. Closing or dropping the
+        iterator ends its thread. while_waiting: see `grown`. collate: see `loader.read_step`.
         """
         from raydist.feed.loader import global_batches, prefetch, read_step  # torch is needed only here
 
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
-        batches, micro = self._of_each_stage(global_batch_size), self._of_each_stage(micro_batch_size)
+        batches, micro = self._for_each_stage(global_batch_size), self._for_each_stage(micro_batch_size)
 
         def steps(feed: Feed) -> Iterator[Step]:
             for stage, lo, hi in global_batches([s.start for s in feed.stages], start, stop, batches):
@@ -185,7 +185,7 @@ class Feed:
 
         return prefetch(steps(self))
 
-    def _of_each_stage(self, size: int | Sequence[int]) -> Sequence[int]:
+    def _for_each_stage(self, size: int | Sequence[int]) -> Sequence[int]:
         return [size] * len(self.stages) if isinstance(size, int) else size
 
     def counts(self, start: int, stop: int) -> Counts:
@@ -194,7 +194,7 @@ class Feed:
         return Counts(*(sum(column) for column in zip(*each, strict=True))) if each else Counts(0, 0, 0, 0)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[Stage, int, int]]:
-        """Samples [start, stop) a stage at a time: the stage, and its samples among them."""
+        """Samples [start, stop), a stage at a time: (stage, first sample, end)."""
         ends = [stage.start for stage in self.stages[1:]]
         for stage, end in zip(self.stages, [*ends, stop], strict=True):
             lo, hi = max(start, stage.start), min(stop, end)
@@ -207,7 +207,7 @@ def _made(made_of: tuple[Sequence[FeedSource], Packing, int, float], options: di
 
 
 def make_feed(job: Job, logs: Mapping[str, TokenLog]) -> Feed:
-    """The feed of a job whose sources have these token logs, by name."""
+    """The feed of a job. logs: the token log of each source, by name."""
     sources = [FeedSource(name, logs[name], source.weight) for name, source in job.corpus.sources.items()]
     dedup, lengths = job.corpus.dedup == "exact", stretches(job) if job.stages else ()
     return Feed(sources, job.packing, job.seed, job.corpus.holdout, dedup=dedup, stretches=lengths)

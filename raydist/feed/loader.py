@@ -1,4 +1,4 @@
-"""Steps for one rank: its share of each global batch, as micro batches of tensors, read ahead by a thread.
+"""Steps for one rank: its part of each global batch, as micro batches of tensors, read ahead by a thread.
 
 Global batch s is samples [s*G, (s+1)*G) at any world size; rank r of w takes every w-th of them, from r on.
 """
@@ -29,12 +29,12 @@ PREFETCHED_STEPS = 2
 
 @dataclass(frozen=True)
 class Step:
-    """Samples [start, stop) of the run. All else is this rank's part of them.
+    """Samples [start, stop) of the run. All other fields describe this rank's part of them.
 
     micro_batches: dicts of tensors, input_ids, labels, position_ids, int64 [B, T], document_lengths, int32
-    [B, T], and sample, int64 [B] (see `Blocks.empty`); on every rank equally many, of the same shapes, filled
-    up with samples -1. Counts are of real samples: their sums over the ranks do not depend on the world
-    size. wait_seconds: how long the consumer waited for this step.
+    [B, T], and sample, int64 [B] (see `Blocks.empty`). Every rank has the same number of them, in the same
+    shapes, filled up with samples -1, which the counts leave out: their sums over the ranks do not depend on
+    the world size. wait_seconds: how long the consumer waited for this step.
     """
 
     start: int
@@ -50,10 +50,10 @@ class Step:
 def global_batches(
     begins: Sequence[int], start: int, stop: int | None, sizes: Sequence[int]
 ) -> Iterator[tuple[int, int, int]]:
-    """Stage and bounds of the global batches of samples [start, stop).
+    """(stage, first sample, end) of the global batches of samples [start, stop).
 
-    begins, sizes: first sample of each stage, and samples per batch. Bounds are multiples of the size from
-    the stage's first sample on, but for the two ends and the end of a stage.
+    begins, sizes: first sample of each stage, and its samples per batch. Batches are counted from the stage's
+    first sample; only the first one given may start later than that says, and a stage's last one end earlier.
     """
     ends = [*begins[1:], stop]
     for stage, (begin, end, size) in enumerate(zip(begins, ends, sizes, strict=True)):
@@ -66,7 +66,7 @@ def global_batches(
 
 
 def rank_samples(start: int, stop: int, rank: int, world_size: int) -> Ints:
-    """A rank's samples of [start, stop), made as many as rank 0's with -1."""
+    """A rank's samples of [start, stop), filled up with -1 to as many as rank 0 has."""
     own = np.arange(start + rank, stop, world_size)
     return np.concatenate([own, np.full(-(-(stop - start) // world_size) - len(own), -1)])
 
@@ -80,7 +80,7 @@ def read_step(
     micro_batch_size: int,
     collate: Callable[[Tensors], Tensors] | None = None,
 ) -> Step:
-    """collate: called on each micro batch; it may take labels out, so these are counted after it."""
+    """One rank's part of a global batch. collate: called on each micro batch; labels are counted after it."""
     batch, counts = stage.read(rank_samples(start, stop, rank, world_size))
     step = Step(start, stop, list(micro_batches(batch, micro_batch_size)), *counts.sum(axis=0).tolist())
     if collate is None:
@@ -97,7 +97,7 @@ def micro_batches(batch: Batch, size: int) -> Iterator[Tensors]:
 
 
 def prefetch(steps: Iterator[Step]) -> Iterator[Step]:
-    """The same steps, read by a thread PREFETCHED_STEPS ahead; what is raised there is raised here."""
+    """The same steps, read PREFETCHED_STEPS ahead by a thread. An exception of the thread is raised here."""
     pool = ThreadPoolExecutor(1, thread_name_prefix="raydist-feed")
     try:
         pending = deque(pool.submit(next, steps, None) for _ in range(PREFETCHED_STEPS))

@@ -1,4 +1,4 @@
-"""Which source each sample of a weighted mixture comes from.
+"""The source that each sample of a weighted mixture comes from.
 
 Weights are multiples of 2**-16, so the choice repeats after 2**16 samples, and one period is a table.
 Tijdeman's rule ("The chairman assignment problem", 1980) keeps every source within
@@ -40,10 +40,11 @@ def round_weights(weights: Sequence[float]) -> list[int]:
 
 
 def tabulate(units: Sequence[int]) -> NDArray[np.uint16]:
-    """Source of each sample of one period, shape [PERIOD].
+    """Source of each sample of one period, uint16 [PERIOD].
 
-    The j-th sample of a source (from 0) may not come before its share reaches j + 1/d and not after
-    its share passes j + 1 - 1/d, d = 2k - 2; of those that may come, the one due first does.
+    The j-th sample of a source (from 0) may not come before the source's share reaches j + 1/d, and has to
+    come before that share passes j + 1 - 1/d, where d = 2k - 2. Among the samples that may come, the one with
+    the earliest deadline does.
     """
     if len(units) == 1:
         return np.zeros(PERIOD, np.uint16)
@@ -73,21 +74,22 @@ def _due(j: int, unit: int, d: int) -> int:
 
 
 class Mixture:
-    """Maps samples of a run to (source, sample of that source), in O(1)."""
+    """Maps samples of a stage to (source, position in that source's stream), in O(1)."""
 
     def __init__(self, weights: Sequence[float]) -> None:
         self.units = np.array(round_weights(weights), np.int64)
         self.table = tabulate(self.units.tolist())
-        self._nth = np.empty(PERIOD, np.int64)  # occurrences of the same source earlier in the period
+        self._earlier = np.empty(PERIOD, np.int64)  # samples of the same source earlier in the period
         for source, unit in enumerate(self.units):
-            self._nth[self.table == source] = np.arange(unit)
+            self._earlier[self.table == source] = np.arange(unit)
 
     def locate(self, samples: Ints) -> tuple[Ints, Ints]:
+        """The source of each sample, and its position in the source's stream."""
         period, within = np.divmod(samples, PERIOD)
         sources = self.table[within].astype(np.int64)
-        return sources, period * self.units[sources] + self._nth[within]
+        return sources, period * self.units[sources] + self._earlier[within]
 
-    def before(self, g: int) -> Ints:
-        """Samples of each source among the first g of the run."""
-        period, within = divmod(g, PERIOD)
+    def before(self, n_samples: int) -> Ints:
+        """Samples of each source among the first n_samples."""
+        period, within = divmod(n_samples, PERIOD)
         return period * self.units + np.bincount(self.table[:within], minlength=len(self.units))

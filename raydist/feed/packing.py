@@ -1,11 +1,11 @@
-"""Documents into blocks of block_size inputs: an index over document lengths, a shard at a time, and from
-it a block as arrays: inputs, shifted labels, positions and lengths of documents.
+"""Documents into blocks of block_size inputs: an index of a shard's blocks, made from document lengths, and
+from it a block as arrays: inputs, shifted labels, positions and lengths of documents.
 
 concat     documents one after another, cut every block_size inputs.
-best_fit   whole blocks of a long document first; what is left of each document goes, longest first,
-           to the fullest block that still holds it, so a document is cut only where it must be.
+best_fit   a document longer than a block first fills whole blocks. The rests, longest first, each go to the
+           fullest block that still holds them, so a document is cut only if it is longer than a block.
 
-Either way every input of every kept document is in exactly one block; only padding is added.
+With both, every input of every kept document is in exactly one block; only padding is added.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from raydist.corpus.log import Ints
 Batch = dict[str, NDArray[np.integer]]
 
 REVISION = 1
-"""Raised when the same lengths would be packed otherwise, so that older indexes are not taken for these."""
+"""Increased when the same lengths would be packed otherwise, so that older indexes are not used."""
 IGNORED = -100
 """The label of an input from which nothing is predicted; transformers and torch leave it out of the loss."""
 
 
 class Fragments(NamedTuple):
-    """Runs of inputs of documents of one shard, int64[F] each; whole documents, or what is left of them.
+    """Runs of inputs, each of one document of a shard; int64 [F] each.
 
-    document: row in the shard; offset: flat position of the first token; length: inputs, the EOS among
-    them; rest: inputs of the document that follow.
+    document: its row in the shard.  offset: of the first token, in the shard's tokens.  length: inputs, an
+    added EOS among them.  rest: inputs of the document that follow the run.
     """
 
     document: Ints
@@ -44,8 +44,8 @@ class Fragments(NamedTuple):
 class PackIndex:
     """Blocks of one shard. Block b holds pieces [first[b], first[b+1]), from left to right.
 
-    first: int64[B+1].  counts: int64[B, 4], document tokens, EOS, padding and labels of each block.
-    Of each piece, int64[P], what it is of `Fragments`.
+    first: int64 [B+1].  counts: int64 [B, 4], document tokens, EOS, padding and labels of each block.
+    The other columns describe pieces, int64 [P], as in `Fragments`.
     """
 
     first: Ints
@@ -60,7 +60,7 @@ class PackIndex:
         return len(self.first) - 1
 
     def fragments(self, blocks: Ints) -> Fragments:
-        """The pieces of these blocks; those that follow each other in their document are joined."""
+        """The pieces of these blocks. Pieces that follow each other in their document are joined."""
         chosen = np.zeros(self.n_blocks, bool)
         chosen[blocks] = True
         pieces = np.flatnonzero(np.repeat(chosen, np.diff(self.first)))
@@ -86,21 +86,21 @@ class PackIndex:
 
 
 def pack(lengths: Ints, keep: NDArray[np.bool_], *, block_size: int, strategy: str, eos: bool) -> PackIndex:
-    """Pack the kept documents of a shard. lengths: tokens of each, without the EOS that `eos` adds."""
+    """Blocks of the kept documents. lengths: tokens of each document, without the EOS that `eos` adds."""
     kept = np.flatnonzero(keep & (lengths + eos > 0))
     offsets = (np.cumsum(lengths) - lengths)[kept]
     whole = Fragments(kept, offsets, lengths[kept] + int(eos), np.zeros_like(kept))
     return pack_fragments(whole, block_size=block_size, strategy=strategy, eos=eos)
 
 
-def pack_fragments(of: Fragments, *, block_size: int, strategy: str, eos: bool) -> PackIndex:
-    """Blocks that hold every input of the fragments once. eos: whether documents end with an added one."""
+def pack_fragments(fragments: Fragments, *, block_size: int, strategy: str, eos: bool) -> PackIndex:
+    """Blocks that hold every input of the fragments once. eos: whether documents end with an added EOS."""
     cut = _best_fit if strategy == "best_fit" else _concat
-    row, start, length, block = cut(of.length, block_size)
-    rest = of.rest[row] + of.length[row] - start - length
+    row, start, length, block = cut(fragments.length, block_size)
+    rest = fragments.rest[row] + fragments.length[row] - start - length
     first = np.searchsorted(block, np.arange(int(block[-1]) + 2 if len(block) else 1))
     counts = _counts(first, length, rest, block_size, eos)
-    return PackIndex(first, counts, of.document[row], of.offset[row] + start, length, rest)
+    return PackIndex(first, counts, fragments.document[row], fragments.offset[row] + start, length, rest)
 
 
 def _counts(first: Ints, length: Ints, rest: Ints, block_size: int, eos: bool) -> Ints:
@@ -113,7 +113,7 @@ def _counts(first: Ints, length: Ints, rest: Ints, block_size: int, eos: bool) -
 
 
 Cuts = tuple[Ints, Ints, Ints, Ints]
-"""Row among the fragments, start in the fragment, length and block of each piece, in order of blocks."""
+"""For each piece, in order of blocks: row of its fragment, start in the fragment, length, and block."""
 
 
 def _concat(inputs: Ints, block_size: int) -> Cuts:
@@ -144,47 +144,48 @@ def _best_fit(inputs: Ints, block_size: int) -> Cuts:
 
 
 def best_fit_decreasing(sizes: Ints, capacity: int) -> Ints:
-    """Bin of each item; `sizes` descend and lie in [1, capacity].
+    """Bin of each item, int64. `sizes` descend and lie in [1, capacity].
 
-    Items of one size are placed together: a bin with the least room that fits takes as many of them as
-    it can, since after each it is still the one with the least room. So the work is one step for each
-    size and each class of bins with equal room, O(capacity), whatever the number of items.
+    Items of one size are placed together. The bin with the least room that fits takes as many of them as it
+    can, because after each item it is still the bin with the least room. So there is one step for each size
+    and each class of bins with equal room: O(capacity) steps, whatever the number of items.
     """
     bins = np.empty(len(sizes), np.int64)
     rooms = _Rooms(capacity)
     edges = [0, *(np.flatnonzero(np.diff(sizes)) + 1).tolist(), len(sizes)] if len(sizes) else [0]
     for begin, end in pairwise(edges):
-        size, at = int(sizes[begin]), begin
-        while at < end:
+        size, item = int(sizes[begin]), begin
+        while item < end:
             room = rooms.least(size)
-            each = min(room // size, end - at)
-            taken = rooms.take(room, (end - at) // each)
-            bins[at : at + each * len(taken)] = np.repeat(taken, each)
-            at += each * len(taken)
+            each = min(room // size, end - item)
+            taken = rooms.take(room, (end - item) // each)
+            bins[item : item + each * len(taken)] = np.repeat(taken, each)
+            item += each * len(taken)
             rooms.put(room - each * size, taken)
     return bins
 
 
 class _Rooms:
-    """Bins by the room that they have left, with a bit set of the rooms that occur."""
+    """Open bins by the room that they have left. `occurring`: bit r is set if a bin has room r."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity, self.n_bins, self.occurring = capacity, 0, 0
         self.bins: list[list[Ints]] = [[] for _ in range(capacity + 1)]
 
     def least(self, size: int) -> int:
-        """The least room that holds `size`; that of a new bin if no open one does."""
+        """The least room that holds `size`; a new bin's if no open one does."""
         fitting = self.occurring >> size
         return size + (fitting & -fitting).bit_length() - 1 if fitting else self.capacity
 
     def take(self, room: int, at_most: int) -> Ints:
+        """Numbers of bins with this room, which are no longer open; new bins if no open one has it."""
         if not self.bins[room]:
             self.n_bins += at_most
             return np.arange(self.n_bins - at_most, self.n_bins)
-        these = np.concatenate(self.bins[room])
-        self.bins[room] = [these[at_most:]] if len(these) > at_most else []
+        bins = np.concatenate(self.bins[room])
+        self.bins[room] = [bins[at_most:]] if len(bins) > at_most else []
         self.occurring ^= 0 if self.bins[room] else 1 << room
-        return these[:at_most]
+        return bins[:at_most]
 
     def put(self, room: int, bins: Ints) -> None:
         if room:
@@ -202,12 +203,12 @@ class Blocks:
     padding: int
 
     def empty(self, samples: Ints) -> Batch:
-        """A batch of padding; `samples`: number of each row in the run, -1 for none.
+        """A batch of padding. samples: int64 [B], each row's number in the run, -1 for a row of padding.
 
-        input_ids, labels, position_ids: int64[B, T].  sample: int64[B].
-        document_lengths: int32[B, T], the lengths of a row's documents from left to right, zeros behind. Each
-        piece of a document is one, and so is the padding after the last of them: they add up to T. A row that
-        is all padding, or whose documents see each other, is one document.
+        input_ids, labels, position_ids: int64 [B, T].  sample: int64 [B].  document_lengths: int32 [B, T],
+        the lengths of a row's documents from left to right, then zeros. They add up to T: each piece counts
+        as a document, and so does the padding at the end. A row of padding is one document, and so is a row
+        in which attention crosses documents.
         """
         shape = (len(samples), self.block_size)
         document_lengths = np.zeros(shape, np.int32)
@@ -221,14 +222,15 @@ class Blocks:
         }
 
     def fill(self, batch: Batch, row: int, tokens: NDArray[np.integer], index: PackIndex, block: int) -> None:
-        """Write a block into a row of an `empty` batch. `tokens`: all of the shard that `index` is of."""
+        """Write a block into a row of an `empty` batch. index, tokens: of the block's shard."""
         pieces = slice(int(index.first[block]), int(index.first[block + 1]))
         offset, length, rest = index.offset[pieces], index.length[pieces], index.rest[pieces]
         stop = np.cumsum(length)
         start, filled = stop - length, int(stop[-1])
         column = _COLUMNS[:filled] if filled <= len(_COLUMNS) else np.arange(filled)
         input_ids, labels = batch["input_ids"][row], batch["labels"][row]
-        # An added EOS is in no array: `clip` lets its position be read at the very end, and it is then set.
+        # An added EOS is not in `tokens`. Its place is read all the same (`clip` allows that behind the last
+        # token) and then overwritten.
         input_ids[:filled] = tokens.take(np.repeat(offset - start, length) + column, mode="clip")
         following = tokens.take(offset + length, mode="clip").astype(np.int64)
         if self.eos is not None:

@@ -1,7 +1,7 @@
 """The order of a stream: windows of consecutive shards, and a seeded permutation of the blocks of each.
 
-The n-th sample of a stream is a pure function of (seed, stream, n). Its values are part of what a
-checkpoint means, so they never change: a test pins them.
+The n-th sample of a stream is a pure function of (seed, stream, n). A checkpoint relies on its values, so
+they never change: a test pins them.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import xxhash
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from raydist.corpus.log import Ints
 
 Words = NDArray[np.uint64]
+_Position = TypeVar("_Position", int, Ints)
 
 ROUNDS = 8
 
@@ -31,8 +32,8 @@ def round_keys(seed: int, stream: str, epoch: int, window: int) -> Words:
 def permute(index: Ints, n: int, keys: Words) -> Ints:
     """Images of `index`, values in [0, n), under the keyed permutation of [0, n).
 
-    A Feistel network permutes the next power of four; an image outside [0, n) is sent through again,
-    which ends because the cycle it is on began inside.
+    A Feistel network permutes [0, the next power of four). An image outside [0, n) is sent through it again.
+    That ends, because the image lies on a cycle that also holds `index`, which is inside.
     """
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     image = _feistel(index.astype(np.uint64), half, keys)
@@ -51,7 +52,7 @@ def _feistel(value: Words, half: int, keys: Words) -> Words:
 
 
 def _mix(word: Words) -> Words:
-    """The finalizer of splitmix64 (a fresh array in, changed in place)."""
+    """The finalizer of splitmix64. Changes `word` in place."""
     word ^= word >> np.uint64(30)
     word *= np.uint64(0xBF58476D1CE4E5B9)
     word ^= word >> np.uint64(27)
@@ -61,7 +62,7 @@ def _mix(word: Words) -> Words:
 
 
 HEAD = -1
-"""In place of a window's number: what a stream begins with, see `Stream.head`."""
+"""In place of a window's number: the blocks that the stage before left unread, see `Stream.head`."""
 
 
 class Span(NamedTuple):
@@ -75,11 +76,11 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Stream:
-    """Shards read as one endless sequence of blocks, epoch after epoch.
+    """Shards read as one endless sequence of blocks, epoch after epoch. A position counts samples from 0.
 
-    blocks: blocks of each shard, int64[S].  window_shards: shards whose blocks are shuffled together.
-    head: blocks of each shard of what is left of a window, which is read first, int64[H]; these shards
-    are numbered on from S.  begins: the epoch and window that follow the head.
+    blocks: blocks of each shard, int64 [S].  window_shards: shards whose blocks are shuffled together.
+    head: blocks of each shard whose rest, left unread by the stage before, is read first, int64 [H]; these
+    shards are numbered from S on.  begins: the epoch and window that follow the head.
     """
 
     key: str
@@ -107,12 +108,6 @@ class Stream:
     def n_head(self) -> int:
         return int(self.head.sum())
 
-    @property
-    def _skipped(self) -> int:
-        """Samples of the endless sequence before the one that follows the head."""
-        epoch, window = self.begins
-        return epoch * self.n_blocks + self.window_start(window)
-
     def window_start(self, window: int) -> int:
         return int(self.window_ends[window - 1]) if window else 0
 
@@ -126,55 +121,61 @@ class Stream:
         first = window * self.window_shards
         return range(first, min(first + self.window_shards, len(self.blocks)))
 
-    def locate(self, samples: Ints) -> tuple[Ints, Ints]:
-        """Shard of the stream and block of the shard that each sample of the stream is."""
-        epochs, within = np.divmod(samples - self.n_head + self._skipped, self.n_blocks)
-        windows = np.searchsorted(self.window_ends, within, side="right")
-        windows[samples < self.n_head] = epochs[samples < self.n_head] = HEAD
-        shards, blocks = np.empty_like(samples), np.empty_like(samples)
+    def locate(self, positions: Ints) -> tuple[Ints, Ints]:
+        """The stream's shard, and the block in it, of the sample at each position."""
+        epochs, offsets = np.divmod(self._behind_head(positions), self.n_blocks)
+        windows = np.searchsorted(self.window_ends, offsets, side="right")
+        in_head = positions < self.n_head
+        windows[in_head] = epochs[in_head] = HEAD
+        shards, blocks = np.empty_like(positions), np.empty_like(positions)
         for epoch, window in set(zip(epochs.tolist(), windows.tolist(), strict=True)):
-            here = np.flatnonzero((epochs == epoch) & (windows == window))
-            index = samples[here] if window == HEAD else within[here] - self.window_start(window)
-            shards[here], blocks[here] = self.order(epoch, window, index)
+            rows = np.flatnonzero((epochs == epoch) & (windows == window))
+            index = positions[rows] if window == HEAD else offsets[rows] - self.window_start(window)
+            shards[rows], blocks[rows] = self.order(epoch, window, index)
         return shards, blocks
 
     def order(self, epoch: int, window: int, index: Ints) -> tuple[Ints, Ints]:
-        """Shards of the stream, and blocks in them, of the samples at `index` of a window."""
+        """The stream's shard, and the block in it, of a window's samples; `index` counts in the window."""
         keys = round_keys(self.seed, self.key, epoch, window)
         image = permute(index, self.size(window), keys)
         shards = self.shards_of(window)
         sizes = self.head if window == HEAD else self.blocks[shards.start : shards.stop]
         ends = np.cumsum(sizes)
-        nth = np.searchsorted(ends, image, side="right")
-        return nth + shards.start, image - (ends - sizes)[nth]
+        number = np.searchsorted(ends, image, side="right")
+        return number + shards.start, image - (ends - sizes)[number]
 
     def places(self, span: Span) -> tuple[Ints, Ints]:
         """Shards and blocks of a span's samples."""
         return self.order(span.epoch, span.window, np.arange(span.lo, span.hi))
 
     def spans(self, start: int, stop: int) -> Iterator[Span]:
-        """Samples [start, stop) of the stream, a window of an epoch at a time; empty windows left out."""
+        """Positions [start, stop), a window of an epoch at a time; empty windows are left out."""
         if start < min(stop, self.n_head):
             yield Span(HEAD, HEAD, start, min(stop, self.n_head))
-        at, end = (max(g - self.n_head, 0) + self._skipped for g in (start, stop))
-        while at < end:
-            span = self._span(at)
-            taken = min(span.hi - span.lo, end - at)
-            yield span._replace(hi=span.lo + taken)
-            at += taken
+        offset, end = (self._behind_head(max(position, self.n_head)) for position in (start, stop))
+        while offset < end:
+            span = self._rest_of_window(offset)
+            n_samples = min(span.hi - span.lo, end - offset)
+            yield span._replace(hi=span.lo + n_samples)
+            offset += n_samples
 
-    def _span(self, at: int) -> Span:
-        """From a sample of the endless sequence to the end of its window."""
-        epoch, within = divmod(at, self.n_blocks)
-        window = int(np.searchsorted(self.window_ends, within, side="right"))
-        return Span(epoch, window, within - self.window_start(window), self.size(window))
-
-    def left(self, n: int) -> tuple[Span, tuple[int, int]]:
-        """After n samples: those of the open window not yet read, and the epoch and window after it."""
-        if n < self.n_head:
-            return Span(HEAD, HEAD, n, self.n_head), self.begins
-        span = self._span(n - self.n_head + self._skipped)
+    def left(self, n_samples: int) -> tuple[Span, tuple[int, int]]:
+        """After n_samples: those of the open window not yet read, and the epoch and window that follow it."""
+        if n_samples < self.n_head:
+            return Span(HEAD, HEAD, n_samples, self.n_head), self.begins
+        span = self._rest_of_window(self._behind_head(n_samples))
         if span.lo == 0:
             return span._replace(hi=0), (span.epoch, span.window)
         last = span.window + 1 == len(self.window_ends)
         return span, (span.epoch + 1, 0) if last else (span.epoch, span.window + 1)
+
+    def _behind_head(self, position: _Position) -> _Position:
+        """A position behind the head, counted from the start of epoch 0 as if there were no head."""
+        epoch, window = self.begins
+        return position - self.n_head + epoch * self.n_blocks + self.window_start(window)
+
+    def _rest_of_window(self, offset: int) -> Span:
+        """From an offset, as `_behind_head` gives it, to the end of its window."""
+        epoch, within = divmod(offset, self.n_blocks)
+        window = int(np.searchsorted(self.window_ends, within, side="right"))
+        return Span(epoch, window, within - self.window_start(window), self.size(window))

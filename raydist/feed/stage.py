@@ -1,8 +1,8 @@
-"""A stretch of a run under one packing: which block is its n-th sample, and what the block holds.
+"""A stretch of a run with one block size: which block is its n-th sample, and what the block holds.
 
-A run has one stage, or one for each of its stages. A stage that follows another first packs anew
-what that one left of the windows it had open; then it goes on with the windows after these. So nothing is
-lost or repeated, whatever the block size becomes.
+A run has one stage, or one for each of its `stages`. A later stage first packs again, in its own block size,
+what the stage before it left unread of the windows it had open. Then it continues with the windows after
+these. So nothing is lost or repeated, whatever the block size becomes.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from raydist.errors import EmptyCorpus, LogError
 from raydist.feed.mixture import Mixture
 from raydist.feed.pack_index import FeedSource, PackedSource
 from raydist.feed.packing import Batch, Blocks, PackIndex, pack_fragments
+from raydist.feed.selection import Selection
 from raydist.feed.shuffle import HEAD, Span, Stream
 from raydist.job.schema import Packing
 
@@ -35,43 +36,44 @@ class Counts(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a sample comes from: the source, the shard of its log, the block of the shard.
+    """Where a sample comes from: the source, the shard of its token log, the block of the shard.
 
-    nth: the shard's number in the stream. In its head, blocks are those of what is left of the shard.
+    stream: number of the stream.  stream_shard: number of the shard in it. In the stream's head, `block`
+    counts the blocks of what was left of the shard.
     """
 
     source: int
     shard: int
     block: int
     stream: int
-    nth: int
+    stream_shard: int
 
 
 class Stage:
     """Packed blocks in order, without end: epoch after epoch, each in an order of its own.
 
     Weighted sources are one stream each, mixed by Tijdeman's rule. Without weights the shards of all
-    sources are merged into one stream, and an epoch is every document once. `start` is the run's sample
-    that it begins with; all samples here are counted from the start of the run. `before`: the stage
-    that it follows.
+    sources are merged into one stream, and an epoch is every document once. selections: one for each source.
+    start: the sample of the run that the stage begins with; samples are numbered from the start of the run.
+    before: the stage that it follows.
 
-    Raises EmptyCorpus if a stream has no block, LogError if the logs do not belong together.
+    Raises EmptyCorpus if a stream has no block, LogError if the token logs do not belong together.
     """
 
     def __init__(
         self,
         sources: Sequence[FeedSource],
+        selections: Sequence[Selection],
         packing: Packing,
         seed: int,
-        holdout: float,
-        repeats: Sequence[tuple[Ints, str] | None],
         before: Stage | None = None,
         start: int = 0,
     ) -> None:
         self.packing, self.seed, self.start = packing, seed, start
         self.blocks = blocks_for([source.log for source in sources], packing)
         self.sources = tuple(
-            PackedSource(source, packing, holdout, of) for source, of in zip(sources, repeats, strict=True)
+            PackedSource(source, packing, selection)
+            for source, selection in zip(sources, selections, strict=True)
         )
         weights = [source.weight for source in sources if source.weight is not None]
         if weights and len(weights) != len(sources):
@@ -81,57 +83,58 @@ class Stage:
         self.streams = tuple(self._stream(shards) for shards in self._shards)
         self._heads: list[list[PackIndex]] = [[] for _ in self.streams]
         self._refuse_empty()
-        # Samples of a window are drawn from all of its shards: one that is closed too early is read again.
+        # A window's samples come from all of its shards: one that is closed too early is opened again.
         open_at_once = (packing.window_shards + 1) * len(self.streams)
         self._open = lru_cache(maxsize=min(256, max(32, open_at_once)))(self._open_shard)
         if before is not None:
             self._follow(before)
 
     def read(self, samples: Ints) -> tuple[Batch, Ints]:
-        """Samples as arrays [B, T], see `Blocks.empty`; and the four Counts of each, int64[B, 4].
+        """Samples of the run as arrays [B, T], see `Blocks.empty`; and the four Counts of each, int64 [B, 4].
 
         Sample -1 is padding: labels all -100, counts zero.
         """
         batch, counts = self.blocks.empty(samples), np.zeros((len(samples), 4), np.int64)
         rows = np.flatnonzero(samples >= 0)
         for row, place in zip(rows.tolist(), self.places(samples[rows]), strict=True):
-            index, tokens = self._open(place.stream, place.nth)
+            index, tokens = self._open(place.stream, place.stream_shard)
             self.blocks.fill(batch, row, tokens, index, place.block)
             counts[row] = index.counts[place.block]
         return batch, counts
 
     def places(self, samples: Ints) -> list[Place]:
-        """Where each sample (not -1) comes from."""
-        of_segment = samples - self.start
-        streams, nth = (
-            self.mixture.locate(of_segment) if self.mixture else (np.zeros_like(of_segment), of_segment)
-        )
+        """Where each sample of the run (not -1) comes from."""
+        if self.mixture:
+            streams, positions = self.mixture.locate(samples - self.start)
+        else:
+            streams, positions = np.zeros_like(samples), samples - self.start
         places: list[Place] = [Place(-1, -1, -1, -1, -1)] * len(samples)
         for number in np.unique(streams).tolist():
             rows = np.flatnonzero(streams == number)
-            shards, blocks = self.streams[number].locate(nth[rows])
-            for row, shard, block in zip(rows.tolist(), shards.tolist(), blocks.tolist(), strict=True):
-                source, of_source = self._shards[number][shard]
-                places[row] = Place(source, of_source, block, number, shard)
+            shards, blocks = self.streams[number].locate(positions[rows])
+            for row, stream_shard, block in zip(rows.tolist(), shards.tolist(), blocks.tolist(), strict=True):
+                source, shard = self._shards[number][stream_shard]
+                places[row] = Place(source, shard, block, number, stream_shard)
         return places
 
     def consumed(self, g: int) -> list[int]:
         """Samples of each stream among the stage's samples before the run's sample g."""
-        n = max(0, g - self.start)
-        return [int(of) for of in self.mixture.before(n)] if self.mixture else [n]
+        n_samples = max(0, g - self.start)
+        return self.mixture.before(n_samples).tolist() if self.mixture else [n_samples]
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, Span]]:
-        """Number of a stream, and a span of it, until together they are samples [start, stop)."""
+        """Samples [start, stop) as (number of a stream, span of it)."""
         bounds = zip(self.consumed(start), self.consumed(stop), strict=True)
         for number, (lo, hi) in enumerate(bounds):
             yield from ((number, span) for span in self.streams[number].spans(lo, hi))
 
     def counts(self, start: int, stop: int) -> Counts:
-        """Of samples [start, stop)."""
+        """The sums over samples [start, stop)."""
         total = np.zeros(4, np.int64)
         for number, span in self.spans(start, stop):
             if span.window != HEAD and self.is_whole(number, span):
-                total += self._whole_counts(number, span.window)
+                for source, shard in self.shards_of(number, span.window):
+                    total += [column[shard] for column in self.sources[source].totals[1:5]]
             else:
                 parts = self.indexes(number, span)
                 total += sum(index.counts[blocks].sum(axis=0) for _, _, index, blocks in parts)
@@ -142,40 +145,35 @@ class Stage:
         return span.hi - span.lo == self.streams[number].size(span.window)
 
     def shards_of(self, number: int, window: int) -> list[tuple[int, int]]:
-        """Source and shard of each shard of a window of a stream."""
-        return [self._shards[number][nth] for nth in self.streams[number].shards_of(window)]
+        """(source, shard) of each shard in a window of a stream."""
+        return [self._shards[number][stream_shard] for stream_shard in self.streams[number].shards_of(window)]
 
     def indexes(self, number: int, span: Span) -> Iterator[tuple[int, int, PackIndex, Ints]]:
-        """Of each shard that a span reads from: source, shard, its blocks' index, and the blocks read."""
+        """For each shard that a span reads from: source, shard, the shard's index, and the blocks read."""
         shards, blocks = self.streams[number].places(span)
-        for nth in np.unique(shards).tolist():
-            yield *self._shards[number][nth], self._open(number, nth)[0], np.sort(blocks[shards == nth])
-
-    def _whole_counts(self, number: int, window: int) -> Ints:
-        rows = [
-            [column[shard] for column in self.sources[source].totals[1:5]]
-            for source, shard in self.shards_of(number, window)
-        ]
-        total: Ints = np.array(rows, np.int64).sum(axis=0)
-        return total
+        for stream_shard in np.unique(shards).tolist():
+            source, shard = self._shards[number][stream_shard]
+            index, _ = self._open(number, stream_shard)
+            yield source, shard, index, np.sort(blocks[shards == stream_shard])
 
     def _follow(self, before: Stage) -> None:
-        """Begin with what `before` leaves of its open windows, packed anew."""
+        """Begin with the unread blocks of the windows that `before` has open, packed again."""
         size, strategy, eos = self.packing.block_size, self.packing.strategy, self.packing.add_eos_token
         streams = list(self.streams)
-        for number, n in enumerate(before.consumed(self.start)):
-            span, begins = before.streams[number].left(n)
-            for source, shard, index, blocks in before.indexes(number, span):
-                left = index.fragments(blocks)
-                self._heads[number].append(pack_fragments(left, block_size=size, strategy=strategy, eos=eos))
+        for number, n_samples in enumerate(before.consumed(self.start)):
+            unread, begins = before.streams[number].left(n_samples)
+            for source, shard, index, blocks in before.indexes(number, unread):
+                fragments = index.fragments(blocks)
+                head = pack_fragments(fragments, block_size=size, strategy=strategy, eos=eos)
+                self._heads[number].append(head)
                 self._shards[number].append((source, shard))
-            head = np.array([index.n_blocks for index in self._heads[number]], np.int64)
-            streams[number] = replace(streams[number], head=head, begins=begins)
+            sizes = np.array([index.n_blocks for index in self._heads[number]], np.int64)
+            streams[number] = replace(streams[number], head=sizes, begins=begins)
         self.streams = tuple(streams)
 
-    def _open_shard(self, number: int, nth: int) -> tuple[PackIndex, NDArray[np.integer]]:
-        source, shard = self._shards[number][nth]
-        in_head = nth - len(self.streams[number].blocks)
+    def _open_shard(self, number: int, stream_shard: int) -> tuple[PackIndex, NDArray[np.integer]]:
+        source, shard = self._shards[number][stream_shard]
+        in_head = stream_shard - len(self.streams[number].blocks)
         index = self.sources[source].index(shard) if in_head < 0 else self._heads[number][in_head]
         return index, self.sources[source].log.shards[shard].tokens()
 
@@ -184,7 +182,7 @@ class Stage:
         return [[(source, shard) for shard in range(count)] for source, count in enumerate(counts)]
 
     def _shards_merged(self) -> list[tuple[int, int]]:
-        """All shards in one order: each log's in its own, spread evenly, so that sources mix."""
+        """All shards in one order: each token log's in its own, spread evenly, so that sources mix."""
         spread = [
             (Fraction(2 * shard + 1, 2 * len(shards)), source, shard)
             for shards in self._shards_by_source()
@@ -206,18 +204,18 @@ class Stage:
                 raise EmptyCorpus(
                     f"no document of {', '.join(source.name for source in sources)} is left to train on",
                     where="corpus.sources",
-                    why="the log is empty, all of it is held out for evaluation, or its texts stand in an"
-                    " earlier source too",
+                    why="the token log is empty, or all of it is held out for evaluation, or all its texts"
+                    " occur in an earlier source too",
                     fix="add documents, loosen corpus.clean or lower corpus.holdout",
                 )
 
 
 def blocks_for(logs: Sequence[TokenLog], packing: Packing) -> Blocks:
-    """How blocks of these logs are made. Raises LogError if their tokenizers differ or lack an EOS."""
+    """How blocks of these token logs are made. Raises LogError if their tokenizers differ or lack an EOS."""
     ids = {(log.tokenizer, log.vocab_size, log.eos_token_id) for log in logs}
     if len(ids) != 1:
         raise LogError(
-            f"{len(logs)} logs of {len(ids)} different tokenizers",
+            f"{len(logs)} token logs of {len(ids)} different tokenizers",
             where=", ".join(str(log.path) for log in logs),
             why="the same id would mean different text in each",
             fix="prepare all sources with one tokenizer",

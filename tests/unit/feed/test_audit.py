@@ -3,7 +3,7 @@ import pytest
 
 from raydist.errors import LogError
 from raydist.feed import Feed, FeedSource, audit
-from raydist.feed.pack_index import _checksum
+from raydist.feed.cache import _checksum
 from raydist.job.schema import Packing
 from tests.unit.feed.places import places_of
 

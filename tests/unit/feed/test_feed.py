@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from raydist.corpus.log import held_out
 from raydist.errors import EmptyCorpus, JobError, LogError
 from raydist.feed import Feed, FeedSource
-from raydist.feed.pack_index import cached_array, pack_index_folder
+from raydist.feed.cache import cached_array, pack_index_folder
 from raydist.job.schema import Packing
 from tests.unit.feed.places import places_of
 

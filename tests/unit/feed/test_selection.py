@@ -4,6 +4,7 @@ import pytest
 from raydist.corpus.log import held_out
 from raydist.errors import EmptyCorpus
 from raydist.feed import EvalSet, Feed, FeedSource, audit, selection
+from raydist.feed.cache import pack_index_folder
 from raydist.job.schema import Packing
 
 PACKING = Packing(block_size=16, window_shards=2)
@@ -54,3 +55,35 @@ def test_a_source_of_nothing_new_is_refused_when_it_has_a_weight(make_log):
     sources = [FeedSource("x", one, 0.5), FeedSource("y", two, 0.5)]
     with pytest.raises(EmptyCorpus, match="no document of y is left"):
         Feed(sources, PACKING, 0, 0.0, dedup=True)
+
+
+@pytest.mark.parametrize(
+    ("dedup", "packing", "fingerprint"),
+    [
+        (False, "53c04b354f9a84da", "1dca55a78007e268d62f0e83616de6c5"),
+        (True, "75fb0ef649ec4392", "9b6aaf29719fad8560131257aeb8bafe"),
+    ],
+)
+def test_names_on_disk_and_fingerprints_stay_what_they_are(logs, dedup, packing, fingerprint):
+    """An index that exists is used again, and a checkpoint goes on only with a feed of its fingerprint."""
+    sources = [FeedSource(name, log) for name, log in zip("xy", logs, strict=True)]
+    feed = Feed(sources, PACKING, 0, 0.2, dedup=dedup)
+    assert feed.fingerprint == fingerprint
+    names = {f"{log.fingerprint}-{packing}" for log in logs} | (
+        {"53d0cd328b76316d-duplicates"} if dedup else set()
+    )
+    assert {path.name for path in pack_index_folder(logs[0]).iterdir()} == names
+
+
+def test_a_selection_names_the_documents_that_are_left_out(logs):
+    kept, dropped = (selection.select(logs, 0.2, dedup=dedup) for dedup in (False, True))
+    for log, plain, unique, rows in zip(logs, kept, dropped, selection.duplicates(logs), strict=True):
+        shards = range(len(log.shards))
+        assert not any(plain.repeated(shard).any() for shard in shards)
+        assert (
+            np.flatnonzero(np.concatenate([unique.repeated(shard) for shard in shards])).tolist()
+            == rows.tolist()
+        )
+        for shard in shards:
+            out = held_out(log.shards[shard].hashes(), 0.2)
+            assert (plain.held_out(shard) == out).all() and (unique.held_out(shard) == out).all()

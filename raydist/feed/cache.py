@@ -1,0 +1,54 @@
+"""Arrays that are computed once from token logs and kept next to them, in <storage>/.packs.
+
+The token logs themselves are never touched: they are the same whoever trains on them. Everything in .packs
+can be deleted: it is made again when it is missing or damaged.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from raydist.corpus.log import Ints, TokenLog
+from raydist.files import replacing
+from raydist.storage import Storage
+
+
+def pack_index_folder(log: TokenLog) -> Path:
+    """Next to the token logs' own folder, which holds token logs and nothing else."""
+    return Storage.of_log(log.path).pack_indexes
+
+
+def cached_array(path: Path, make: Callable[[], Ints]) -> Ints:
+    """The flat array that `make` returns; kept in `path` with a checksum, and memory-mapped from there.
+
+    Where the storage refuses writing, such as a folder shared read-only, the array is made each time.
+    """
+    kept = _read(path)
+    if kept is not None:
+        return kept
+    made = np.ascontiguousarray(make(), "<i8")
+    try:
+        with replacing(path) as temporary:
+            np.concatenate([_checksum(made), made]).tofile(temporary)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+    return made
+
+
+def _read(path: Path) -> Ints | None:
+    """None if there is no such file, or if its content is not what was written."""
+    try:
+        flat = np.asarray(np.memmap(path, "<i8", mode="r"))
+    except (FileNotFoundError, ValueError):  # ValueError: a file cut short, not whole numbers
+        return None
+    return flat[1:] if np.array_equal(flat[:1], _checksum(flat[1:])) else None
+
+
+def _checksum(flat: Ints) -> Ints:
+    return np.array([xxhash.xxh3_64_intdigest(flat.data)], np.uint64).view(np.int64)
