@@ -1,34 +1,34 @@
 """Every error that raydist raises on purpose.
 
     RaydistError               exit code 1
-    ├── JobError               2   the job file is wrong (all its problems at once)
-    ├── CorpusError            3   the source files cannot be used as asked
+    ├── JobError               2   the job is wrong; the message lists every problem
+    ├── CorpusError            3   the source files cannot be used
     │   ├── BadRecords         3   unreadable records or files, and `on_error: fail`
-    │   └── EmptyCorpus        3   nothing left to train on
+    │   └── EmptyCorpus        3   there is nothing to train on
     ├── LogError               4   a token log is incomplete, damaged or not the one expected
-    ├── ModelError             5   the model or tokenizer cannot be used as asked
-    ├── RunError               6   the run folder refuses what was asked of it
-    │   ├── RunChanged         6   a job that differs under the name of an existing run
-    │   ├── RunBusy            6   another process is writing this run
-    │   └── CheckpointError    6   a checkpoint that does not fit or does not verify
+    ├── ModelError             5   the model or tokenizer cannot be used
+    ├── RunError               6   the run folder does not allow the command
+    │   ├── RunChanged         6   the job differs from that of the existing run of this name
+    │   ├── RunBusy            6   another process is writing to this run
+    │   └── CheckpointError    6   a checkpoint does not fit the run, or is damaged
     ├── TrainingError          7   training failed; carries the worker's traceback
     │   ├── WorkerLost         7   a worker died; the next attempt goes on from the last checkpoint
     │   └── OutOfMemory        7   a worker's micro batch did not fit; the next attempt takes half
     ├── ClusterError           8   the cluster does not answer or is too small
     └── Stopped                130 stopped on request, after a checkpoint
 
-An error says what is wrong, where, why it matters and what to do. All can be pickled, since they
-cross process borders.
+An error says what is wrong, where, why it matters and what to do. All can be pickled, since they are
+passed between processes.
 """
 
 from __future__ import annotations
 
 
 class RaydistError(Exception):
-    """Base of all; `str()` gives the four parts on lines of their own.
+    """Base of all errors; `str()` gives the four parts, a line each.
 
-    what: the fact, with the actual value.  where: file, row or YAML path.
-    why: the reason it is refused.  fix: what to do now.
+    what: the problem, with the actual value.  where: file, row or YAML path.
+    why: the reason it is refused.  fix: what to do about it.
     """
 
     exit_code = 1

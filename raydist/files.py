@@ -1,4 +1,4 @@
-"""The few ways in which raydist writes a file: whole and by rename, or a line at a time and flushed."""
+"""How raydist writes files: whole, by renaming a temporary file, or by appending a line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import orjson
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success flush it to disk and rename it to `path`.
+    """Give a temporary path next to `path`; on success flush it to disk and rename it to `path`.
 
     A reader sees the old file or the whole new one. On an exception nothing is left behind.
     """
@@ -30,7 +30,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync a file or a folder, so that a rename that follows cannot outlive its content."""
+    """fsync a file or a folder, so that a later rename cannot reach the disk before the content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -48,7 +48,7 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted keys and two-space indent, so that equal values are equal bytes."""
+    """Sorted keys and two-space indent, so that equal values give equal bytes."""
     write_bytes(path, orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2) + b"\n")
 
 
@@ -57,13 +57,13 @@ def read_json(path: Path) -> Any:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """{} if there is no such file."""
+    """The JSON object in the file; {} if there is no such file."""
     record: dict[str, Any] = read_json(path) if path.exists() else {}
     return record
 
 
 def append_json(path: Path, record: dict[str, Any], *, flush: bool = False) -> None:
-    """Append one record as a line. `flush`: it is on disk when this returns."""
+    """Append one record as a line. `flush`: return only when it is on disk."""
     with path.open("ab") as stream:
         stream.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
         if flush:
@@ -74,8 +74,8 @@ def append_json(path: Path, record: dict[str, Any], *, flush: bool = False) -> N
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every whole line of `path` as a record; [] if there is no such file.
 
-    A process killed while appending leaves a torn last line, without its newline: that one is not
-    a record yet and is left out.
+    A process killed while appending leaves a last line without a newline: that line is not a record
+    and is left out.
     """
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""Fingerprints: a short name for all that decides the content of something."""
+"""Fingerprints: short names derived from everything that decides a content."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def fingerprint(value: Any) -> str:
-    """32 hex digits, equal exactly for equal JSON values; whatever is not JSON is refused (TypeError)."""
+    """32 hex digits, the same only for equal JSON values. Raises TypeError for what is not JSON."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:32]

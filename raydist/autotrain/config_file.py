@@ -13,7 +13,7 @@ from raydist.autotrain.data import find_data
 from raydist.autotrain.params import LLMTrainingParams, fit_block_size, in_a_line, mapped, plain, refusals
 from raydist.autotrain.table import ALIASES, TABLE
 from raydist.errors import JobError, RaydistError
-from raydist.job.identity import flatten
+from raydist.job.identity import dotted_items
 from raydist.job.load import read_yaml
 
 TASKS = ("llm", "llm-default", "llm-generic")
@@ -26,7 +26,7 @@ SECRET = re.compile(r"(token|password|secret|api_?key)$", re.IGNORECASE)
 
 def job_text(path: Path) -> str:
     """The job file for the config in `path`. Raises JobError for another task, or without model or data."""
-    config = dict(flatten(read_yaml(path)[0]))
+    config = dict(dotted_items(read_yaml(path)[0]))
     _check(config, path)
     keys: dict[str, str] = {}
     comments: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""All that is wrong with a job's values, at once: first each field by itself, then the rules between keys."""
+"""Every problem of a job's values in one report: first each field by itself, then the rules between keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Schema = type[BaseModel]
 
 
 class Problem(NamedTuple):
-    """at: where it is written.  key: what is wrong, dotted."""
+    """at: the key path under which it is written.  key: the key that is wrong, dotted."""
 
     at: KeyPath
     key: str
@@ -29,56 +29,57 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Places:
-    """of: where each key path was written, as file:line.  whole: the job itself."""
+    """lines: file:line of each key path.  whole: the place of the job itself."""
 
-    of: Mapping[KeyPath, str] = field(default_factory=dict)
+    lines: Mapping[KeyPath, str] = field(default_factory=dict)
     whole: str = "job"
 
     def find(self, path: KeyPath) -> str:
         """The place of the key, or of the innermost section around it that has one."""
         around = (path[:length] for length in range(len(path), 0, -1))
-        return next((self.of[key] for key in around if key in self.of), self.whole)
+        return next((self.lines[key] for key in around if key in self.lines), self.whole)
 
 
 def require_valid(schema: Schema, given: Any, places: Places) -> None:
     """Raises JobError with every problem of a job's values, each with its place, in the file's order."""
-    found = find_problems(schema, plain(given))
-    if not found:
+    problems = find_problems(schema, plain(given))
+    if not problems:
         return
-    order = {place: n for n, place in enumerate(places.of.values())}
-    found.sort(key=lambda problem: order.get(places.find(problem.at), -1))
-    lines = [f"  {places.find(problem.at)}: {problem.key}: {problem.message}" for problem in found]
+    order = {place: n for n, place in enumerate(places.lines.values())}
+    problems.sort(key=lambda problem: order.get(places.find(problem.at), -1))
+    lines = [f"  {places.find(problem.at)}: {problem.key}: {problem.message}" for problem in problems]
     raise JobError(
-        "\n".join([f"{len(found)} problem{'s' * (len(found) > 1)} in the job", *lines]),
+        "\n".join([f"{len(problems)} problem{'s' * (len(problems) > 1)} in the job", *lines]),
         fix="fix these lines; raydist validate FILE checks without starting anything",
     )
 
 
 def find_problems(schema: Schema, values: Any) -> list[Problem]:
-    """Of plain values; `schema` has the fields of a job. A rule runs where its keys are valid."""
+    """The problems of plain values. `schema` has the fields of a job. Rules run only on valid keys."""
     try:
-        job, wrong, found = schema.model_validate(values), set[KeyPath](), list[Problem]()
+        job, wrong, problems = schema.model_validate(values), set[KeyPath](), list[Problem]()
     except ValidationError as error:
-        found, wrong = _wrong_fields(schema, error, values)
+        problems, wrong = _wrong_fields(schema, error, values)
         job = _valid_part(schema, values, wrong)
     for keys, rule in RULES:
-        found += _broken(keys, rule, job, values, wrong)
-    return [*found, *_wrong_search(schema, job, values, found)]
+        problems += _problems_of_rule(keys, rule, job, values, wrong)
+    return [*problems, *_wrong_search(schema, job, values, problems)]
 
 
 # --- fields
 
 
 def _wrong_fields(schema: Schema, error: ValidationError, values: Any) -> tuple[list[Problem], set[KeyPath]]:
-    """The problems, and the paths whose values cannot be used: those, and the ones that were meant.
+    """The problems, and the paths whose values cannot be used: the wrong keys, and the keys that an unknown
+    key probably stands for.
 
-    One problem a path: pydantic reports a wrong union once for each of its members.
+    Each path has one problem: pydantic reports a wrong union once for each of its members.
     """
-    found: dict[KeyPath, Problem] = {}
+    problems: dict[KeyPath, Problem] = {}
     meant: set[KeyPath] = set()
     for detail in error.errors():
         path = _written_path(detail["loc"], values)
-        if path in found:
+        if path in problems:
             continue
         message = str(detail["msg"]).removeprefix("Value error, ")
         if detail["type"] == "extra_forbidden":
@@ -89,12 +90,12 @@ def _wrong_fields(schema: Schema, error: ValidationError, values: Any) -> tuple[
             message = f"a section takes keys and their values, not {detail['input']!r}"
         elif detail["type"] not in ("missing", "value_error"):
             message = f"{message}, not {detail['input']!r}"
-        found[path] = Problem(path, ".".join(map(str, path)) or "job", message)
-    return list(found.values()), found.keys() | meant
+        problems[path] = Problem(path, ".".join(map(str, path)) or "job", message)
+    return list(problems.values()), problems.keys() | meant
 
 
 def _written_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:
-    """Drop the names of union members, which pydantic puts among the keys."""
+    """The path as the user wrote it: pydantic puts the names of union members among the keys."""
     path: list[str | int] = []
     for index, key in enumerate(loc):
         listed = isinstance(values, list) and isinstance(key, int) and key < len(values)
@@ -107,7 +108,7 @@ def _written_path(loc: tuple[str | int, ...], values: Any) -> KeyPath:
 
 
 def _valid_part(section: Schema, values: Any, wrong: set[KeyPath], at: KeyPath = ()) -> BaseModel:
-    """The section with its valid fields and with defaults; a wrong field is left out."""
+    """The section with its valid fields and the defaults; wrong fields are left out."""
     valid = {}
     for name, info in section.model_fields.items():
         path = (*at, name)
@@ -122,7 +123,7 @@ def _valid_part(section: Schema, values: Any, wrong: set[KeyPath], at: KeyPath =
 
 
 def _valid_inside(annotation: Any, value: Any, wrong: set[KeyPath], path: KeyPath) -> Any:
-    """The same of what holds sections: one of them or null, or many in a mapping or list."""
+    """The valid part of a value that holds sections: one or null, or many in a mapping or a list."""
     origin, kinds = get_origin(annotation), get_args(annotation)
     if origin in (Union, UnionType):
         annotation = next(iter(_sections(annotation)), None)
@@ -139,10 +140,10 @@ def _valid_inside(annotation: Any, value: Any, wrong: set[KeyPath], path: KeyPat
 # --- rules
 
 
-def _broken(
+def _problems_of_rule(
     keys: Sequence[str], rule: Rule, job: BaseModel, values: Any, wrong: set[KeyPath]
 ) -> Iterator[Problem]:
-    """What the rule says of the job: once, or once for each name."""
+    """Call the rule once, or once for each name that EACH stands for; at most one problem a call."""
     patterns = [tuple(key.split(".")) for key in keys]
     for name, paths in _named(patterns, job, wrong):
         if any(_overlap(path, other) for path in paths for other in wrong):
@@ -156,7 +157,7 @@ def _broken(
 def _named(
     patterns: list[tuple[str, ...]], job: BaseModel, wrong: set[KeyPath]
 ) -> Iterator[tuple[str | int | None, list[KeyPath]]]:
-    """(name, the key paths) for each name that EACH stands for; (None, the key paths) without it."""
+    """(name, key paths) for each name that EACH stands for; (None, key paths) for keys without EACH."""
     above = next((pattern[: pattern.index(EACH)] for pattern in patterns if EACH in pattern), None)
     if above is None:
         yield None, list(patterns)
@@ -167,7 +168,7 @@ def _named(
 
 
 def _overlap(path: KeyPath, other: KeyPath) -> bool:
-    """Whether one is the other, or is inside it."""
+    """Whether both are the same path or one is inside the other."""
     return all(a in (ALL, b) for a, b in zip(path, other, strict=False))
 
 
@@ -183,7 +184,8 @@ def _value(job: BaseModel, path: KeyPath) -> Any:
 
 
 def _first_written(paths: list[KeyPath], values: Any) -> KeyPath:
-    """The first that has a value; else that is written; else the innermost section around the first."""
+    """The first path whose value is not null, else the first that is written, else the innermost section
+    around the first path that is written."""
     known = [path[: path.index(ALL)] if ALL in path else path for path in paths]
     written = [path for path in known if is_written(values, path)]
     if written:
@@ -195,17 +197,17 @@ def _first_written(paths: list[KeyPath], values: Any) -> KeyPath:
 # --- a sweep
 
 
-def _wrong_search(schema: Schema, job: BaseModel, values: Any, found: Sequence[Problem]) -> Iterator[Problem]:
-    """A job with an extreme value of a searched key must have no problem that the job itself lacks."""
+def _wrong_search(schema: Schema, job: BaseModel, values: Any, known: Sequence[Problem]) -> Iterator[Problem]:
+    """Problems of the job with an extreme value of a searched key, unless the job itself has them too."""
     tune = getattr(job, "tune", None)
-    known = {problem[1:] for problem in found}
+    of_job = {problem[1:] for problem in known}
     for key, distribution in (getattr(tune, "search", None) or {}).items():
         at: KeyPath = ("tune", "search", key)
-        if any(problem.at[:3] == at for problem in found):
+        if any(problem.at[:3] == at for problem in known):
             continue
         for value in distribution.extremes:
             for problem in find_problems(schema, with_parameters(values, {key: value})):
-                if problem[1:] not in known:
+                if problem[1:] not in of_job:
                     yield Problem(at, problem.key, f"{problem.message} (searched: {value!r})")
 
 
@@ -219,12 +221,12 @@ def _hint(schema: Schema, path: KeyPath) -> tuple[str, Sequence[str]]:
     known = known_keys(schema)
     if known_elsewhere := foreign(name):
         return str(known_elsewhere), known_elsewhere.keys
-    here = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
-    if close := difflib.get_close_matches(name, here, 1):
+    siblings = [key.rpartition(".")[2] for key in known if key.rpartition(".")[0] == section]
+    if close := difflib.get_close_matches(name, siblings, 1):
         return f"did you mean {close[0]}?", [".".join([*parents, close[0]])]
     if elsewhere := [key for key in known if key.rpartition(".")[2] == name]:
         return f"it belongs at {' or '.join(elsewhere)}", elsewhere
-    return f"known here: {', '.join(here)}", ()
+    return f"known here: {', '.join(siblings)}", ()
 
 
 @cache

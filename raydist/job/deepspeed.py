@@ -1,7 +1,7 @@
 """The DeepSpeed configuration of a job: what the job decides, and what a user's own JSON may add.
 
-A key that both decide must agree; what would change the training behind the job's back is refused
-by name. "auto", as Hugging Face's examples write it, leaves a key to the job.
+Where both set a key, the values must be equal. Any other key that would change the training is refused by
+name. "auto", as in Hugging Face's examples, leaves a key to the job.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ Config = dict[str, Any]
 
 BUCKETS = ("reduce_bucket_size", "allgather_bucket_size")
 BUCKET_ELEMENTS = 2**25
-"""128 MiB of fp32; DeepSpeed's default is 2 GB, which a rank takes whatever the size of the model."""
+"""134 MB of fp32. DeepSpeed's default takes 2 GB on each rank, even for a small model."""
 
 FREE = (
     *("comms_logger", "communication_data_type", "flops_profiler", "memory_breakdown", "steps_per_print"),
     *(f"zero_optimization.{bucket}" for bucket in BUCKETS),
 )
-"""Keys that a user may set as they like."""
+"""Keys that a user may set to any value."""
 
 FREE_INSIDE = ("zero_optimization", "zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-"""Sections in which a user may set whatever the job does not."""
+"""Sections in which a user may set every key that the job does not set."""
 
 DECIDED_BY = {
     "train_batch_size": "train.global_batch_size",
@@ -48,9 +48,9 @@ DECIDED_BY = {
 def deepspeed_config(
     stage: int, offload: str, own: Config, *, bf16: bool, max_grad_norm: float | None
 ) -> Config:
-    """The job's configuration with the user's `own` keys laid in.
+    """The job's configuration, merged with the user's `own` keys.
 
-    Raises ValueError that names every key of `own` which fights the job, or which raydist does not use.
+    Raises ValueError that names every key of `own` which contradicts the job, or which raydist does not use.
     """
     zero: Config = {"stage": stage, "offload_optimizer": {"device": offload}}
     zero |= dict.fromkeys(BUCKETS, BUCKET_ELEMENTS)
@@ -64,20 +64,20 @@ def deepspeed_config(
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam needs a compiler
         "steps_per_print": 2**31,
     }
-    problems = [*_lay(config, own, "")]
+    problems = [*_merge(config, own, "")]
     if problems:
-        raise ValueError("the DeepSpeed config fights the job:\n    " + "\n    ".join(problems))
+        raise ValueError("the DeepSpeed config contradicts the job:\n    " + "\n    ".join(problems))
     # DeepSpeed's own bf16 mode would round the weights and the rotary frequencies at the start
     config["torch_autocast"] = {**config.pop("bf16"), "dtype": "bfloat16"}
     return config
 
 
-def _lay(config: Config, own: Config, path: str) -> Iterator[str]:
-    """Put the keys of `own` into `config`; what cannot be is told."""
+def _merge(config: Config, own: Config, path: str) -> Iterator[str]:
+    """Put the keys of `own` into `config`; yields the problems of keys that are refused."""
     for key, value in own.items():
         dotted, ours = f"{path}{key}", config.get(key)
         if isinstance(ours, dict) and isinstance(value, dict):
-            yield from _lay(ours, value, f"{dotted}.")
+            yield from _merge(ours, value, f"{dotted}.")
         elif value == "auto" or (key in config and value == ours):
             continue
         elif dotted in FREE or (key not in config and path.rstrip(".") in FREE_INSIDE):
@@ -87,7 +87,7 @@ def _lay(config: Config, own: Config, path: str) -> Iterator[str]:
 
 
 def _is_off(value: Any) -> bool:
-    """A section that is switched off fights nothing, whatever else it says."""
+    """A section that is switched off contradicts nothing, whatever its other keys are."""
     return isinstance(value, dict) and value.get("enabled") in (False, "auto")
 
 
@@ -95,5 +95,5 @@ def _why(dotted: str, value: Any, ours: Any) -> str:
     section = next((name for name in DECIDED_BY if dotted == name or dotted.startswith(f"{name}.")), None)
     if section is None:
         return "raydist does not use this key; remove it"
-    said = "" if ours is None else f" (which gives {ours!r})"
-    return f"{value!r}, but the job decides this by {DECIDED_BY[section]}{said}; change it there alone"
+    given = "" if ours is None else f" (which gives {ours!r})"
+    return f"{value!r}, but the job decides this by {DECIDED_BY[section]}{given}; set it only there"

@@ -1,7 +1,7 @@
-"""Keys of other trainers, and the keys of a job that do the same.
+"""Keys of other trainers, and the keys of a job that have the same effect.
 
 The names are those of Hugging Face's Trainer and run_clm, AutoTrain, axolotl, LLaMA-Factory, torchtitan
-and nanochat. They are looked up wherever an unknown key is written, at the top of a job or in a section.
+and nanochat. They are looked up for every unknown key, at the top of a job or in a section.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 
 class Foreign(NamedTuple):
-    """keys: of the job, dotted, the nearest first; none if it has no such key.  note: what differs."""
+    """keys: dotted keys of the job, the nearest first; empty if it has none.  note: what differs, or why
+    the job has no such key."""
 
     keys: tuple[str, ...]
     note: str = ""
@@ -29,7 +30,7 @@ _SIZE = "train.micro_batch_size"
 _LENGTH = ("train.max_tokens", "train.max_steps", "train.epochs")
 _GLOBAL = "the batch of one optimizer step, over all workers, is train.global_batch_size"
 _PER_STEP = "sequences per optimizer step over all workers; accumulation follows from it"
-_DATA = "by names of your own, each with a path"
+_DATA = "each source under a name of your own, with a path"
 _SPLIT = "a share of the documents, chosen by hash"
 _DECAYS = "the job has min_lr_ratio and decay_ratio next to it"
 _SHARE = "a share of the steps, not a number of them"
@@ -226,10 +227,10 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
 }
 
 FOREIGN: dict[str, Foreign] = {name: advice for names, advice in _ADVICE.items() for name in names}
-"""Another trainer's key -> what it is in a job. A key of the job's own at a wrong place needs no entry,
-unless several sections have one of that name."""
+"""Another trainer's key -> what it is in a job. A job's own key in the wrong section needs no entry, unless
+several sections have a key of that name."""
 
 
 def foreign(name: str) -> Foreign | None:
-    """Dashes, as on a command line, stand for underscores."""
+    """The entry for `name`, in which dashes stand for underscores, as on a command line."""
     return FOREIGN.get(name.replace("-", "_").lower())

@@ -1,4 +1,4 @@
-"""Functions of the user's that a job names as module:function."""
+"""The user's own functions, which a job names as module:function."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from raydist.errors import JobError
 
 
 def import_function(path: str, where: str) -> Any:
-    """The function. where: the job's key. Raises JobError for one that cannot be imported."""
+    """The function. where: the key of the job that names it. Raises JobError if it cannot be imported."""
     module_name, _, name = path.partition(":")
     try:
         return attrgetter(name)(importlib.import_module(module_name))
@@ -25,5 +25,8 @@ def import_function(path: str, where: str) -> Any:
 
 
 def source_of(function: Any) -> list[str]:
-    """Its own, and its whole module's, since it may call its neighbours. TypeError, OSError: it has none."""
+    """Source of the function, and of its whole module, since it may call its neighbours.
+
+    Raises TypeError or OSError if there is no source.
+    """
     return [inspect.getsource(function), inspect.getsource(inspect.getmodule(function) or function)]

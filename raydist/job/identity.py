@@ -18,9 +18,9 @@ IDENTITY = ("seed", "model", "corpus", "packing", "train", "stages", "adapter", 
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """Flat {dotted key: value} of all that decides the trained weights, up to rounding."""
+    """{dotted key: value} of every key that decides the trained weights, up to rounding."""
     values = job.model_dump(mode="json", include=set(IDENTITY))
-    return {key: value for key, value in flatten(values) if key not in NOT_IDENTITY}
+    return {key: value for key, value in dotted_items(values) if key not in NOT_IDENTITY}
 
 
 def differences(old: Job, new: Job) -> list[str]:
@@ -30,10 +30,10 @@ def differences(old: Job, new: Job) -> list[str]:
     return [f"{k}: {before.get(k)!r} -> {after.get(k)!r}" for k in keys if before.get(k) != after.get(k)]
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted_items(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Nested mappings as (dotted key, value), in order; an empty mapping is a value."""
     for key, value in values.items():
         if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
+            yield from dotted_items(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value

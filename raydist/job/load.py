@@ -1,4 +1,4 @@
-"""Read a job from YAML and apply `--set` overrides; every key keeps its place for messages."""
+"""Read a job from YAML and apply `--set` overrides; messages can name the place of every key."""
 
 from __future__ import annotations
 
@@ -60,28 +60,28 @@ def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
 def build_job(
     values: Mapping[str, Any], places: Mapping[KeyPath, str] | None = None, where: str = "job"
 ) -> Job:
-    """Validate plain values; `places` says where each key path was written. Raises JobError."""
+    """The job with these plain values. places: file:line of each key path. Raises JobError."""
     return Job.model_validate(values, context=Places(places or {}, where))
 
 
 def _apply_overrides(
     values: dict[str, Any], overrides: Sequence[str], places: dict[KeyPath, str]
 ) -> dict[str, Any]:
-    """`a.b=c` sets key b of section a to the YAML value c; sections are made on the way."""
+    """`a.b=c` sets key b of section a to the YAML value c, and creates the section if it is missing."""
     for text in overrides:
         dotted, equals, value = text.partition("=")
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise JobError(f"--set {text} is not KEY=VALUE", fix="for example --set train.lr=1e-4")
         put(values, keys, yaml.load(value, Loader=_Loader))  # noqa: S506 - a subclass of the safe loader
-        _write_over(places, tuple(keys), f"--set {dotted}")
+        _replace_places(places, tuple(keys), f"--set {dotted}")
     return values
 
 
-def _write_over(places: dict[KeyPath, str], path: KeyPath, place: str) -> None:
-    """What the file had below the path is gone; sections made on the way are written here."""
-    for gone in [key for key in places if key[: len(path)] == path]:
-        del places[gone]
+def _replace_places(places: dict[KeyPath, str], path: KeyPath, place: str) -> None:
+    """An override replaces what the file has at `path`; sections that it creates get its place too."""
+    for replaced in [key for key in places if key[: len(path)] == path]:
+        del places[replaced]
     for length in range(1, len(path)):
         places.setdefault(path[:length], place)
     places[path] = place
@@ -102,7 +102,7 @@ def _read(path: Path) -> str:
 
 
 def key_lines(node: yaml.Node | None, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    """(key path, line) of every key; refuses a key given twice, of which YAML would keep the last."""
+    """(key path, line) of every key. Refuses a key that is given twice: YAML would silently keep the last."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:

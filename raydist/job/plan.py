@@ -10,15 +10,15 @@ from raydist.errors import JobError
 from raydist.job.schema import Job
 
 CPU_MICRO_BATCH_TOKENS = 4096
-"""`micro_batch_size: auto` on CPU: big enough to keep a core busy, small enough for its caches and 8 GB."""
+"""`micro_batch_size: auto` on CPU: enough to keep a core busy, and it fits its caches and 8 GB of memory."""
 GPU_MICRO_BATCH_TOKENS = 65_536
-"""On a GPU: enough to keep one busy; a model that does not fit so halves it until it does."""
+"""The same on a GPU: enough to keep it busy. When memory runs out it is halved until the model fits."""
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 
 
 class Stretch(NamedTuple):
-    """So many samples, in blocks of block_size tokens."""
+    """samples, in blocks of block_size tokens."""
 
     block_size: int
     samples: int
@@ -26,7 +26,7 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class StagePlan:
-    """samples in blocks of block_size tokens; the last step is short if they are no multiple of the batch."""
+    """samples, in blocks of block_size tokens. The last step is short if they do not fill the batch."""
 
     block_size: int
     samples: int
@@ -44,7 +44,10 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """world_size in workers; the run's stages in order, most often one. What is of one is of the first."""
+    """world_size: workers.  stages: in order, most often one.
+
+    Properties that belong to a single stage, such as block_size, describe stage 0.
+    """
 
     world_size: int
     stages: tuple[StagePlan, ...]
@@ -56,12 +59,12 @@ class Plan:
 
     @property
     def samples(self) -> int:
-        """Where the run ends."""
+        """Samples of the whole run."""
         return sum(stage.samples for stage in self.stages)
 
     @property
     def micro_batch_tokens(self) -> int:
-        """The most that one forward pass takes."""
+        """Tokens of the largest forward pass of a worker."""
         return max(stage.micro_batch_size * stage.block_size for stage in self.stages)
 
     @property
@@ -78,7 +81,7 @@ class Plan:
 
     @property
     def micro_batches(self) -> str:
-        """Of each stage, in sequences, as people read it."""
+        """Micro batch size of each stage, in sequences, as text: `8, then 4`."""
         return ", then ".join(str(stage.micro_batch_size) for stage in self.stages)
 
     @property
@@ -99,7 +102,7 @@ def make_plan(
 ) -> Plan:
     """`samples_per_epoch`: blocks in one pass over the corpus; None for a weighted mixture and for stages.
 
-    micro_batch_tokens: what `micro_batch_size: auto` comes to, in whole sequences and at least one.
+    micro_batch_tokens: what `micro_batch_size: auto` means, rounded down to whole sequences, at least one.
     """
     return Plan(
         world_size,
@@ -118,7 +121,7 @@ def make_plan(
 
 def stretches(job: Job) -> list[Stretch]:
     """The stages of a job, each rounded up to whole steps."""
-    return [_of_tokens(job, stage.block_size, stage.max_tokens) for stage in job.stages]
+    return [_stretch_of_tokens(job, stage.block_size, stage.max_tokens) for stage in job.stages]
 
 
 def _stretch(job: Job, samples_per_epoch: int | None) -> Stretch:
@@ -130,12 +133,12 @@ def _stretch(job: Job, samples_per_epoch: int | None) -> Stretch:
             )
         return Stretch(block, job.train.epochs * samples_per_epoch)
     if job.train.max_tokens is not None:
-        return _of_tokens(job, block, job.train.max_tokens)
+        return _stretch_of_tokens(job, block, job.train.max_tokens)
     assert job.train.max_steps is not None  # the schema gives exactly one of the three
     return Stretch(block, job.train.max_steps * samples_per_step(job, block))
 
 
-def _of_tokens(job: Job, block_size: int, max_tokens: float) -> Stretch:
+def _stretch_of_tokens(job: Job, block_size: int, max_tokens: float) -> Stretch:
     batch = samples_per_step(job, block_size)
     return Stretch(block_size, math.ceil(max_tokens / (batch * block_size)) * batch)
 
@@ -149,9 +152,9 @@ def samples_per_step(job: Job, block_size: int) -> int:
 
 
 def tokens_after(job: Job, steps: int) -> int:
-    """Inputs of the first `steps` steps, padding among them."""
-    known, tokens = stretches(job), 0
-    for size, samples in known[:-1]:
+    """Input tokens of the first `steps` steps, including padding."""
+    tokens = 0
+    for size, samples in stretches(job)[:-1]:
         taken = min(steps, samples // samples_per_step(job, size))
         tokens, steps = tokens + taken * samples_per_step(job, size) * size, steps - taken
     size = job.block_sizes[-1]

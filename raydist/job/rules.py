@@ -1,11 +1,11 @@
-"""The rules between a job's keys: what no field can know by itself.
+"""The rules between a job's keys, which no field can check by itself.
 
 RULES is a list of (keys, rule). A rule is called with the values of its keys and returns what is wrong,
 or "". It runs where each of its keys is valid by itself, whatever is wrong elsewhere. The problem is
-reported at the first of its keys that is written, so the key most likely at fault stands first.
+reported at the first of its keys that is written, so the key that is most likely wrong comes first.
 
-In a key, `*` gives the values under all names as a mapping {name: value}, null without any. `<each>`
-calls the rule once for each name, with the name before the values.
+In a key, `*` gives the values under all names as a mapping {name: value}, or None if there are none.
+`<each>` calls the rule once for each name; the name comes before the values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Named = Mapping[Any, Any] | None
 LENGTHS = ("train.max_steps", "train.max_tokens", "train.epochs")
 
 
-def _own_folder(name: str) -> str:
+def _name_is_not_reserved(name: str) -> str:
     return f"{name} is the folder that runs share, not a name for a run" if name in SHARED else ""
 
 
@@ -42,7 +42,7 @@ def _shared_file_system(storage: str) -> str:
 # --- model
 
 
-def _one_origin(base: str | None, config: Any) -> str:
+def _base_or_config(base: str | None, config: Any) -> str:
     if (base is None) == (config is None):
         return "give exactly one of base (a pretrained model) and config (random weights)"
     return ""
@@ -54,13 +54,13 @@ def _has_model_type(config: Mapping[str, Any] | None) -> str:
     )
 
 
-def _has_tokenizer(config: Any, tokenizer: Any, base: str | None) -> str:
+def _config_needs_tokenizer(config: Any, tokenizer: Any, base: str | None) -> str:
     if config is not None and tokenizer is None and base is None:
         return "a model from config needs a tokenizer: a hub id, a folder or {train: {vocab_size: N}}"
     return ""
 
 
-def _flash_in_16_bits(attention: str, precision: str) -> str:
+def _flash_needs_bf16(attention: str, precision: str) -> str:
     if attention == "flash_attention_2" and precision != "bf16":
         return "flash_attention_2 computes in 16 bits only; set train.mixed_precision: bf16"
     return ""
@@ -69,7 +69,7 @@ def _flash_in_16_bits(attention: str, precision: str) -> str:
 # --- corpus
 
 
-def _weight_of_all(weights: Named) -> str:
+def _weights_for_all_or_none(weights: Named) -> str:
     given = [weight is not None for weight in (weights or {}).values()]
     return "give every source a weight, or none" if any(given) and not all(given) else ""
 
@@ -81,7 +81,7 @@ def _weights_add_up(weights: Named) -> str:
     return ""
 
 
-def _no_epochs_of_a_mixture(epochs: int | None, weights: Named) -> str:
+def _no_epochs_with_weights(epochs: int | None, weights: Named) -> str:
     if epochs is not None and any(weight is not None for weight in (weights or {}).values()):
         return "sources with weights need train.max_steps or train.max_tokens, not train.epochs"
     return ""
@@ -96,7 +96,7 @@ def _one_length(steps: Any, tokens: Any, epochs: Any, stages: Named) -> str:
     return ""
 
 
-def _length_of_stages(steps: Any, tokens: Any, epochs: Any, stages: Named) -> str:
+def _no_length_next_to_stages(steps: Any, tokens: Any, epochs: Any, stages: Named) -> str:
     if stages and (steps, tokens, epochs) != (None, None, None):
         return "stages have lengths of their own: give no train.max_steps, max_tokens or epochs"
     return ""
@@ -133,7 +133,7 @@ def _quantized_needs_adapter(quantization: str | None, adapter: Any) -> str:
     return ""
 
 
-def _quantized_is_whole(quantization: str | None, strategy: str) -> str:
+def _quantized_not_under_fsdp(quantization: str | None, strategy: str) -> str:
     if quantization is not None and strategy == "fsdp":
         return (
             f"{quantization} does not work under strategy fsdp: FSDP2 shards a weight as a plain tensor and"
@@ -142,7 +142,7 @@ def _quantized_is_whole(quantization: str | None, strategy: str) -> str:
     return ""
 
 
-def _only_zero_has(key: str, value: Any, strategy: str) -> str:
+def _only_for_zero(key: str, value: Any, strategy: str) -> str:
     if strategy != "zero" and value not in (None, "none", {}):
         return f"name: {strategy} has no {key}; only zero has"
     return ""
@@ -152,7 +152,7 @@ def _zero_has_a_stage(strategy: str, stage: int | None) -> str:
     return "name: zero needs stage: 1, 2 or 3" if strategy == "zero" and stage is None else ""
 
 
-def _deepspeed_agrees(
+def _deepspeed_config_agrees(
     own: dict[str, Any], strategy: str, stage: int | None, offload: str, precision: str, norm: float | None
 ) -> str:
     if strategy != "zero" or stage is None:
@@ -171,7 +171,7 @@ NOT_SEARCHED = {
     "storage": "all trials share it",
     "cluster": "all trials share it",
     "tracking": "all trials share it",
-    "scaling": "how many trials fit on the cluster is worked out from it once",
+    "scaling": "it decides how many trials fit on the cluster, which is computed once",
     "tune": "a sweep cannot search itself",
     "corpus": "trials are compared on the same held-out text",
     "eval": "trials are compared by the same evaluation",
@@ -181,20 +181,21 @@ NOT_SEARCHED = {
 BATCH = ("packing.block_size", "train.global_batch_size", "train.global_batch_tokens")
 
 
-def _one_distribution(_: str, of: Distribution) -> str:
-    if sum(value is not None for value in (of.loguniform, of.uniform, of.choice, of.grid)) != 1:
+def _one_distribution(_: str, searched: Distribution) -> str:
+    kinds = (searched.loguniform, searched.uniform, searched.choice, searched.grid)
+    if sum(kind is not None for kind in kinds) != 1:
         return "give exactly one of loguniform, uniform, choice and grid"
     return ""
 
 
-def _range_has_width(_: str, of: Distribution) -> str:
-    low, high = of.loguniform or of.uniform or (0, 1)
+def _range_has_width(_: str, searched: Distribution) -> str:
+    low, high = searched.loguniform or searched.uniform or (0, 1)
     return f"the range [{low:g}, {high:g}] is inverted or empty; low comes first" if low >= high else ""
 
 
-def _positive_on_a_log_scale(_: str, of: Distribution) -> str:
-    if of.loguniform is not None and of.loguniform[0] <= 0:
-        return f"loguniform needs a low end above 0, not {of.loguniform[0]:g}"
+def _positive_on_a_log_scale(_: str, searched: Distribution) -> str:
+    if searched.loguniform is not None and searched.loguniform[0] <= 0:
+        return f"loguniform needs a low end above 0, not {searched.loguniform[0]:g}"
     return ""
 
 
@@ -217,7 +218,7 @@ def _trials_see_equal_text(key: str, _: Distribution, steps: int | None) -> str:
     return ""
 
 
-def _optuna_draws(searcher: str | None, grids: Named) -> str:
+def _optuna_has_no_grid(searcher: str | None, grids: Named) -> str:
     names = [str(key) for key, grid in (grids or {}).items() if grid is not None]
     return (
         f"optuna has no grid ({', '.join(names)}); give choice instead"
@@ -232,7 +233,7 @@ def _number_of_trials(trials: int | None, grids: Named) -> str:
     drawn = any(grid is None for grid in grids.values())
     points = math.prod(len(grid) for grid in grids.values() if grid is not None)
     if trials is None:
-        return "say how many trials: only a grid has a number of its own" if drawn else ""
+        return "give the number of trials: only a grid has a number of its own" if drawn else ""
     if trials < points or (trials > points and not drawn):
         return f"trials: {trials}, but the grid has {points} points"
     return ""
@@ -244,41 +245,41 @@ def _budget_needs_a_length(budget: float | None, tokens: float | None) -> str:
     return ""
 
 
-def _budget_pays(budget: float | None, tokens: float | None) -> str:
+def _budget_covers_one_trial(budget: float | None, tokens: float | None) -> str:
     if budget is not None and tokens is not None and budget < tokens:
-        return f"tune.max_tokens {budget:g} does not pay for one trial of train.max_tokens {tokens:g}"
+        return f"tune.max_tokens {budget:g} is too small for one trial of train.max_tokens {tokens:g}"
     return ""
 
 
 RULES: list[tuple[tuple[str, ...], Rule]] = [
-    (("name",), _own_folder),
+    (("name",), _name_is_not_reserved),
     (("storage",), _shared_file_system),
-    (("model.base", "model.config"), _one_origin),
+    (("model.base", "model.config"), _base_or_config),
     (("model.config",), _has_model_type),
-    (("model.config", "model.tokenizer", "model.base"), _has_tokenizer),
-    (("model.attn_implementation", "train.mixed_precision"), _flash_in_16_bits),
-    (("corpus.sources.*.weight",), _weight_of_all),
+    (("model.config", "model.tokenizer", "model.base"), _config_needs_tokenizer),
+    (("model.attn_implementation", "train.mixed_precision"), _flash_needs_bf16),
+    (("corpus.sources.*.weight",), _weights_for_all_or_none),
     (("corpus.sources.*.weight",), _weights_add_up),
-    (("train.epochs", "corpus.sources.*.weight"), _no_epochs_of_a_mixture),
+    (("train.epochs", "corpus.sources.*.weight"), _no_epochs_with_weights),
     ((*LENGTHS, "stages.*.max_tokens"), _one_length),
-    ((*LENGTHS, "stages.*.max_tokens"), _length_of_stages),
+    ((*LENGTHS, "stages.*.max_tokens"), _no_length_next_to_stages),
     (("checkpoint.save_steps", "train.epochs"), _epoch_needs_epochs),
     (("eval.eval_steps", "train.epochs"), _epoch_needs_epochs),
     (("train.global_batch_size", "train.global_batch_tokens"), _one_batch),
     (("train.global_batch_tokens", "packing.block_size", "stages.*.max_tokens"), _whole_blocks),
     (("stages.<each>.block_size", "train.global_batch_tokens"), _whole_blocks_of_stage),
     (("quantization", "adapter"), _quantized_needs_adapter),
-    (("quantization", "strategy.name"), _quantized_is_whole),
-    (("strategy.stage", "strategy.name"), partial(_only_zero_has, "stage")),
-    (("strategy.offload", "strategy.name"), partial(_only_zero_has, "offload")),
-    (("strategy.config", "strategy.name"), partial(_only_zero_has, "config")),
+    (("quantization", "strategy.name"), _quantized_not_under_fsdp),
+    (("strategy.stage", "strategy.name"), partial(_only_for_zero, "stage")),
+    (("strategy.offload", "strategy.name"), partial(_only_for_zero, "offload")),
+    (("strategy.config", "strategy.name"), partial(_only_for_zero, "config")),
     (("strategy.name", "strategy.stage"), _zero_has_a_stage),
     (
         (
             *("strategy.config", "strategy.name", "strategy.stage", "strategy.offload"),
             *("train.mixed_precision", "train.max_grad_norm"),
         ),
-        _deepspeed_agrees,
+        _deepspeed_config_agrees,
     ),
     (("tune.search.<each>",), _one_distribution),
     (("tune.search.<each>",), _range_has_width),
@@ -286,8 +287,8 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("tune.search.<each>",), _can_be_searched),
     (("tune.search.<each>", "stages.*.max_tokens"), _block_size_has_effect),
     (("tune.search.<each>", "train.max_steps"), _trials_see_equal_text),
-    (("tune.searcher", "tune.search.*.grid"), _optuna_draws),
+    (("tune.searcher", "tune.search.*.grid"), _optuna_has_no_grid),
     (("tune.trials", "tune.search.*.grid"), _number_of_trials),
     (("tune.max_tokens", "train.max_tokens"), _budget_needs_a_length),
-    (("tune.max_tokens", "train.max_tokens"), _budget_pays),
+    (("tune.max_tokens", "train.max_tokens"), _budget_covers_one_trial),
 ]

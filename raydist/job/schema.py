@@ -1,7 +1,7 @@
 """The job: one schema for the YAML file, the command line and Python.
 
-Values that depend on the cluster (world size, accumulation) are not here but in `plan.Plan`.
-Units stand in the first words of each description. Unknown keys are errors.
+Values that depend on the cluster (world size, accumulation) are in `plan.Plan` instead.
+A description names the unit first. Unknown keys are errors.
 """
 
 from __future__ import annotations
@@ -31,13 +31,14 @@ class NewTokenizer(Section):
 class Model(Section):
     base: str | None = Field(None, description="hub id or folder of the pretrained model to start from")
     config: dict[str, Any] | None = Field(
-        None, description="transformers configuration of a model made from random weights; has model_type"
+        None, description="transformers configuration of a model with random weights; needs model_type"
     )
     tokenizer: str | NewTokenizer | None = Field(
         None, description="hub id, folder, or {train: {vocab_size: N}}; default: the base's"
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="auto: the fastest that keeps documents apart; another is used, or refused"
+        "auto",
+        description="auto: the fastest that keeps documents apart; any other is used as given, or refused",
     )
 
 
@@ -50,22 +51,22 @@ class Source(Section):
     format: Format = Field("auto", description="auto: by each file's name")
     text_column: str = Field("text", description="column of the text; dots enter nested columns")
     document: Literal["line", "paragraph", "file"] = Field(
-        "line", description="what a document is in plain text files"
+        "line", description="what one document is in a plain text file"
     )
     exclude: list[str] = Field(
-        default_factory=list, description="globs of file paths, relative to path, left out"
+        default_factory=list, description="globs of files to leave out, relative to path"
     )
 
 
 class TrainSource(Source):
     weight: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        None, description="share of the samples; all sources have one, or none has"
+        None, description="share of the samples; give every source one, or none"
     )
 
 
 class Corpus(Section):
     sources: dict[str, TrainSource] = Field(
-        min_length=1, description="what to train on, by names of your own"
+        min_length=1, description="text to train on; each source has a name of your own"
     )
     holdout: Share = Field(0.005, description="share of documents kept out of training, chosen by hash")
     clean: list[str | dict[str, Any]] = Field(
@@ -73,9 +74,12 @@ class Corpus(Section):
         description="cleaning steps in order: a name, {name: options} or module:function",
     )
     dedup: Literal["none", "exact"] = Field(
-        "none", description="exact: of documents with the same text, in all sources, the first is trained on"
+        "none",
+        description="exact: train only on the first of the documents with equal text, over all sources",
     )
-    on_error: Literal["fail", "quarantine"] = Field("fail", description="what unreadable records do")
+    on_error: Literal["fail", "quarantine"] = Field(
+        "fail", description="unreadable records: refuse to train, or list them in quarantine.jsonl and go on"
+    )
     slice_bytes: Annotated[int, Field(ge=1024)] = Field(
         32 * 2**20, description="bytes of source files that one task turns into a shard"
     )
@@ -84,14 +88,15 @@ class Corpus(Section):
 class Prepare(Section):
     wait: Literal["auto", "all"] = Field(
         "auto",
-        description="training waits for: auto, a window of shards, where CPUs are spare; all, every shard",
+        description="training waits for: auto, a first window of shards if CPUs are spare; all, every one",
     )
 
 
 class Packing(Section):
     block_size: Annotated[int, Field(ge=8)] = Field(1024, description="tokens per sequence")
     strategy: Literal["best_fit", "concat"] = Field(
-        "best_fit", description="best_fit cuts few documents; concat joins all and cuts; both lose no token"
+        "best_fit",
+        description="best_fit cuts few documents; concat cuts at every block's end; neither drops a token",
     )
     document_mask: bool = Field(True, description="attention does not cross documents")
     add_eos_token: bool = Field(True, description="end every document with the end-of-sequence token")
@@ -108,35 +113,39 @@ class Train(Section):
     )
     global_batch_size: PositiveInt | None = Field(
         None,
-        description="sequences per optimizer step at any world size; 32 if no global_batch_tokens are given",
+        description="sequences per optimizer step at any world size; 32 if global_batch_tokens is not given",
     )
     global_batch_tokens: PositiveInt | None = Field(
         None, description="instead of global_batch_size: tokens per step, a multiple of the block size"
     )
     micro_batch_size: PositiveInt | Literal["auto"] = Field(
-        "auto", description="sequences per forward pass; auto: found by trying, halved when memory runs out"
+        "auto", description="sequences per forward pass of a worker; auto: halved when memory runs out"
     )
-    lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="highest learning rate")
+    lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
-        "cosine", description="after the warm-up; wsd is warm-up, stable, decay"
+        "cosine", description="learning rate after the warm-up; wsd: warm-up, stable, decay"
     )
-    warmup_ratio: Share = Field(0.05, description="share of the steps")
-    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="last lr over lr")
-    decay_ratio: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="share of the steps; wsd only")
+    warmup_ratio: Share = Field(0.05, description="share of the steps in which the learning rate rises")
+    min_lr_ratio: Annotated[float, Field(ge=0, le=1)] = Field(0.0, description="final learning rate / lr")
+    decay_ratio: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="share of the steps in which wsd decays the learning rate"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="on matrices only, not on norms and biases"
     )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
-        1.0, description="gradients are clipped to this norm"
+        1.0, description="gradients are clipped to this norm; null: no clipping"
     )
     mixed_precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="what is computed in; weights step in fp32"
+        "bf16", description="forward and backward passes; weights are updated in fp32 either way"
     )
-    gradient_checkpointing: bool = Field(False, description="compute activations twice to keep fewer")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: slower, with less memory"
+    )
     collator: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = Field(
         None,
         description="module:function, called on each micro batch: may mask labels and add keys;"
-        " a run goes on with the source that it began with",
+        " a run is resumed only with the source code that it began with",
     )
     hooks: list[Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]] = Field(
         default_factory=list,
@@ -155,15 +164,19 @@ class Stage(Section):
 
 
 class Lora(Section):
-    method: Literal["lora"] = Field("lora", description="the only one so far")
-    r: PositiveInt = Field(16, description="rank of the update")
-    alpha: Annotated[float, Field(gt=0)] = Field(32, description="the update is scaled by alpha / r")
-    dropout: Share = Field(0.05, description="share of the adapter's inputs dropped")
-    target_modules: str | list[str] = Field("all-linear", description="names of modules to adapt")
+    method: Literal["lora"] = Field("lora", description="kind of adapter; LoRA is the only one so far")
+    r: PositiveInt = Field(16, description="rank of the adapter's matrices")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        32, description="the adapter's output is scaled by alpha / r"
+    )
+    dropout: Share = Field(0.05, description="share of the adapter's inputs dropped in training")
+    target_modules: str | list[str] = Field(
+        "all-linear", description="names of the modules that get an adapter"
+    )
 
 
-def _of_a_file(given: Any) -> Any:
-    """The file's content becomes the job's: workers and later resumes need no file."""
+def _read_config(given: Any) -> Any:
+    """The content of the file becomes part of the job, so workers and later resumes do not need the file."""
     if not isinstance(given, str):
         return {} if given is None else given
     try:
@@ -175,17 +188,18 @@ def _of_a_file(given: Any) -> Any:
 class Strategy(Section):
     name: Literal["ddp", "fsdp", "zero"] = Field(
         "ddp",
-        description="ddp: the whole model on every worker; fsdp: FSDP2, sharded over them; zero: DeepSpeed",
+        description="ddp: whole model on every worker; fsdp: sharded by FSDP2; zero: sharded by DeepSpeed",
     )
     stage: Literal[1, 2, 3] | None = Field(
-        None, description="zero only; what is sharded: 1 optimizer, 2 and gradients, 3 and weights"
+        None, description="zero only; shards 1: the optimizer, 2: gradients as well, 3: weights as well"
     )
     offload: Literal["none", "cpu"] = Field(
-        "none", description="zero only; cpu: the optimizer, and at stage 3 the weights, live in host memory"
+        "none",
+        description="zero only; cpu: the optimizer, and at stage 3 the weights, are kept in host memory",
     )
-    config: Annotated[dict[str, Any], BeforeValidator(_of_a_file)] = Field(
+    config: Annotated[dict[str, Any], BeforeValidator(_read_config)] = Field(
         default_factory=dict,
-        description="zero only; further DeepSpeed keys, or the name of a JSON file of them",
+        description="zero only; further DeepSpeed keys, or the path of a JSON file with them",
     )
 
     @property
@@ -194,44 +208,55 @@ class Strategy(Section):
 
 
 class Scaling(Section):
-    num_workers: PositiveInt = Field(1, description="training processes; on GPUs one per GPU")
-    cpus_per_worker: PositiveInt = Field(1, description="CPUs reserved per worker, and its threads")
-    use_gpu: bool | Literal["auto"] = Field("auto", description="auto: where the cluster has enough GPUs")
+    num_workers: PositiveInt = Field(1, description="training processes; with GPUs, one per GPU")
+    cpus_per_worker: PositiveInt = Field(
+        1, description="CPUs reserved for each worker, and its number of threads"
+    )
+    use_gpu: bool | Literal["auto"] = Field(
+        "auto", description="auto: if the cluster has a GPU for each worker"
+    )
     max_failures: Annotated[int, Field(ge=0)] = Field(
-        3, description="lost workers survived by one submission"
+        3, description="lost workers that one submission survives"
     )
 
     def on_gpus(self, gpus: float) -> bool:
-        """Whether each worker takes a GPU on a cluster that has so many."""
+        """Whether each worker takes a GPU, on a cluster with so many GPUs."""
         return gpus >= self.num_workers if self.use_gpu == "auto" else self.use_gpu
 
 
 class Checkpoint(Section):
     save_steps: PositiveInt | Literal["epoch"] = Field(
-        100, description="steps between checkpoints; epoch: one after each"
+        100, description="steps between checkpoints; epoch: one at the end of each epoch"
     )
-    save_total_limit: PositiveInt = Field(3, description="newest checkpoints kept, beside the best")
-    load_best_model_at_end: bool = Field(False, description="model/ is the evaluation's best, not the last")
+    save_total_limit: PositiveInt = Field(3, description="newest checkpoints kept, in addition to the best")
+    load_best_model_at_end: bool = Field(
+        False, description="model/ gets the best evaluated checkpoint, not the last"
+    )
 
 
 class Eval(Section):
     eval_steps: PositiveInt | Literal["epoch"] = Field(
-        100, description="steps between evaluations, or epoch; one more at the start and the end"
+        100,
+        description="steps between evaluations, or epoch; there is also one at the start and one at the end",
     )
-    max_tokens: Annotated[float, Field(gt=0)] = Field(100_000, description="tokens per source")
-    sources: dict[str, Source] = Field(default_factory=dict, description="further text, for evaluation only")
+    max_tokens: Annotated[float, Field(gt=0)] = Field(
+        100_000, description="tokens per source in an evaluation"
+    )
+    sources: dict[str, Source] = Field(default_factory=dict, description="more text, for evaluation only")
     block_size: Annotated[int, Field(ge=8)] | None = Field(
-        None, description="tokens of context at evaluation; null: the (last) block size of training"
+        None, description="tokens of context in an evaluation; null: the last block size of training"
     )
 
 
 class Tracking(Section):
-    mlflow: bool | str = Field(True, description="true: SQLite in the storage folder; or a tracking URI")
+    mlflow: bool | str = Field(
+        True, description="true: a SQLite database in the storage folder; or a tracking URI"
+    )
     tensorboard: bool = Field(False, description="event files in the run's folder, under tensorboard/")
     wandb: bool | str = Field(
         False,
-        description="true: project raydist; or a project's name. Files for `wandb sync` in the run's folder,"
-        " under wandb/; with WANDB_MODE=online they are sent. Needs pip install 'raydist[wandb]'",
+        description="true: project raydist; or a project's name. Files for `wandb sync` are in the run's"
+        " folder, under wandb/; WANDB_MODE=online sends them. Needs pip install 'raydist[wandb]'",
     )
 
 
@@ -245,9 +270,9 @@ class Fields(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
         description="the run; its folder is <storage>/<name>"
     )
-    storage: str = Field("runs", description="folder of runs and token logs; shared by all nodes")
+    storage: str = Field("runs", description="folder for runs and token logs; all nodes share it")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        0, description="of random weights, data order and dropout"
+        0, description="seed of random weights, data order and dropout"
     )
     model: Model
     corpus: Corpus
@@ -256,11 +281,12 @@ class Fields(Section):
     train: Train
     stages: list[Stage] = Field(
         default_factory=list,
-        description="a curriculum: block sizes one after another, each for so many tokens, in one schedule",
+        description="a curriculum: block sizes one after another, each for its max_tokens;"
+        " replaces packing.block_size and the length in train",
     )
-    adapter: Lora | None = Field(None, description="null trains all weights; or a LoRA adapter")
+    adapter: Lora | None = Field(None, description="a LoRA adapter; null: train all weights")
     quantization: Literal["int4", "int8"] | None = Field(
-        None, description="of the frozen base, by bitsandbytes; needs an adapter"
+        None, description="bits of the frozen base's weights, by bitsandbytes; needs an adapter"
     )
     strategy: Strategy = Strategy()
     scaling: Scaling = Scaling()
@@ -268,11 +294,11 @@ class Fields(Section):
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
     cluster: Cluster = Cluster()
-    tune: Tune | None = Field(None, description="a sweep, for raydist tune; null: one run")
+    tune: Tune | None = Field(None, description="a sweep, run by raydist tune; null: a single run")
 
     @property
     def block_sizes(self) -> list[int]:
-        """Tokens per sequence, of each stage or of the one that there is."""
+        """Tokens per sequence, of each stage in order."""
         return [stage.block_size for stage in self.stages] or [self.packing.block_size]
 
     @property
@@ -280,7 +306,7 @@ class Fields(Section):
         return self.eval.block_size or self.block_sizes[-1]
 
     def deepspeed(self) -> dict[str, Any]:
-        """DeepSpeed's configuration, but for the batch; {} under another strategy. Raises ValueError."""
+        """DeepSpeed's configuration without the batch size; {} under another strategy. Raises ValueError."""
         if self.strategy.stage is None:
             return {}
         return deepspeed_config(
@@ -293,15 +319,15 @@ class Fields(Section):
 
 
 class Job(Fields):
-    """A whole job. `Job(...)` in Python and a YAML file are the same thing.
+    """A whole job, from `Job(...)` in Python or from a YAML file.
 
-    Raises JobError with all that is wrong, not pydantic's ValidationError.
+    Raises JobError with every problem, not pydantic's ValidationError.
     """
 
     @model_validator(mode="before")
     @classmethod
     def _all_problems(cls, given: Any, info: ValidationInfo) -> Any:
-        """context: the Places of the values."""
+        """info.context: the Places of the values."""
         if not isinstance(given, Job):
             require_valid(Fields, given, info.context or Places())
         return given

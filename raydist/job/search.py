@@ -1,4 +1,4 @@
-"""The job of a sweep's trial."""
+"""The job of one trial of a sweep."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def trial_name(job: Job, trial: int | str) -> str:
 
 
 def trial_job(job: Job, trial: int | str, parameters: Mapping[str, Any]) -> Job:
-    """One trial's run. Every block size is evaluated with the least of them as context."""
+    """The job of one trial. All trials are evaluated with the smallest searched block size as context."""
     blocks = job.tune.search.get("packing.block_size") if job.tune else None
     context = job.eval.block_size or (min(map(int, blocks.extremes)) if blocks else None)
     shared = {"name": trial_name(job, trial), "eval.block_size": context, "checkpoint.save_total_limit": 1}

@@ -1,4 +1,4 @@
-"""What every part of a job's schema is."""
+"""The base class of every section of a job."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Section(BaseModel):
-    """Immutable, and unknown keys are refused."""
+    """A section is immutable and refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)

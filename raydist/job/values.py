@@ -1,4 +1,4 @@
-"""A job as plain values: nested mappings and lists, as YAML gives them, and paths into them."""
+"""A job as plain values, nested mappings and lists as YAML gives them, and key paths into them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ KeyPath = tuple[str | int, ...]
 
 
 def plain(value: Any) -> Any:
-    """Sections, of a job written in Python, become mappings of the keys that were given."""
+    """`value` with each section of a job written in Python as a mapping of the keys that were given."""
     if isinstance(value, BaseModel):
         return {key: plain(getattr(value, key)) for key in value.model_fields_set}
     if isinstance(value, Mapping):
@@ -21,7 +21,7 @@ def plain(value: Any) -> Any:
 
 
 def put(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
-    """Set the value at a path of keys; sections are made on the way."""
+    """Set the value at a path of keys, and create the sections that are missing."""
     for key in keys[:-1]:
         if not isinstance(values.get(key), dict):
             values[key] = {}
@@ -30,7 +30,7 @@ def put(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 
 def with_parameters(values: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The plain values of one run: those at dotted keys replaced, and no sweep."""
+    """The plain values of a single run: `parameters` replace the values at their dotted keys; no `tune`."""
     changed = copy.deepcopy({**values, "tune": None})
     for dotted, value in parameters.items():
         put(changed, dotted.split("."), value)
@@ -47,7 +47,7 @@ def is_written(values: Any, path: KeyPath) -> bool:
 
 
 def value_at(values: Any, path: KeyPath) -> Any:
-    """The value at a path, of mappings, lists and sections; below null, null."""
+    """The value at a path through mappings, lists and sections; None if the path leads through null."""
     for key in path:
         if values is None:
             return None

@@ -13,7 +13,7 @@ import uuid
 
 from raydist import files
 from raydist.folder import RunFolder
-from raydist.job.identity import flatten as pairs
+from raydist.job.identity import dotted_items
 from raydist.job.schema import Job
 from raydist.track.records import Record, figures, flatten, key
 
@@ -30,7 +30,7 @@ class Wandb:
         online = mode in ("online", "run")
         project = job.tracking.wandb if isinstance(job.tracking.wandb, str) else "raydist"
         values = job.model_dump(mode="json")
-        numbers = {key(name): value for name, value in pairs(values) if isinstance(value, int | float)}
+        numbers = {key(name): value for name, value in dotted_items(values) if isinstance(value, int | float)}
         self._run = wandb.init(
             id=_run_id(run, online=online),
             project=project,

@@ -80,7 +80,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("strategy.name=zero",), "--set strategy.name: strategy.name: name: zero needs stage: 1, 2 or 3"),
     (
         (*ZERO, "strategy.config={fp16: {enabled: true}}"),
-        "--set strategy.config: strategy.config: the DeepSpeed config fights the job",
+        "--set strategy.config: strategy.config: the DeepSpeed config contradicts the job",
     ),
     ((searched("train.lr", "{choice: [1], grid: [1]}"),), f"{SEARCH}train.lr: give exactly one of"),
     (
@@ -111,7 +111,7 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     ),
     (
         (GRID, "tune.max_tokens=10"),
-        "--set tune.max_tokens: tune.max_tokens: tune.max_tokens 10 does not pay for one trial",
+        "--set tune.max_tokens: tune.max_tokens: tune.max_tokens 10 is too small for one trial",
     ),
 ]
 """For each rule of the list, in its order: overrides that break it, and its message with the place."""

@@ -297,7 +297,7 @@ def test_a_strategy_that_does_not_exist_is_refused(values: dict[str, Any], said:
         ({"zero_optimisation": {}}, r"zero_optimisation: raydist does not use this key"),
     ],
 )
-def test_a_deepspeed_key_that_fights_the_job_is_refused_by_name(own: dict[str, Any], said: str) -> None:
+def test_a_deepspeed_key_that_contradicts_the_job_is_refused_by_name(own: dict[str, Any], said: str) -> None:
     with pytest.raises(JobError, match=said):
         strategy(name="zero", stage=2, config=own)
 

@@ -108,10 +108,10 @@ def test_trials_of_every_block_size_are_evaluated_at_one_context() -> None:
         ({"train.lr": {"choice": [1e-3, -1]}}, {"trials": 2}, "not -1 (searched: -1)"),
         ({"corpus.holdout": {"choice": [0.1]}}, {"trials": 2}, "same held-out text"),
         ({"name": {"choice": ["a"]}}, {"trials": 2}, "names its trials"),
-        (LR, {}, "say how many trials"),
+        (LR, {}, "give the number of trials"),
         (GRID, {"trials": 7}, "the grid has 6 points"),
         (GRID, {"searcher": "optuna"}, "optuna has no grid"),
-        (LR, {"trials": 2, "max_tokens": 1e5}, "does not pay for one trial"),
+        (LR, {"trials": 2, "max_tokens": 1e5}, "is too small for one trial"),
         (LR, {"trials": 2, "sheduler": "asha"}, "did you mean scheduler?"),
     ],
 )
