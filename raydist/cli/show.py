@@ -36,10 +36,12 @@ def checked(paths: Sequence[str], load: Callable[[str], object]) -> None:
 
 
 def planned(plan: dict[str, Any]) -> None:
+    from raydist.track.humanize import size
+
     click.echo(f"job {plan['name']}")
     for name, source in plan["data"]["sources"].items():
         click.echo(
-            f"  {name}: {source['files']:,} files, {_bytes(source['file_bytes'])},"
+            f"  {name}: {source['files']:,} files, {size(source['file_bytes'])},"
             f" {source['slices']:,} slices;"
             f" about {source['documents']:,} documents, {source['tokens']:,} tokens; log {source['log']};"
             f" {source['mean_tokens']:,.1f} tokens and {source['mean_words']:,.1f} words a document,"
@@ -64,17 +66,10 @@ def _stages(steps: dict[str, Any]) -> str:
 
 
 def _parts(parts: dict[str, int]) -> str:
-    inner = ", ".join(f"{name.replace('_', ' ')} {_bytes(n)}" for name, n in parts.items() if name != "total")
-    return f"{_bytes(parts['total'])} ({inner})"
+    from raydist.track.humanize import size
 
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.3g} {unit}" if unit != "B" else f"{count} B"
-        size /= 1024
-    return f"{size:.3g} TiB"
+    inner = ", ".join(f"{name.replace('_', ' ')} {size(n)}" for name, n in parts.items() if name != "total")
+    return f"{size(parts['total'])} ({inner})"
 
 
 def prepared(described: dict[str, Any]) -> None:
@@ -172,7 +167,7 @@ def result(result: RunResult) -> None:
             + f" + left {audit['n_left']:,}"
         )
         if audit["n_repeated"]:
-            click.echo(f"  besides, {audit['n_repeated']:,} tokens were trained again in later epochs")
+            click.echo(f"  in addition, {audit['n_repeated']:,} tokens were trained again in later epochs")
     if sample := data.get("sample"):
         click.echo(f"prompt        {sample['prompt']!r}\ncontinuation  {sample['continuation']!r}")
     click.echo(f"model   {folder.model}\nreport  {folder.report}")

@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Numbers, sizes, times and values as text for people. Sizes are decimal: 1 MB is 10^6 bytes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b.|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 def number(value: float | None) -> str:
-    """Four figures or so: 4012, 45.21, 3.142."""
+    """About four digits: 4,012, 45.21, 3.142."""
     if value is None or value != value:
         return "n/a"
     if abs(value) >= 1000:
@@ -22,11 +22,20 @@ def number(value: float | None) -> str:
 
 
 def short(count: float) -> str:
-    """1.97M, 12.6k, 840: three figures."""
+    """Three digits: 1.97M, 12.6k, 840."""
     for unit, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(count) >= unit:
             return f"{count / unit:.3g}{letter}" if count < 999.5 * unit else f"{count / unit:,.0f}{letter}"
     return f"{count:,.0f}"
+
+
+def size(n_bytes: float) -> str:
+    """Three digits in decimal units: 840 B, 12.6 kB, 1.97 GB."""
+    for unit, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n_bytes >= 0.9995 * unit:
+            scaled = n_bytes / unit
+            return f"{scaled:.3g} {letter}B" if scaled < 100 else f"{scaled:,.0f} {letter}B"
+    return f"{n_bytes:.0f} B"
 
 
 def duration(seconds: float) -> str:
@@ -39,7 +48,7 @@ def duration(seconds: float) -> str:
 
 
 def date(seconds: float | None) -> str:
-    """UTC, to the second."""
+    """Date and time in UTC, to the second."""
     return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
@@ -48,12 +57,12 @@ def workers(count: int) -> str:
 
 
 def clean(text: str) -> str:
-    """Without escape sequences and control characters: a message may quote anything."""
+    """`text` without escape sequences and control characters, since a message may quote anything."""
     return _CONTROL.sub("", text)
 
 
 def shown(value: Any) -> str:
-    """The value of a key of the job: a number with four figures, text as it is, else JSON."""
+    """The value of a key of a job: a float with four digits, text as it is, anything else as JSON."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return redact(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""What hears of a run while it goes on: its phases, its records, and messages for people."""
+"""The interface of everything that follows a run: phases, records, and messages for people."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from raydist.track.records import Record
 
 
 class Listener:
-    """Each method does nothing here; a listener overrides those that it needs.
+    """The methods of this base class do nothing; a listener overrides those that it needs.
 
-    Methods are called in the driver's process, `message` and `prepare` from any thread. A listener is a
-    context manager: whatever it shows, it shows until the block ends.
+    They are called in the driver's process, `message` and `prepare` from any thread. A listener is a
+    context manager: what it displays is removed when the block ends.
     """
 
     def phase(self, name: str, detail: str = "") -> None:
-        """What is done from now on: planning, preparing, training, ..."""
+        """A phase begins: planning, preparing, training, ..."""
 
     def prepare(self, done: int, total: int, documents: int, tokens: int) -> None:
-        """`done` of `total` slices of a token log; the documents and tokens in them."""
+        """`done` of `total` slices of a token log are prepared, with so many documents and tokens."""
 
     def trials(self, done: int, total: int, best: float) -> None:
-        """`done` of `total` trials of a sweep; the least bits per byte so far."""
+        """`done` of `total` trials of a sweep have ended; `best`: the lowest bits per byte so far."""
 
     def record(self, record: Record) -> None:
-        """A record of the run, in order. One of kind start or resume has `steps`, the run's total."""
+        """A record of the run; they come in order. Kinds start and resume have `steps`, the run's total."""
 
     def message(self, text: str) -> None:
-        """A line for people that stays: a warning, a lost worker, ..."""
+        """A line for people, which stays on the screen: a warning, a lost worker, ..."""
 
     def __enter__(self) -> Listener:
         return self

@@ -1,7 +1,7 @@
-"""A run in MLflow. What was sent stays there, so the run's folder keeps MLflow's id and how much was sent.
+"""A run in MLflow. The run's folder keeps the run's id in MLflow and how many records were sent.
 
-Steps that are trained again are logged again: MLflow keeps both and shows the newest. A sweep has an MLflow
-run of its own, the parent of those of its trials.
+Steps that are trained again are logged again: MLflow keeps both and shows the newer. A sweep has an MLflow
+run of its own, the parent of its trials' runs.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ STATUS = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
 
 
 def tracking_uri(job: Job, folder: RunFolder) -> str:
-    """`mlflow: true` keeps a database in the storage folder."""
-    given = job.tracking.mlflow
-    kept = Storage(folder.path.resolve().parent).mlflow_database
-    return given if isinstance(given, str) else f"sqlite:///{kept}"
+    """The job's tracking URI; for `mlflow: true` that of a database in the storage folder."""
+    if isinstance(job.tracking.mlflow, str):
+        return job.tracking.mlflow
+    return f"sqlite:///{Storage(folder.path.resolve().parent).mlflow_database}"
 
 
 def start_parent(job: Job, folder: RunFolder, *, on_warning: Warn) -> str | None:
-    """The id of the sweep's own run, made or found again; None if the server does not answer."""
+    """The id of the sweep's MLflow run, created if there is none; None if the server does not answer."""
     mirror = None
     with warned(name_of(job, folder), folder, on_warning):
         mirror = Mlflow(job, folder)
@@ -48,7 +48,7 @@ def finish_parent(
     *,
     on_warning: Warn,
 ) -> None:
-    """End the sweep's run: `metrics`, the best trial's `params` as best.<key>, and the files of `folder`."""
+    """End the sweep's run with `metrics`, the best trial's `params` (best.<key>) and `folder`'s files."""
     with warned(name_of(job, folder), folder, on_warning):
         mirror = Mlflow(job, folder)
         mirror.log_best(metrics, params)
@@ -56,12 +56,12 @@ def finish_parent(
 
 
 def name_of(job: Job, folder: RunFolder) -> str:
-    """What warnings call the server."""
+    """The name of the server in warnings."""
     return f"MLflow at {redact(tracking_uri(job, folder))}"
 
 
 class Mlflow:
-    """One MLflow run, and how many of the records it holds. parent: the id of the run that it is part of."""
+    """One MLflow run, and how many records it has. parent: the id of the MLflow run above it, if any."""
 
     def __init__(self, job: Job, folder: RunFolder, parent: str | None = None) -> None:
         uri = tracking_uri(job, folder)
@@ -101,13 +101,13 @@ class Mlflow:
         self._client.set_terminated(self.run_id, STATUS[state])
 
     def _log_parameters(self, values: dict[str, str]) -> None:
-        """A parameter of MLflow never changes; what a resumed job changed is a tag `resumed.<key>`."""
+        """MLflow parameters cannot change; values changed by a resumed job become tags `resumed.<key>`."""
         from mlflow.entities import Param, RunTag
 
         known = self._client.get_run(self.run_id).data.params
-        fresh = [Param(key, value) for key, value in values.items() if key not in known]
+        new = [Param(key, value) for key, value in values.items() if key not in known]
         changed = [RunTag(f"resumed.{key}", v) for key, v in values.items() if known.get(key, v) != v]
-        self._client.log_batch(self.run_id, params=fresh, tags=changed)
+        self._client.log_batch(self.run_id, params=new, tags=changed)
 
     def log_best(self, metrics: dict[str, float], params: dict[str, Any]) -> None:
         for name, value in metrics.items():
@@ -118,17 +118,17 @@ class Mlflow:
         files.write_json(self._folder.mlflow_pin, self._pin)
 
     def _experiment(self, uri: str) -> str:
-        """Its id; made if there is none."""
-        if found := self._client.get_experiment_by_name(EXPERIMENT):
-            return str(found.experiment_id)
-        # a server keeps artifacts itself; without one they would land in the working directory
+        """The id of the experiment, which is created if there is none."""
+        if experiment := self._client.get_experiment_by_name(EXPERIMENT):
+            return str(experiment.experiment_id)
+        # a server stores artifacts itself; without one MLflow would write them into the working directory
         served = uri.startswith(("http://", "https://", "databricks"))
         artifacts = None if served else Storage(self._folder.path.resolve().parent).mlflow_artifacts.as_uri()
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=artifacts))
 
 
 def _client(uri: str) -> MlflowClient:
-    """Without MLflow's start-up chatter, its usage reports over the network and its minutes of retries."""
+    """A client without MLflow's messages at start, its usage reports and its minutes of retries."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")

@@ -1,4 +1,4 @@
-"""Curves and points as inline SVG: text stays text, and colours are the page's (light, dark, print)."""
+"""Curves and points as inline SVG: text stays text, colours are the page's variables (light, dark, print)."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 INK, MUTED, RULE = "#0a0b0a", "#0a0b0c", "#0d0e0f"
 SERIES = ("#1a0001", "#1a0002", "#1a0003", "#1a0004", "#1a0005", "#1a0006")
 COLOURS = {INK: "ink", MUTED: "muted", RULE: "rule"} | {c: f"series-{i}" for i, c in enumerate(SERIES)}
-"""Colours that stand for the page's variables while matplotlib draws."""
+"""Placeholder colours for matplotlib; each is replaced by the page's variable of that name."""
 
 MOST_MARKED = 40
-"""Of that many values each is marked."""
+"""Up to this many points are drawn with markers."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """`y` is None or NaN where a value is missing; `style`: matplotlib's for a line.
+    """y: None or NaN where a value is missing.  style: matplotlib's keywords for a line.
 
-    x may be text: each value is a place on the axis. Curves without a name are not in the legend.
+    If x is text, each value is a place on the axis. A curve without a name is not in the legend.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Curve:
 def draw(
     title: str, unit: str, curves: Sequence[Curve], x_label: str, *, zero: bool = False, log: str = ""
 ) -> str:
-    """An <svg>, or "" when no curve has a value. `zero`: y begins there. `log`: axes that may be log."""
+    """An <svg>; "" if no curve has a value. zero: y begins at 0.  log: axes that may be logarithmic."""
     known = [y for curve in curves for y in _finite(curve.y) if math.isfinite(y)]
     if not known:
         return ""
@@ -47,7 +47,7 @@ def draw(
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(_quiet()):
+    with matplotlib.rc_context(_settings()):
         figure = Figure(figsize=(5.2, 2.8), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot(xlabel=x_label)
@@ -68,20 +68,22 @@ def draw(
 
 
 def smoothed(curve: Curve) -> list[Curve]:
-    """A noisy curve faint under its moving mean; a short one as it is."""
+    """A noisy curve, drawn faintly under its moving mean; a short curve as it is."""
     if len(curve.y) <= MOST_MARKED:
         return [curve]
-    y, most = _finite(curve.y), max(2, len(curve.y) // 50)
+    y, widest = _finite(curve.y), max(2, len(curve.y) // 50)
     means = []
     for i in range(len(y)):
-        reach = min(most, i, len(y) - 1 - i)  # fewer near the ends, so that it does not lag
+        reach = min(
+            widest, i, len(y) - 1 - i
+        )  # a smaller window near the ends, so that the mean does not lag
         window = [v for v in y[i - reach : i + reach + 1] if math.isfinite(v)]
         means.append(sum(window) / len(window) if window else math.nan)
     faint = {"color": SERIES[0], "linewidth": 1.0, "alpha": 0.35}
     return [Curve(curve.name, curve.x, y, faint), Curve("", curve.x, means, {"color": SERIES[0]})]
 
 
-def _quiet() -> Any:
+def _settings() -> Any:
     """matplotlib's settings."""
     from cycler import cycler
 
@@ -98,7 +100,7 @@ def _quiet() -> Any:
 
 
 def _line(axes: Axes, curve: Curve) -> None:
-    """Draw it with the SVG id `series-<name>`."""
+    """Draw the curve; its SVG id is `series-<name>`."""
     y = _finite(curve.y)
     few = sum(map(math.isfinite, y)) <= MOST_MARKED
     (line,) = axes.plot(curve.x, y, **{"marker": "o" if few else None, **curve.style})
@@ -107,7 +109,7 @@ def _line(axes: Axes, curve: Curve) -> None:
 
 
 def _scale(axes: Axes, name: str, values: Sequence[Any], *, log: bool) -> bool:
-    """Few ticks in short numbers; text keeps its places. True if the scale is logarithmic."""
+    """Set few ticks with short numbers, unless the values are text. True if the scale is logarithmic."""
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
     axis = getattr(axes, f"{name}axis")
@@ -127,7 +129,7 @@ def _scale(axes: Axes, name: str, values: Sequence[Any], *, log: bool) -> bool:
 
 
 def _inline(svg: str, title: str) -> str:
-    """Only the <svg> element; ids made unique within the page; colours left to the page."""
+    """The <svg> element alone, with ids that are unique in the page and the page's colour variables."""
     prefix = re.sub(r"\W+", "-", title.lower())
     svg = re.sub(r'(?<=\bid=")|(?<=href="#)|(?<=url\(#)', f"{prefix}-", svg[svg.index("<svg") :])
     for colour, variable in COLOURS.items():

@@ -1,7 +1,7 @@
-"""What a person sees while a run goes on: a calm live view in a terminal, plain lines elsewhere.
+"""What a person sees during a run: a live view in a terminal, plain lines elsewhere.
 
 records, phases ──> View ──┬──> LiveView    a bar, and figures that change in place
-                           └──> Lines       a line for each thing worth one
+                           └──> Lines       a line for each step, evaluation and message
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from raydist.track.listener import Listener
 from raydist.track.records import Record
 
 PREPARE_SECONDS = 5.0
-"""Least time between plain lines of preparation."""
+"""Shortest time between two lines about preparation."""
 
 RECENT_RECORDS = 20
 COLUMNS = (
@@ -37,9 +37,9 @@ COLUMNS = (
 
 
 def make_view(stream: TextIO | None = None, *, name: str = "") -> View:
-    """For `stream`, by default stderr: a live view where it is a terminal that can show one, else lines.
+    """A live view if `stream` (default: stderr) is a terminal that can show one, else lines.
 
-    name: the run's.
+    name: the name of the run.
     """
     stream = stream or sys.stderr
     console = Console(file=stream, highlight=False)
@@ -53,7 +53,7 @@ def make_view(stream: TextIO | None = None, *, name: str = "") -> View:
 
 
 class View(Listener, ABC):
-    """Turns records into what is shown of them. The ETA is by the median of the recent steps' seconds."""
+    """Shows records. The ETA assumes the median duration of recent steps."""
 
     def __init__(self) -> None:
         self._total_steps = 0
@@ -87,7 +87,7 @@ class View(Listener, ABC):
 
 
 class Lines(View):
-    """Plain lines without control characters, each given to `say`, which ends it."""
+    """Passes plain lines, without control characters or newline, to `say`."""
 
     def __init__(self, say: Callable[[str], None], *, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
@@ -114,7 +114,7 @@ class Lines(View):
 
 
 class LiveView(View):
-    """A line of progress, then figures; whatever else is printed meanwhile appears above them."""
+    """A progress bar and lines of figures below it; anything else that is printed appears above them."""
 
     def __init__(self, console: Console, name: str = "") -> None:
         super().__init__()
@@ -166,11 +166,11 @@ class LiveView(View):
 
 
 class _Bar(progress.Progress):
-    """The line of progress, and below it `figures`, a line each; those that are empty are left out."""
+    """The progress bar, with a line for each non-empty text of `figures` below it."""
 
     def __init__(self, console: Console) -> None:
         self.figures: dict[str, str] = {}
-        # also catches what else is printed to this terminal, but not what is piped elsewhere
+        # redirect what else is printed to this terminal, but not output that is piped elsewhere
         out, err = sys.stdout.isatty(), sys.stderr.isatty()
         super().__init__(*COLUMNS, console=console, redirect_stdout=out, redirect_stderr=err)
         self.expand, self.live.refresh_per_second = True, 4
@@ -181,7 +181,7 @@ class _Bar(progress.Progress):
 
 
 def rates(record: Record) -> list[str]:
-    """Throughput and cost of a step, in words."""
+    """Throughput and cost of a step, a text each."""
     mfu, seconds = record["mfu"], record["step_seconds"]
     return [
         f"{record['tokens_per_second']:,.0f} tokens/s",

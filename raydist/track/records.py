@@ -1,6 +1,6 @@
 """Read a run's records: while they are written (`Tail`), and as one history of all attempts (`effective`).
 
-`figures` and `flatten` name what is in a record and in a job as trackers show it.
+`figures` and `flatten` turn a record and a job into the names and values that trackers show.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from raydist.folder import RunFolder
 Record = dict[str, Any]
 
 HISTORY = frozenset({"start", "resume", "stage", "incident"})
-"""Kinds that happened, whatever was trained again afterwards."""
+"""Kinds of records that are kept even when their steps are trained again."""
 
 NOT_FIGURES = frozenset({"step", "attempt", "time"})
 
@@ -30,18 +30,18 @@ _SECRETS = (
 
 
 class Tail:
-    """The records appended to a file since the last look; `offset` (bytes) is where the next look starts."""
+    """The records appended to a file since the last `poll`. offset: the byte where the next one starts."""
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self.path, self.offset = path, offset
 
     def poll(self) -> list[Record]:
-        """New whole records in order; [] while there is no file. A last line without its newline waits."""
+        """New records in order; [] if there is no file. A last line without a newline is left for later."""
         if not self.path.exists():
             return []
         with self.path.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
-            self.offset = self.offset if self.offset <= size else 0  # the file was begun again
+            self.offset = self.offset if self.offset <= size else 0  # the file was replaced by a new one
             stream.seek(self.offset)
             whole, newline, _ = stream.read().rpartition(b"\n")
         self.offset += len(whole) + len(newline)
@@ -49,20 +49,21 @@ class Tail:
 
 
 def read_metrics(run: RunFolder) -> list[Record]:
-    """Every record of the run, of lost attempts too, in the order written."""
+    """Every record of the run, including lost attempts, in the order written."""
     return Tail(run.metrics_file).poll()
 
 
 def effective(run: RunFolder) -> list[Record]:
-    """The run's one history in the order of attempts; what later ones did again replaces the first try."""
+    """The run's history over all attempts; steps that were trained again appear once, as the last attempt
+    recorded them."""
     return supersede(read_metrics(run))
 
 
 def supersede(records: Iterable[Record]) -> list[Record]:
     """Keep for each (kind, step, source) the newest record.
 
-    An attempt that begins at step s takes back the steps after s of the attempts before it. Starts,
-    resumes and incidents are history: they all stay.
+    An attempt that begins at step s removes the later steps of the attempts before it. Records of the
+    HISTORY kinds all stay.
     """
     kept: dict[tuple[Any, ...], Record] = {}
     for place, record in enumerate(sorted(records, key=lambda record: record.get("attempt", 0))):
@@ -70,22 +71,22 @@ def supersede(records: Iterable[Record]) -> list[Record]:
         if kind in ("start", "resume"):
             kept = {k: old for k, old in kept.items() if old["kind"] in HISTORY or old.get("step", 0) <= step}
         key = (kind, place) if kind in HISTORY else (kind, step, record.get("source"))
-        kept.pop(key, None)  # so that the newer record takes the newer place
+        kept.pop(key, None)  # so that the newer record moves to the end
         kept[key] = record
     return list(kept.values())
 
 
 def evaluations(records: Iterable[Record]) -> dict[str, list[Record]]:
-    """The evaluations of each source, in order."""
-    found: dict[str, list[Record]] = {}
+    """Source -> its evaluations, in order."""
+    by_source: dict[str, list[Record]] = {}
     for record in records:
         if record["kind"] == "eval":
-            found.setdefault(record["source"], []).append(record)
-    return found
+            by_source.setdefault(record["source"], []).append(record)
+    return by_source
 
 
 def figures(record: Record) -> dict[str, float]:
-    """What a tracker shows of a step or an evaluation: loss, eval/<source>/perplexity, ...; else {}."""
+    """The metrics of a step or an evaluation: loss, eval/<source>/perplexity, ...; {} for other kinds."""
     if record["kind"] not in ("train", "eval"):
         return {}
     prefix = f"eval/{record['source']}/" if record["kind"] == "eval" else ""
@@ -94,7 +95,7 @@ def figures(record: Record) -> dict[str, float]:
 
 
 def flatten(value: Any, path: str = "") -> dict[str, str]:
-    """{"train": {"lr": 0.1}} -> {"train.lr": "0.1"}; lists as JSON, credentials in URIs blanked out."""
+    """{"train": {"lr": 0.1}} -> {"train.lr": "0.1"}; lists as JSON, credentials in URIs replaced by ***."""
     if isinstance(value, dict) and value:
         pairs = (flatten(inner, f"{path}.{name}" if path else str(name)) for name, inner in value.items())
         return {name: text for part in pairs for name, text in part.items()}
@@ -103,19 +104,19 @@ def flatten(value: Any, path: str = "") -> dict[str, str]:
 
 
 def key(name: str) -> str:
-    """MLflow takes letters, digits and _ - . / space in names."""
+    """`name` with the characters that MLflow allows: letters, digits, space and _ - . /"""
     return re.sub(r"[^\w\-. /]", "_", name)
 
 
 def redact(text: str) -> str:
-    """Blank out credentials in URIs and query strings: scheme://user:password@host, ?password=..."""
+    """Replace credentials in URIs and query strings: scheme://user:password@host, ?password=..."""
     for pattern, replacement in _SECRETS:
         text = pattern.sub(replacement, text)
     return text
 
 
 def _parse(line: bytes) -> Record | None:
-    """None for a line that a killed writer left torn and a later one closed: it was never a record."""
+    """None for a line that is not a record: a killed writer left it incomplete, a later one ended it."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""The report: one self-contained page of a run, from its folder alone; also of one that failed early."""
+"""The report: one self-contained page from the folder of a run, even of one that failed early."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from raydist import files
 from raydist.folder import RunFolder
-from raydist.track.humanize import date, duration, number, short, shown, workers
+from raydist.track.humanize import date, duration, number, short, shown, size, workers
 from raydist.track.plots import Curve, draw, smoothed
 from raydist.track.records import HISTORY, Record, evaluations, read_metrics, redact, supersede
 
@@ -18,15 +18,15 @@ MOST_POINTS = 2000
 
 
 def write_report(run: RunFolder, *, state: str = "", error: str = "") -> Path:
-    """Write the run's report. `state` and `error` stand for those of a status that is not written yet."""
+    """Write the run's report. `state` and `error`: of the status, if that is not written yet."""
     files.write_text(run.report, render(run, state=state, error=error))
     return run.report
 
 
 def render(run: RunFolder, *, state: str = "", error: str = "") -> str:
-    """The page as text, without the parts that the folder knows nothing of."""
-    status, recorded = run.status(), read_metrics(run)
-    records = supersede(recorded)
+    """The page as text, with only the parts for which the folder has data."""
+    status, written = run.status(), read_metrics(run)
+    records = supersede(written)
     train = [record for record in records if record["kind"] == "train"]
     return page(
         "report.html.j2",
@@ -35,7 +35,7 @@ def render(run: RunFolder, *, state: str = "", error: str = "") -> str:
         error=error or status.get("error", ""),
         train=train,
         tokens_per_second=statistics.median([r["tokens_per_second"] for r in train] or [0]),
-        seconds=wall_seconds(recorded) if recorded else None,
+        seconds=wall_seconds(written) if written else None,
         evaluations=evaluations(records),
         plots=_plots(train, evaluations(records)),
         history=[record for record in records if record["kind"] in HISTORY],
@@ -44,7 +44,7 @@ def render(run: RunFolder, *, state: str = "", error: str = "") -> str:
 
 
 def page(template: str, folder: RunFolder, *, error: str, **content: Any) -> str:
-    """A page of `folder`, with its job; credentials are blanked out."""
+    """A page of `folder`, with its job; credentials are replaced by ***."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -54,7 +54,7 @@ def page(template: str, folder: RunFolder, *, error: str, **content: Any) -> str
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    filters = (date, duration, number, redact, short, shown, workers)
+    filters = (date, duration, number, redact, short, shown, size, workers)
     environment.filters.update({f.__name__: f for f in filters})
     job = folder.job_file
     return environment.get_template(template).render(
@@ -66,19 +66,19 @@ def page(template: str, folder: RunFolder, *, error: str, **content: Any) -> str
     )
 
 
-def wall_seconds(recorded: Sequence[Record]) -> float:
-    """From the first to the last record of each attempt, summed: the time between attempts is not counted."""
+def wall_seconds(written: Sequence[Record]) -> float:
+    """The sum over attempts of the time from the first to the last record."""
     times: dict[int, list[float]] = {}
-    for record in recorded:
+    for record in written:
         if "time" in record:
             times.setdefault(record.get("attempt", 0), []).append(record["time"])
-    return sum(max(of_attempt) - min(of_attempt) for of_attempt in times.values())
+    return sum(max(attempt) - min(attempt) for attempt in times.values())
 
 
 def _plots(train: Sequence[Record], evaluated: dict[str, list[Record]]) -> list[str]:
-    """ "" for what was not recorded at all."""
+    """The curves of a run; "" for a curve without any value."""
     train = [record | {"data_wait": _data_wait(record)} for record in train]
-    perplexity = [_curve(of, "perplexity", source) for source, of in evaluated.items()]
+    perplexity = [_curve(evaluations, "perplexity", source) for source, evaluations in evaluated.items()]
     rate = "tokens per second"
     return [
         draw("Loss", "nats per token", smoothed(_curve(train, "loss")), "step"),
@@ -96,6 +96,6 @@ def _curve(records: Sequence[Record], key: str, name: str = "") -> Curve:
 
 
 def _data_wait(record: Record) -> float | None:
-    """Percent of the step's time."""
+    """Waiting for data, in percent of the step's time."""
     wait, seconds = record.get("data_wait_seconds"), record.get("step_seconds")
     return 100 * wait / seconds if wait is not None and seconds else None

@@ -15,16 +15,16 @@ from raydist.track.wandb import Wandb
 
 
 def check_trackers(job: Job) -> None:
-    """Raises JobError if the package of one is missing."""
+    """Raises JobError if a tracker's package is missing."""
     if not job.tracking.wandb:
         return
     try:
-        metadata.version("wandb")  # a folder wandb/ can be imported too
+        metadata.version("wandb")  # not by importing it: a folder named wandb would do
     except metadata.PackageNotFoundError:
         raise JobError(
             "the package wandb is not installed",
             where="tracking.wandb",
-            why="a run that was asked to be tracked is not trained untracked",
+            why="the job asks for tracking, so it does not run without",
             fix="pip install 'raydist[wandb]', or tracking.wandb: false",
         ) from None
 
@@ -32,7 +32,7 @@ def check_trackers(job: Job) -> None:
 def start_trackers(
     job: Job, run: RunFolder, on_warning: Warn, *, parent: str | None = None, poll_seconds: float = 2.0
 ) -> list[Tracker]:
-    """parent: the id of the MLflow run that a new one belongs to."""
+    """Start a tracker for each service that the job asks for. parent: the id of the MLflow run above it."""
     tracking = job.tracking
     wanted: list[tuple[bool | str, Callable[[], Sink], str]] = [
         (tracking.mlflow, lambda: Mlflow(job, run, parent), name_of(job, run)),

@@ -1,4 +1,4 @@
-"""One self-contained page of a sweep: its trials, best first, and what the parameters do."""
+"""One self-contained page of a sweep: its trials, best first, and the metric against each parameter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STATES = ("finished", "pruned", "running", "stopped", "failed")
 class Trial:
     """One trial. tokens: trained so far.  curve: (tokens, bits per byte) of each evaluation.
 
-    parameters: dotted key -> value.  bits_per_byte: the last evaluation's; less is better.
+    parameters: dotted key -> value.  bits_per_byte: of the last evaluation; lower is better.
     state: running, finished, pruned (ended early by the scheduler), stopped (on request) or failed.
     """
 
@@ -36,12 +36,12 @@ class Trial:
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Best first: finished by bits per byte, then the other STATES."""
+    """Best first: in the order of STATES, and within a state by bits per byte."""
     return sorted(trials, key=lambda trial: (STATES.index(trial.state), _bits(trial)))
 
 
 def write_sweep_page(folder: RunFolder, trials: Sequence[Trial], *, state: str = "", error: str = "") -> Path:
-    """Write the page into the sweep's folder, with the sweep's job."""
+    """Write the page, with the sweep's job, into the sweep's folder."""
     trials = ranked(trials)
     best = trials[0] if trials and math.isfinite(_bits(trials[0])) else None
     keys = list(dict.fromkeys(key for trial in trials for key in trial.parameters))
@@ -62,7 +62,7 @@ def write_sweep_page(folder: RunFolder, trials: Sequence[Trial], *, state: str =
 
 
 def _curves(trials: Sequence[Trial], best: Trial | None) -> str:
-    """A line for each trial; the best one is drawn last, over the others."""
+    """A curve for each trial; the best one is drawn last, over the others."""
     faint = {"color": MUTED, "linewidth": 1.0, "alpha": 0.5, "markersize": 2.0}
     strong = {"color": SERIES[0], "linewidth": 2.2}
     curves = []
@@ -75,22 +75,25 @@ def _curves(trials: Sequence[Trial], best: Trial | None) -> str:
 
 def _scatter(key: str, trials: Sequence[Trial], best: Trial | None) -> str:
     """A dot for each trial that was evaluated; a ring for one that did not finish."""
-    found = [trial for trial in trials if key in trial.parameters and math.isfinite(_bits(trial))]
-    values = [trial.parameters[key] for trial in found]
+    evaluated = [trial for trial in trials if key in trial.parameters and math.isfinite(_bits(trial))]
+    values = [trial.parameters[key] for trial in evaluated]
     numeric = all(type(value) in (int, float) for value in values)
     places = values if numeric else [shown(value) for value in values]
-    # without a value, only to put the categories in order
+    # a curve without values puts the categories in order
     curves = [] if numeric else [Curve("", sorted(set(places)), [None] * len(set(places)))]
     dot = {"linestyle": "none", "marker": "o", "markersize": 5.0, "color": MUTED}
     ring, big = dot | {"fillstyle": "none"}, dot | {"markersize": 8.0, "color": SERIES[0]}
-    groups = ["best" if t is best else "finished" if t.state == "finished" else "not finished" for t in found]
+    groups = [
+        "best" if t is best else "finished" if t.state == "finished" else "not finished" for t in evaluated
+    ]
     for name, style in (("finished", dot), ("not finished", ring), ("best", big)):
-        of = [i for i, group in enumerate(groups) if group == name]
-        curves.append(Curve(name, [places[i] for i in of], [_bits(found[i]) for i in of], style))
+        members = [i for i, group in enumerate(groups) if group == name]
+        x, y = [places[i] for i in members], [_bits(evaluated[i]) for i in members]
+        curves.append(Curve(name, x, y, style))
     return draw(key, "", curves, "", log="x")
 
 
 def _bits(trial: Trial) -> float:
-    """Infinite where there is none, so that it comes last."""
+    """Bits per byte; infinite if there are none, so that the trial comes last."""
     bits = trial.bits_per_byte
     return bits if bits is not None and math.isfinite(bits) else math.inf

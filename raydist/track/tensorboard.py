@@ -1,4 +1,4 @@
-"""A run's event files. Each driver writes them again from the first record: none is lost, none is doubled."""
+"""A run's event files. Each driver rewrites them from the first record: none is lost, none is doubled."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from raydist.track.records import Record, figures
 
 
 class TensorBoard:
-    """An attempt that begins at step s takes back the points after s of earlier ones."""
+    """An attempt that begins at step s removes the later points of the attempts before it."""
 
     def __init__(self, run: RunFolder) -> None:
-        from tensorboardX.event_file_writer import EventsWriter  # writes at once, where SummaryWriter queues
+        from tensorboardX.event_file_writer import EventsWriter  # writes at once; SummaryWriter queues
 
         self.offset, folder = 0, run.tensorboard
         folder.mkdir(exist_ok=True)
         for old in folder.glob("events.out.tfevents.*"):
-            old.write_bytes(b"")  # a TensorBoard that reads it would wait for ever at one that is gone
+            old.write_bytes(b"")  # not deleted: a TensorBoard that reads a deleted file waits forever
         self._writer = EventsWriter(str(folder / "events"))
 
     def send(self, records: list[Record], offset: int) -> None:
@@ -38,7 +38,7 @@ class TensorBoard:
         self._writer.close()
 
     def _purge(self, step: int) -> None:
-        """As SummaryWriter(purge_step=...): points at `step` and after it, so far, vanish."""
+        """Remove the points written so far at `step` and later, as SummaryWriter(purge_step=...) does."""
         from tensorboardX.proto.event_pb2 import Event, SessionLog
 
         self._writer.write_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))

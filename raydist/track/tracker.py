@@ -1,9 +1,9 @@
-"""Follow a run for a tracker.
+"""Send a run's records to a tracking service while it trains.
 
     metrics.jsonl ──Tail──> a thread each ──send──> Mlflow | TensorBoard | Wandb
 
-A slow or absent tracker holds up neither the training nor another tracker. What a killed driver had not
-sent is sent by the next one: each sink knows from where on it lacks records.
+A slow or absent service delays neither the training nor another service. The next driver sends what a
+killed one had not sent: each sink knows the first record that it lacks.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ Warn = Callable[[str], None]
 
 
 class Sink(Protocol):
-    """Where records go."""
+    """A tracking service that takes the records of one run."""
 
     @property
     def offset(self) -> int:
-        """Where the records begin that it lacks: a byte of the run's file of records."""
+        """The byte in the run's metrics.jsonl from which on it lacks the records."""
 
     def send(self, records: list[Record], offset: int) -> None:
-        """Take records; afterwards its offset is `offset`. The records of a call that failed come again."""
+        """Take records and set the offset to `offset`. After a failed call they are sent again."""
 
     def close(self, state: str) -> None:
-        """`state`: how the run ended: finished, failed or stopped."""
+        """state: how the run ended: finished, failed or stopped."""
 
 
 class Tracker:
-    """Follows a run from a thread of its own until `finish`; the constructor returns at once.
+    """Follows a run in a thread of its own until `finish`; the constructor returns at once.
 
-    make: makes the sink.  on_warning: called once, with the first thing that went wrong.  Both are called
-    from that thread. What could not be sent is tried again until the run ends.
+    make: creates the sink.  on_warning: called once, with the first error.  Both are called from that
+    thread. Records that could not be sent are sent again until the run ends.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Tracker:
         self._thread.start()
 
     def finish(self, state: str, timeout_seconds: float = 60.0) -> None:
-        """Send the rest, and how the run ended."""
+        """Send the remaining records and how the run ended. Waits for at most `timeout_seconds`."""
         self._state = state
         self._ending.set()
         self._thread.join(timeout_seconds)
@@ -80,7 +80,7 @@ class Tracker:
 
     @cached_property
     def _sink(self) -> Sink:
-        """Made in the thread, and tried again until that succeeds."""
+        """Created in the thread; after a failure the next access tries again."""
         return self._make()
 
     def _warnings(self) -> AbstractContextManager[None]:
@@ -94,7 +94,7 @@ class Tracker:
 
 @contextmanager
 def warned(name: str, folder: RunFolder, on_warning: Warn) -> Iterator[None]:
-    """Whatever goes wrong in a tracker is a warning, and the work goes on."""
+    """Turn any exception in the block into a warning, so that the run goes on."""
     try:
         yield
     except Exception as error:  # noqa: BLE001

@@ -1,8 +1,8 @@
-"""A run in Weights & Biases: offline, as files for `wandb sync`, or online where WANDB_MODE says so.
+"""A run in Weights & Biases: offline, as files for `wandb sync`, or online if WANDB_MODE says so.
 
-Record k is W&B's step k whoever logs it, and the run's folder keeps W&B's id of the run. Online, the server
-knows how many records it has. Offline nobody does, and syncing a run replaces it, so each driver writes its
-files again from the first record.
+Record k is always W&B's step k, and the run's folder keeps the run's id in W&B. Online, the server knows how
+many records it has. Offline that is unknown, and syncing a run replaces it, so each driver rewrites the files
+from the first record.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from raydist.track.records import Record, figures, flatten, key
 
 
 class Wandb:
-    """Curves are over `step`, the run's own: W&B's cannot go back when steps are trained again."""
+    """One W&B run. The x axis is the run's own `step`: W&B's cannot go back when steps are trained again."""
 
     def __init__(self, job: Job, run: RunFolder) -> None:
-        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # over the network
-        os.environ.setdefault("WANDB_SILENT", "true")  # or it would ask for a key in the terminal
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # no reports over the network
+        os.environ.setdefault("WANDB_SILENT", "true")  # else it asks for a key in the terminal
         import wandb
 
         mode = os.environ.get("WANDB_MODE", "offline")
@@ -37,16 +37,16 @@ class Wandb:
             name=job.name,
             dir=run.path,
             config=flatten(values) | numbers,
-            mode=mode,  # type: ignore[arg-type]  # W&B refuses what it does not know
+            mode=mode,  # type: ignore[arg-type]  # W&B refuses a mode that it does not know
             resume="allow" if online else None,
-            reinit="create_new",  # next to a run of whoever called raydist
+            reinit="create_new",  # the program that calls raydist may have a run of its own
             settings=wandb.Settings(
                 console="off",
                 silent=True,
                 disable_git=True,
                 disable_code=True,
                 save_code=False,
-                x_disable_meta=True,  # the command line, which may hold a secret
+                x_disable_meta=True,  # no command line, which may contain a secret
                 x_disable_stats=True,
                 x_save_requirements=False,
             ),
@@ -56,19 +56,19 @@ class Wandb:
         self.offset = self._n_records = 0
 
     def send(self, records: list[Record], offset: int) -> None:
-        shown = [(record, values) for record in records if (values := figures(record))]
-        for index, (record, values) in enumerate(shown, self._n_records):
+        tracked = [(record, values) for record in records if (values := figures(record))]
+        for index, (record, values) in enumerate(tracked, self._n_records):
             if index >= self._run.starting_step:
                 own = {"step": record["step"], "_timestamp": record.get("time", 0)}
                 self._run.log({**values, **own}, step=index)
-        self.offset, self._n_records = offset, self._n_records + len(shown)
+        self.offset, self._n_records = offset, self._n_records + len(tracked)
 
     def close(self, state: str) -> None:
         self._run.finish(exit_code=int(state == "failed"))
 
 
 def _run_id(run: RunFolder, *, online: bool) -> str:
-    """The same for every driver; what an earlier one wrote offline is removed."""
+    """The run's id in W&B, the same for every driver. Removes what earlier drivers wrote offline."""
     path = run.wandb_pin
     if not path.exists():
         files.write_json(path, {"run_id": uuid.uuid4().hex[:12]})

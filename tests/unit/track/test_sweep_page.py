@@ -46,7 +46,7 @@ def test_the_page_tells_the_whole_sweep(tmp_path: Path) -> None:
     for part in (
         "6 3 finished, 1 pruned, 1 running, 1 failed",
         "1.100 first, finished",
-        "train.lr 0.003 of the best",
+        "train.lr 0.003 in the best trial",
         "first 0.003 constant 1.100 3k finished second 0.001 linear 1.200",
         "lost 0.0001 cosine n/a 3k failed",
         "name: &lt;demo&gt;",
