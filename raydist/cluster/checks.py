@@ -1,4 +1,4 @@
-"""What is told of a cluster: facts of its nodes in, findings out. Nodes go by name."""
+"""Judge a cluster: facts about its nodes in, findings out. Nodes are identified by name."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from raydist.job.schema import Job
 CLOCK_SECONDS = 5.0
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where Ray puts its object store
 Nodes = dict[str, dict[str, Any]]
-"""By name, what a node said: versions, shared_memory, object_store, clock, models, storage and unseen."""
+"""Name -> the node's facts: versions, shared_memory, object_store, clock, models, storage and unseen."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was checked."""
+    """The result of one check."""
 
     ok: bool
     what: str
@@ -27,23 +27,23 @@ class Finding:
     fix: str = ""
 
     def __str__(self) -> str:
-        told = ClusterError(self.what, where=self.where, why=self.why, fix=self.fix)
-        return f"{'ok' if self.ok else 'WRONG':<6}{told}"
+        text = ClusterError(self.what, where=self.where, why=self.why, fix=self.fix)
+        return f"{'ok' if self.ok else 'WRONG':<6}{text}"
 
 
-def hung(node: str, error: Exception) -> Finding:
+def no_answer(node: str, error: Exception) -> Finding:
     return Finding(
         False,
         "the checks could not run on a node",
         node,
         str(error).strip().splitlines()[-1],
-        "see that raydist is installed there and that its mounts answer; else take the node out",
+        "check that raydist is installed there and that its mounts answer; or remove the node",
     )
 
 
 def authentication(mode: str) -> Finding:
     if mode == "token":
-        return Finding(True, "only who has the token can use the cluster")
+        return Finding(True, "only those who have the token can use the cluster")
     return Finding(
         False,
         f"the cluster runs without authentication: its mode is {mode}",
@@ -53,28 +53,28 @@ def authentication(mode: str) -> Finding:
     )
 
 
-def versions(nodes: Nodes, here: dict[str, str]) -> Iterator[Finding]:
-    """`here`: those of the driver, by name; "" for what is not installed."""
-    right = 0
+def versions(nodes: Nodes, driver: dict[str, str]) -> Iterator[Finding]:
+    """driver: package -> its version in the driver's environment, "" if it is not installed there."""
+    n_equal = 0
     for node, facts in nodes.items():
         differ = [
-            f"{name} {version or 'is not installed'}" + (f", not {here[name]}" if here[name] else "")
+            f"{name} {version or 'is not installed'}" + (f", not {driver[name]}" if driver[name] else "")
             for name, version in facts["versions"].items()
-            if version != here[name] or not version
+            if version != driver[name] or not version
         ]
-        right += not differ
+        n_equal += not differ
         if differ:
-            why = "the driver's differ: workers might not understand each other, or compute otherwise"
+            why = "the driver's differ: processes might not understand each other, or compute other results"
             yield Finding(False, "; ".join(differ), node, why, "install requirements.lock on this node")
-    if right == len(nodes):
-        same = ", ".join(f"{name} {version}" for name, version in here.items())
-        yield Finding(True, f"the same versions on {right} nodes: {same}")
+    if n_equal == len(nodes):
+        same = ", ".join(f"{name} {version}" for name, version in driver.items())
+        yield Finding(True, f"the same versions on {n_equal} nodes: {same}")
 
 
 def clocks(nodes: Nodes) -> Iterator[Finding]:
     wrong = {node: facts["clock"] for node, facts in nodes.items() if facts["clock"] > CLOCK_SECONDS}
     for node, seconds in wrong.items():
-        why = "whether a run is alive, and what is newest, is told by time"
+        why = "timestamps decide whether a run is alive and what is newest"
         yield Finding(False, f"the clock is off by {seconds:.0f} s", node, why, "let chrony or ntpd set it")
     if not wrong:
         yield Finding(True, f"clocks within {CLOCK_SECONDS:g} s of the driver's on {len(nodes)} nodes")
@@ -86,9 +86,9 @@ def shared_memory(nodes: Nodes) -> Iterator[Finding]:
     for node, (has, needs) in wrong.items():
         yield Finding(
             False,
-            f"{SHARED_MEMORY} has {has / 2**20:,.0f} MiB free, the object store needs {needs / 2**20:,.0f}",
+            f"{SHARED_MEMORY} has {has / 1e6:,.0f} MB free, the object store needs {needs / 1e6:,.0f}",
             node,
-            "Ray keeps its objects on disk then, or its processes die when the memory is full",
+            "Ray would keep its objects on disk, or its processes would die when the memory is full",
             "give a container --shm-size, a pod a Memory emptyDir; or start Ray with --object-store-memory",
         )
     if not wrong:
@@ -96,17 +96,19 @@ def shared_memory(nodes: Nodes) -> Iterator[Finding]:
 
 
 def storage(folder: str, nodes: Nodes, driver: str) -> Iterator[Finding]:
-    """Of two nodes that do not share, the one that is not the driver's is wrong."""
+    """If two nodes do not share the folder, the one that differs from the driver's is wrong."""
 
-    def apart(node: str, other: str) -> bool:
+    def differ(node: str, other: str) -> bool:
         return other in nodes[node]["unseen"] or node in nodes[other]["unseen"]
 
     unwritable = {node for node, facts in nodes.items() if facts["storage"]}
-    alone = {node for node in nodes if driver not in unwritable and apart(node, driver)} | unwritable
+    alone = {node for node in nodes if driver not in unwritable and differ(node, driver)} | unwritable
     rest = [node for node in nodes if node not in alone]
-    alone |= {node for node in rest if any(apart(node, other) for other in rest)}
+    alone |= {node for node in rest if any(differ(node, other) for other in rest)}
     for node in sorted(alone):
-        error = nodes[node]["storage"] or "it does not see what others wrote, or they do not see what it did"
+        error = (
+            nodes[node]["storage"] or "it does not see the files of other nodes, or they do not see its files"
+        )
         yield Finding(
             False,
             f"storage {folder} is not shared: {error}",
@@ -120,31 +122,31 @@ def storage(folder: str, nodes: Nodes, driver: str) -> Iterator[Finding]:
 
 def models(names: list[str], nodes: Nodes) -> Iterator[Finding]:
     for name in names:
-        found = {node: facts["models"][name] for node, facts in nodes.items()}
-        folder = is_path(name) or "folder" in found.values()
-        absent = [node for node, kind in found.items() if not kind or (folder and kind != "folder")]
+        kinds = {node: facts["models"][name] for node, facts in nodes.items()}
+        folder = is_path(name) or "folder" in kinds.values()
+        absent = [node for node, kind in kinds.items() if not kind or (folder and kind != "folder")]
         what = f"no folder {name}" if folder else f"{name} is not in the cache, and the hub does not answer"
         why = "every worker loads the model, or its tokenizer, by this name"
         for node in absent:
             yield Finding(False, what, node, why, "copy it there, or name a folder on the shared storage")
         if not absent:
-            some = sum(kind == "hub" for kind in found.values())
-            there = f"will be downloaded on {some} nodes" if some else f"is on {len(found)} nodes"
-            yield Finding(True, f"{name} {there}")
+            n_hub = sum(kind == "hub" for kind in kinds.values())
+            place = f"will be downloaded on {n_hub} nodes" if n_hub else f"is on {len(kinds)} nodes"
+            yield Finding(True, f"{name} {place}")
 
 
 def is_path(name: str) -> bool:
-    """Hub ids have one slash at most."""
+    """Whether `name` must be a path: hub ids have one slash at most."""
     return name.startswith(("/", "~", ".")) or name.count("/") > 1
 
 
 def resources(job: Job, nodes: list[dict[str, float]], may_grow_to: float = 0) -> Finding:
-    """A worker must fit on a node, and Ray Data needs a CPU besides. `may_grow_to`: CPUs, by autoscaling."""
+    """Each worker must fit on one node; Ray Data needs one more CPU. may_grow_to: CPUs, by autoscaling."""
     workers, each = job.scaling.num_workers, job.scaling.cpus_per_worker
-    cpus, cards = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
-    room, gpus = sum(workers_by_node(job, nodes)), job.scaling.on_gpus(sum(cards))
-    needs = f"{workers} workers of {each} CPUs{' and a GPU' * gpus}, and 1 CPU for the data"
-    has = f"nodes of {cpus} CPUs" + f" and {cards} GPUs" * gpus
+    cpus, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
+    room, on_gpus = sum(workers_by_node(job, nodes)), job.scaling.on_gpus(sum(gpus))
+    needs = f"{workers} workers of {each} CPUs{' and a GPU' * on_gpus}, and 1 CPU for the data"
+    has = f"nodes of {cpus} CPUs" + f" and {gpus} GPUs" * on_gpus
     if room >= workers and sum(cpus) > workers * each:
         return Finding(True, f"{needs}, fit on {has}")
     if may_grow_to > max(sum(cpus), workers * each):

@@ -15,11 +15,11 @@ from raydist.cluster.token import ensure_token
 from raydist.errors import ClusterError
 
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Tokens never travel through the object store, so that an embedded Ray needs little of it."""
+"""Size for an embedded Ray. Tokens never pass through the object store, so this is enough."""
 
 ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else every worker of a `uv run` driver starts uv again
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else each worker of a `uv run` driver starts uv again
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # Ray Train takes one report per poll; its default is 2 s
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
@@ -34,16 +34,16 @@ NO_TOKEN = (
     "no authentication token was found",
     "Authentication required",
 )
-"""How Ray says that there is none; whatever else it says of tokens is about a wrong one."""
+"""Ray's messages if there is no token; all its other messages about tokens are about a wrong one."""
 
 
-def ray_address(asked: str | None, in_job: str | None = None) -> str | None:
-    """The cluster's address: the command line's, else RAY_ADDRESS, else the job's; None for embedded."""
-    return asked or os.environ.get("RAY_ADDRESS") or in_job
+def ray_address(given: str | None, in_job: str | None = None) -> str | None:
+    """The cluster's address: `given` (command line), else RAY_ADDRESS, else the job's; None: embedded."""
+    return given or os.environ.get("RAY_ADDRESS") or in_job
 
 
 def set_environment() -> None:
-    """Ray reads RAY_AUTH_MODE when it is imported: set later it would contradict what Ray has read."""
+    """Set Ray's environment variables. RAY_AUTH_MODE has an effect only before Ray is imported."""
     for name, value in ENVIRONMENT.items():
         if name != "RAY_AUTH_MODE" or "ray" not in sys.modules:
             os.environ.setdefault(name, value)
@@ -53,7 +53,8 @@ def set_environment() -> None:
 def ray_session(num_workers: int, cpus_per_worker: int, address: str | None = None) -> Iterator[None]:
     """A Ray to run on: this process's if it has one, else the cluster at `address`, else an embedded one.
 
-    Whoever started it shuts it down. An address that does not answer is an error, never an embedded Ray.
+    The connection made here is closed at the end. If `address` does not answer, ClusterError is raised and no
+    embedded Ray is started.
     """
     set_environment()
     import ray
@@ -64,7 +65,7 @@ def ray_session(num_workers: int, cpus_per_worker: int, address: str | None = No
     if address is not None:
         _join(address)
     else:
-        _embed(num_workers * cpus_per_worker)
+        _start_embedded(num_workers * cpus_per_worker)
     try:
         yield
     finally:
@@ -77,36 +78,36 @@ def _join(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, OSError, ray.exceptions.AuthenticationError) as error:
-        fix = "start it, mend the address, or unset RAY_ADDRESS to run on an embedded local Ray"
-        raise no_way_in(address, error, fix) from error
+        fix = "start it, correct the address, or unset RAY_ADDRESS to run on an embedded local Ray"
+        raise connection_error(address, error, fix) from error
 
 
-def no_way_in(address: str, error: BaseException | None, fix: str) -> ClusterError:
-    """What kept us out of the cluster at `address`: no token, a wrong one, or, with `fix`, nobody there."""
-    told, cause = "", error
+def connection_error(address: str, error: BaseException | None, fix: str) -> ClusterError:
+    """The error for a failed connection: no token, a wrong token, or no answer (then with `fix`)."""
+    messages, cause = "", error
     while cause is not None:
-        told, cause = f"{told} {type(cause).__name__}: {cause}", cause.__cause__ or cause.__context__
-    if "AuthenticationError" not in told:
+        messages, cause = f"{messages} {type(cause).__name__}: {cause}", cause.__cause__ or cause.__context__
+    if "AuthenticationError" not in messages:
         why = f"{type(error).__name__}: {error}"
         return ClusterError(f"no Ray cluster answers at {address}", why=why, fix=fix)
     places = "RAY_AUTH_TOKEN, or the file that RAY_AUTH_TOKEN_PATH names, or ~/.ray/auth_token"
-    if any(said in told for said in NO_TOKEN):
+    if any(message in messages for message in NO_TOKEN):
         return ClusterError(
-            f"no token is here for the cluster at {address}",
+            f"this machine has no token for the cluster at {address}",
             fix=f"put the head's into {places}; or set RAY_AUTH_MODE=disabled for a cluster without one",
         )
     return ClusterError(
-        f"the cluster at {address} does not accept the token that is given here",
+        f"the cluster at {address} does not accept the token of this machine",
         where=places,
-        fix="take the head's, which `ray get-auth-token` prints there",
+        fix="use the head's token, which `ray get-auth-token` prints there",
     )
 
 
-def _embed(training_cpus: int) -> None:
-    """One CPU more than training reserves: tokenizing must always find one.
+def _start_embedded(training_cpus: int) -> None:
+    """Start a Ray with one CPU more than training reserves, so that tokenizing always finds one.
 
-    In a temporary folder of its own: in the shared one Ray Train finds the address that `ray start` left
-    behind, and waits 12 s for that cluster at the end of each attempt.
+    It has a temporary folder of its own: in the shared one Ray Train would find the address that `ray start`
+    left there, and would wait 12 s for that cluster at the end of each attempt.
     """
     import ray
 
@@ -129,15 +130,15 @@ def _embed(training_cpus: int) -> None:
 
 @contextmanager
 def on_loopback() -> Iterator[None]:
-    """A Ray started within listens on 127.0.0.1 alone: its GCS, raylet, agents and workers all do.
+    """A Ray that is started in this block listens on 127.0.0.1 only: its GCS, raylet, agents and workers.
 
-    ray.init(_node_ip_address="127.0.0.1") does not do it: Ray replaces that address by the machine's own,
-    and all of its processes then listen on every interface. On macOS and Windows, where it takes no other
-    machine into a cluster, it keeps to loopback, by this constant. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 sets
-    it too, but only before Ray is imported, and for a cluster that this process joins later as well.
+    ray.init(_node_ip_address="127.0.0.1") does not achieve that: Ray replaces the address by the machine's
+    own, and its processes then listen on every interface. On macOS and Windows, where a cluster has no other
+    machines, Ray uses loopback; this constant makes it do the same here. RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+    sets it too, but only before Ray is imported, and also for a cluster that this process joins later.
 
-    The rendezvous store of torch.distributed is not Ray's: while a run trains, its first worker has it on
-    every interface, and neither torch's environment variables nor Ray Train can bind it elsewhere.
+    The rendezvous store of torch.distributed does not belong to Ray. While a run trains, its first worker
+    serves it on every interface; neither torch's environment variables nor Ray Train can change that.
     """
     from ray._private import ray_constants
 

@@ -1,6 +1,6 @@
-"""Examine a cluster on every node before anything is spent, and tell all that is wrong, each with its cure.
+"""Check every node of a cluster before a run, and report each problem with its fix.
 
-From outside, by the dashboard's address, the same examination runs as a Ray job on the cluster.
+Given the dashboard's address, the same checks run as a Ray job on the cluster.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from raydist import files
 from raydist.cluster import checks
 from raydist.cluster.checks import SHARED_MEMORY, Finding
-from raydist.cluster.connect import ENVIRONMENT, no_way_in, ray_session
-from raydist.cluster.remote import READY_SECONDS, connect, patiently, send
+from raydist.cluster.connect import ENVIRONMENT, connection_error, ray_session
+from raydist.cluster.remote import READY_SECONDS, ask_until_answered, connect, send
 from raydist.errors import ClusterError
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
@@ -34,38 +34,38 @@ if TYPE_CHECKING:
 
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "bitsandbytes")
 NODE_SECONDS = 30.0
-"""A node that answers no sooner is hung: on its storage, as a rule."""
-AGAIN = "give the command again: so far the cluster was only looked at"
+"""A node that has not answered by then hangs, most often on its storage."""
+AGAIN = "repeat the command: so far the cluster was only checked"
 
 
 def require_healthy(address: str, job: Job | None = None) -> None:
-    """Raises one ClusterError with everything that is wrong."""
+    """Raises one ClusterError with every problem of the cluster."""
     wrong = [finding for finding in examine(address, job) if not finding.ok]
     if wrong:
         what = f"{len(wrong)} thing{'s are' if len(wrong) > 1 else ' is'} wrong with the cluster at {address}"
-        fix = "mend these; raydist doctor checks without starting a run"
+        fix = "fix these; raydist doctor checks without starting a run"
         raise ClusterError("\n".join([what, *map(str, wrong)]), fix=fix)
 
 
 def examine(address: str, job: Job | None = None) -> list[Finding]:
-    """Every finding. `address`: the dashboard's, from anywhere; or Ray's, from a node of the cluster.
+    """Every finding, good or bad. `job` has absolute paths.
 
-    The paths of `job` are absolute.
+    address: the dashboard's, from any machine; or Ray's own, from a node of the cluster.
     """
     if address.startswith(("http://", "https://")):
-        return _by_job(address, job)
+        return _examine_as_ray_job(address, job)
     with ray_session(1, 1, address):
         return _examine_here(job)
 
 
-# --- from outside: the same as a job --------------------------------------------------------------
+# --- from outside: a Ray job runs the checks ------------------------------------------------------
 
 
-def _by_job(address: str, job: Job | None) -> list[Finding]:
+def _examine_as_ray_job(address: str, job: Job | None) -> list[Finding]:
     import raydist
 
-    if not (open_to_all := _authentication(address)).ok:
-        return [open_to_all]
+    if not (authentication := _authentication(address)).ok:
+        return [authentication]
     client = connect(address)
     with tempfile.TemporaryDirectory() as folder:
         if job:
@@ -77,37 +77,41 @@ def _by_job(address: str, job: Job | None) -> list[Finding]:
             runtime_env={**environment, "env_vars": ENVIRONMENT},
             submission_id=f"raydist-doctor-{uuid.uuid4().hex[:12]}",
         )
-    log = asyncio.run(_log_at_the_end(client, submission))
-    if (start := log.find('{\n  "findings"')) < 0:
+    output = asyncio.run(_final_output(client, submission))
+    if (start := output.find('{\n  "findings"')) < 0:
         raise ClusterError(
-            "the checks did not run to their end on the cluster",
-            why=log[-2000:].strip(),
+            "the checks did not finish on the cluster",
+            why=output[-2000:].strip(),
             fix="install what is missing on the head: requirements.lock",
         )
-    found = json.JSONDecoder().raw_decode(log[start:])[0]["findings"]
-    return [Finding(**finding) for finding in found]
+    findings = json.JSONDecoder().raw_decode(output[start:])[0]["findings"]
+    return [Finding(**finding) for finding in findings]
 
 
 def _authentication(address: str) -> Finding:
-    """Asked without a token. Where there is none, nothing else can run: raydist's processes insist on it."""
+    """Ask for the mode, which takes no token. Without authentication raydist's processes cannot join."""
     url = f"{address.rstrip('/')}/api/authentication_mode"
     try:
         with urllib.request.urlopen(url, timeout=10) as answer:  # noqa: S310 - an address the user gave
             return checks.authentication(json.load(answer)["authentication_mode"])
     except (OSError, ValueError, KeyError) as error:
-        raise no_way_in(
-            address, error, "start it, mend the address, or forward its port: ray dashboard FILE"
+        raise connection_error(
+            address, error, "start it, correct the address, or forward its port: ray dashboard FILE"
         ) from error
 
 
-async def _log_at_the_end(client: JobSubmissionClient, submission: str) -> str:
+async def _final_output(client: JobSubmissionClient, submission: str) -> str:
     deadline = time.monotonic() + READY_SECONDS + 4 * NODE_SECONDS
-    while not (job := await patiently(client, client.get_job_info, submission, AGAIN)).status.is_terminal():
+    while True:
+        job = await ask_until_answered(client, client.get_job_info, submission, AGAIN)
+        if job.status.is_terminal():
+            break
         if time.monotonic() > deadline:
             client.stop_job(submission)
             break
         await asyncio.sleep(0.2)
-    return str(await patiently(client, client.get_job_logs, submission, AGAIN)) or str(job.message)
+    output = await ask_until_answered(client, client.get_job_logs, submission, AGAIN)
+    return str(output) or str(job.message)
 
 
 # --- from inside ----------------------------------------------------------------------------------
@@ -117,29 +121,30 @@ def _examine_here(job: Job | None) -> list[Finding]:
     import ray
     from ray._private.worker import get_dashboard_url
 
-    told = [_authentication(f"http://{url}")] if (url := get_dashboard_url()) else []
-    if told and not told[0].ok:
-        return told
+    findings = [_authentication(f"http://{url}")] if (url := get_dashboard_url()) else []
+    if findings and not findings[0].ok:
+        return findings
     alive = [node for node in ray.nodes() if node["Alive"]]
     ids = {f"node {node['NodeManagerAddress']} ({node['NodeID'][:6]})": node["NodeID"] for node in alive}
     driver = next(name for name, key in ids.items() if key == ray.get_runtime_context().get_node_id())
-    nodes, silent = _ask(ids, _own_storage(job) if job else "", _models(job))
-    told += [checks.hung(name, error) for name, error in silent.items()]
+    nodes, errors = _node_facts(ids, _own_storage(job) if job else "", _models(job))
+    findings += [checks.no_answer(name, error) for name, error in errors.items()]
     if nodes:
-        told += [*checks.versions(nodes, versions()), *checks.clocks(nodes)]
-        told += checks.shared_memory(nodes)
+        findings += checks.versions(nodes, versions())
+        findings += checks.clocks(nodes)
+        findings += checks.shared_memory(nodes)
     if job and driver in nodes:
-        told += checks.storage(_own_storage(job), nodes, driver)
-        told += checks.models(_models(job), nodes)
+        findings += checks.storage(_own_storage(job), nodes, driver)
+        findings += checks.models(_models(job), nodes)
     if job:
-        told.append(checks.resources(job, [node["Resources"] for node in alive], _may_grow_to()))
-    return told
+        findings.append(checks.resources(job, [node["Resources"] for node in alive], _may_grow_to()))
+    return findings
 
 
 def _own_storage(job: Job) -> str:
-    """Made on this node only: on another one it is there if it is shared."""
+    """The job's storage, created on this node only: other nodes have the folder if it is shared."""
     folder = Path(job.storage).expanduser().absolute()
-    with contextlib.suppress(OSError):  # writing to it tells the reason
+    with contextlib.suppress(OSError):  # the check that writes to it reports the reason
         folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
 
@@ -149,65 +154,70 @@ def _models(job: Job | None) -> list[str]:
     return list(dict.fromkeys(name for name in named if isinstance(name, str)))
 
 
-def _ask(ids: dict[str, str], storage: str, models: list[str]) -> tuple[checks.Nodes, dict[str, Exception]]:
-    """What each node says, in two rounds: all have written before any reads; and who is silent."""
+def _node_facts(
+    ids: dict[str, str], storage: str, models: list[str]
+) -> tuple[checks.Nodes, dict[str, Exception]]:
+    """The facts of each node, and the error of each node that gave none.
+
+    Two rounds, so that every node has written its probe file before any node looks for them.
+    """
     probe = f".raydist-probe-{uuid.uuid4().hex}-"
-    first = _on_nodes(ids, look, storage, probe, models)
-    ids = {name: ids[name] for name, told in first.items() if isinstance(told, dict)}
-    second = _on_nodes(ids, look_again, storage, probe, ids)
-    _on_nodes(ids, clear, storage, probe)
-    both = {name: {**first[name], **told} for name, told in second.items() if isinstance(told, dict)}
-    for name, facts in both.items():
+    first = _run_on_nodes(ids, first_facts, storage, probe, models)
+    ids = {name: ids[name] for name, result in first.items() if isinstance(result, dict)}
+    second = _run_on_nodes(ids, unseen_probes, storage, probe, ids)
+    _run_on_nodes(ids, remove_probe, storage, probe)
+    nodes = {name: {**first[name], **result} for name, result in second.items() if isinstance(result, dict)}
+    for name, facts in nodes.items():
         facts |= {"clock": _clock_offset(ids[name]), "object_store": _object_store(ids[name])}
-    silent = {**first, **second}
-    return both, {name: told for name, told in silent.items() if isinstance(told, Exception)}
+    results = {**first, **second}
+    return nodes, {name: result for name, result in results.items() if isinstance(result, Exception)}
 
 
-def _on_nodes(ids: dict[str, str], function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """What `function(id, *arguments)` gives on each node; an exception where it gives nothing."""
+def _run_on_nodes(ids: dict[str, str], function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """Name -> the result of `function(id, *arguments)` on that node, or the exception that it ended with."""
     import ray
     from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     task = ray.remote(num_cpus=0, max_retries=0)(function)
-    asked = {}
+    names = {}
     for name, key in ids.items():
-        there = NodeAffinitySchedulingStrategy(key, soft=False)
-        asked[task.options(scheduling_strategy=there).remote(key, *arguments)] = name
-    if not asked:
+        node = NodeAffinitySchedulingStrategy(key, soft=False)
+        names[task.options(scheduling_strategy=node).remote(key, *arguments)] = name
+    if not names:
         return {}
-    ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=NODE_SECONDS)
-    told: dict[str, Any] = {}
+    ready, late = ray.wait(list(names), num_returns=len(names), timeout=NODE_SECONDS)
+    results: dict[str, Any] = {}
     for answer in ready:
         try:
-            told[asked[answer]] = ray.get(answer)
+            results[names[answer]] = ray.get(answer)
         except RayError as error:
-            told[asked[answer]] = error
+            results[names[answer]] = error
     for answer in late:
         ray.cancel(answer, force=True)
-        told[asked[answer]] = TimeoutError(f"no answer within {NODE_SECONDS:g} s")
-    return told
+        results[names[answer]] = TimeoutError(f"no answer within {NODE_SECONDS:g} s")
+    return results
 
 
 def _clock_offset(key: str) -> float:
-    """Seconds by which a node's clock is surely off this one: half of the round trip is in doubt."""
+    """Seconds by which a node's clock differs from this one at least; half of the round trip is uncertain."""
     start = time.time()
-    told = _on_nodes({"": key}, clock)[""]
+    node_time = _run_on_nodes({"": key}, clock)[""]
     end = time.time()
-    if not isinstance(told, float):
+    if not isinstance(node_time, float):
         return 0.0
-    return max(0.0, abs(told - (start + end) / 2) - (end - start) / 2)
+    return max(0.0, abs(node_time - (start + end) / 2) - (end - start) / 2)
 
 
 def _object_store(key: str) -> int:
-    """Bytes that a node's object store may still take."""
+    """Bytes by which a node's object store may still grow."""
     from ray._private.state import available_resources_per_node
 
     return int(available_resources_per_node().get(key, {}).get("object_store_memory", 0))
 
 
 def _may_grow_to() -> float:
-    """CPUs at most, where Ray's autoscaler adds nodes."""
+    """CPUs of the cluster at most if Ray's autoscaler adds nodes; 0 without an autoscaler."""
     from ray._private.state import state
 
     return float((state.get_max_resources_from_cluster_config() or {}).get("CPU", 0))
@@ -216,8 +226,8 @@ def _may_grow_to() -> float:
 # --- on a node ------------------------------------------------------------------------------------
 
 
-def look(key: str, storage: str, probe: str, models: list[str]) -> dict[str, Any]:
-    """Writes a probe into the storage, under a temporary name first and then renamed."""
+def first_facts(key: str, storage: str, probe: str, models: list[str]) -> dict[str, Any]:
+    """A node's facts so far. Writes its probe file into the storage."""
     return {
         "versions": versions(),
         "shared_memory": shutil.disk_usage(SHARED_MEMORY).free if Path(SHARED_MEMORY).is_dir() else 0,
@@ -226,13 +236,16 @@ def look(key: str, storage: str, probe: str, models: list[str]) -> dict[str, Any
     }
 
 
-def look_again(key: str, storage: str, probe: str, ids: dict[str, str]) -> dict[str, Any]:
-    """By name: an NFS client may answer a listing, unlike a name never asked for, from its cache."""
+def unseen_probes(key: str, storage: str, probe: str, ids: dict[str, str]) -> dict[str, Any]:
+    """The names of the nodes whose probe files this node does not see.
+
+    Opens each file: an NFS client may answer a listing from its cache, but not a name that it never opened.
+    """
     unseen = {name for name, other in ids.items() if storage and not _reads(Path(storage, probe + other))}
     return {"unseen": unseen}
 
 
-def clear(key: str, storage: str, probe: str) -> None:
+def remove_probe(key: str, storage: str, probe: str) -> None:
     if storage:
         Path(storage, f"{probe}{key}").unlink(missing_ok=True)
 
@@ -242,7 +255,7 @@ def clock(key: str) -> float:
 
 
 def versions() -> dict[str, str]:
-    """By name; "" for what is not installed. Nothing is imported."""
+    """Package -> version, "" if it is not installed; and Python's. Imports none of them."""
     installed = {"Python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -253,7 +266,7 @@ def versions() -> dict[str, str]:
 
 
 def _write(folder: Path, probe: str) -> str:
-    """Why it cannot be written; "" when it can."""
+    """Why the probe cannot be written; "" if it was."""
     if not folder.is_dir():
         return "there is no such folder"
     try:
@@ -271,7 +284,7 @@ def _reads(probe: Path) -> bool:
 
 
 def presence(name: str) -> str:
-    """Where a node would take a model from: folder, cache, hub, or "" for nowhere."""
+    """Where this node would load a model from: folder, cache or hub; "" if it cannot."""
     folder = Path(name).expanduser()
     if folder.is_dir() and any(folder.iterdir()):
         return "folder"

@@ -1,4 +1,4 @@
-"""Check cluster files, and bring clusters up and down by Ray's launcher or by kubectl."""
+"""Check cluster files, and start and stop clusters with Ray's launcher or kubectl."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from raydist.job.values import KeyPath
 
 MODE = "RAY_AUTH_MODE=token"
 UNSAFE = "a cluster without authentication runs anybody's code, and is refused: "
-CHECK = "mend these lines; raydist cluster validate FILE checks without starting anything"
+CHECK = "fix these lines; raydist cluster validate FILE checks without starting anything"
 
 
 def load_cluster(path: str) -> dict[str, Any]:
@@ -33,23 +33,25 @@ def load_cluster(path: str) -> dict[str, Any]:
         raise ClusterError(f"cannot read the cluster file {path}", why=str(error)) from error
     if not isinstance(values, dict):
         raise ClusterError("a cluster is a mapping of keys to values", where=path)
-    if problems := sorted((_line(lines, at), *told) for at, *told in _problems(values)):
-        told = [f"  {path}:{line}: {key}: {text}" for line, key, text in problems]
-        raise ClusterError("\n".join([f"{len(told)} problem{'s' * (len(told) > 1)}", *told]), fix=CHECK)
+    if problems := sorted((_line(lines, at), key, text) for at, key, text in _problems(values)):
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+        reports = [f"  {path}:{line}: {key}: {text}" for line, key, text in problems]
+        raise ClusterError("\n".join([count, *reports]), fix=CHECK)
     return values
 
 
 def _line(lines: dict[KeyPath, int], path: KeyPath) -> int:
+    """The line of the key, or of the innermost section around it that has one."""
     return next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), 1)
 
 
 def _problems(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str, str]]:
-    """(key path, the same dotted, what is wrong) of each."""
+    """(key path, the same with dots, message) of each problem."""
     ray_job = values.get("kind") == "RayJob"
     if not ray_job and "kind" in values:
         yield ("kind",), "kind", f"{values['kind']!r} is not RayJob"
         return
-    for path, text in (*_by_schema(values, ray_job), *(() if ray_job else _by_sense(values))):
+    for path, text in (*_by_schema(values, ray_job), *(() if ray_job else _beyond_schema(values))):
         yield path, ".".join(map(str, path)) or "cluster", text
 
 
@@ -57,7 +59,7 @@ def _by_schema(values: dict[str, Any], ray_job: bool) -> Iterator[tuple[KeyPath,
     import jsonschema
 
     local = (values.get("provider") or {}) == {} or values["provider"].get("type") == "local"
-    if not ray_job and local:  # the launcher takes it there, and out before it applies the schema
+    if not ray_job and local:  # the launcher allows it here, and removes it before it applies the schema
         values = {key: value for key, value in values.items() if key != "min_workers"}
     for error in jsonschema.Draft7Validator(schema_of(ray_job)).iter_errors(values):
         path, known = tuple(error.absolute_path), list(error.schema.get("properties", ()))
@@ -73,48 +75,49 @@ def _by_schema(values: dict[str, Any], ray_job: bool) -> Iterator[tuple[KeyPath,
 
 
 def schema_of(ray_job: bool) -> Any:
-    """Ours has what KubeRay knows of a RayJob; the other is Ray's own."""
+    """The JSON schema: for a RayJob raydist's own, with the fields that KubeRay knows; else Ray's."""
     import ray.autoscaler
 
-    ours, rays = Path(__file__).parent / "rayjob-schema.json", Path(ray.autoscaler.__file__).parent
-    return files.read_json(ours if ray_job else rays / "ray-schema.json")
+    if ray_job:
+        return files.read_json(Path(__file__).parent / "rayjob-schema.json")
+    return files.read_json(Path(ray.autoscaler.__file__).parent / "ray-schema.json")
 
 
-def _by_sense(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
-    """What the schema does not see."""
+def _beyond_schema(values: dict[str, Any]) -> Iterator[tuple[KeyPath, str]]:
+    """Problems that the schema cannot express."""
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
         commands = [str(command) for command in values.get(key) or ()]
         starts = [command for command in commands if "ray start" in command]
         if not starts or not all(MODE in command for command in starts):
             yield (key,), f"{UNSAFE}put {MODE} before `ray start`, as in cluster/local.yaml"
         if any("RAY_AUTH_TOKEN=" in command for command in commands):
-            yield (key,), f"a token on a command line is seen by all; ship it by file_mounts, as {TOKEN}"
+            yield (key,), f"everybody can read a token on a command line; copy it by file_mounts, as {TOKEN}"
     if TOKEN not in (values.get("file_mounts") or {}):
-        yield ("file_mounts",), f"the token does not reach the machines: add {TOKEN}: {TOKEN}"
+        yield ("file_mounts",), f"the token is not copied to the machines: add {TOKEN}: {TOKEN}"
     types = values.get("available_node_types")
     if types and (head := values.get("head_node_type")) not in types:
         yield ("head_node_type",), f"{head} is not one of available_node_types: {', '.join(types)}"
 
 
 def up(path: str) -> None:
-    """Start the cluster, or bring it up to date with its file. Makes the token if there is none."""
+    """Start the cluster, or update it to its file. Creates the token if there is none."""
     values = load_cluster(path)
     if values.get("kind") == "RayJob":
         _kubectl("apply", "-f", path)
         return
     make_token(Path(TOKEN))
     mounts = values.get("file_mounts") or {}
-    if absent := [str(here) for here in mounts.values() if not Path(str(here)).expanduser().exists()]:
+    if absent := [str(local) for local in mounts.values() if not Path(str(local)).expanduser().exists()]:
         raise ClusterError(
-            f"file_mounts names what is not here: {', '.join(absent)}",
+            f"file_mounts names files that do not exist: {', '.join(absent)}",
             where=path,
-            fix="run this from the root of a checkout of raydist, or mend the paths",
+            fix="run this from the root of a checkout of raydist, or correct the paths",
         )
     _ray("up", "-y", path)
 
 
 def down(path: str) -> None:
-    """End the cluster; what is on the storage stays."""
+    """Stop the cluster; the files on the storage stay."""
     if load_cluster(path).get("kind") == "RayJob":
         _kubectl("delete", "-f", path)
     else:
@@ -145,6 +148,6 @@ def _kubectl(*arguments: str) -> None:
 
 
 def _run(command: list[str], name: str) -> None:
-    """Its output goes where ours goes."""
+    """Run the command; its output is not captured. Raises ClusterError unless it succeeds."""
     if code := subprocess.run(command, check=False).returncode:
-        raise ClusterError(f"{name} ended with status {code}", why="what it printed stands above")
+        raise ClusterError(f"{name} ended with status {code}", why="see its output above")

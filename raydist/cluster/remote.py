@@ -1,6 +1,6 @@
-"""The jobs of a cluster through Ray's Jobs API: connect, find the job of a run, follow its log.
+"""The jobs of a cluster, through Ray's Jobs API: connect, find the job of a run, follow its output.
 
-A job carries its run as metadata, `<storage>/<name>`, by which it is found again.
+The metadata of a job names its run, `<storage>/<name>`; a job is found by it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlparse
 
-from raydist.cluster.connect import no_way_in, set_environment
+from raydist.cluster.connect import connection_error, set_environment
 from raydist.errors import ClusterError, RunError, Stopped
 
 if TYPE_CHECKING:
@@ -27,16 +27,16 @@ RUN = "raydist_run"
 CONNECT_SECONDS = 10.0
 READY_SECONDS = 60.0
 SILENCE_SECONDS = 60.0
-"""A connection that said nothing for so long may be dead: another is made."""
+"""A connection without any data for so long may be dead, and is replaced."""
 LOST_SECONDS = 120.0
-"""How long a cluster that does not answer is waited for."""
+"""How long to wait for a cluster that does not answer."""
 GOES_ON = "the job may go on; to follow it: raydist logs RUN --follow --address URL"
 
 
 def connect(address: str) -> JobSubmissionClient:
-    """Raises ClusterError: no such address, no token, a wrong token."""
+    """A client for the cluster. Raises ClusterError: no answer, no token, a wrong token."""
     set_environment()
-    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray would let them win over `address`
+    for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):  # Ray would prefer them to `address`
         os.environ.pop(name, None)
     from ray.exceptions import AuthenticationError
     from ray.job_submission import JobSubmissionClient
@@ -53,12 +53,12 @@ def connect(address: str) -> JobSubmissionClient:
         client.list_jobs()
     except (RuntimeError, ValueError, OSError, AuthenticationError) as error:
         fix = "give the address of the cluster's dashboard, such as http://head:8265"
-        raise no_way_in(address, error, fix) from error
+        raise connection_error(address, error, fix) from error
     return client
 
 
 def _reach(address: str) -> None:
-    """Raises OSError. Ray's own requests wait without end for a host that does not answer."""
+    """Raises OSError if the host does not answer; Ray's own requests would wait for it without end."""
     url = urlparse(address)
     if url.scheme in ("http", "https") and url.hostname:
         port = url.port or (443 if url.scheme == "https" else 80)
@@ -66,9 +66,9 @@ def _reach(address: str) -> None:
 
 
 def send(client: JobSubmissionClient, **job: Any) -> str:
-    """Submit a job and give its id. A head that has just started has no agent for jobs yet.
+    """Submit a job and return its id. Waits for a head that has just started: it has no agent for jobs yet.
 
-    Raises ClusterError: it does not take the job, or the connection breaks meanwhile.
+    Raises ClusterError if the cluster refuses the job or the connection breaks.
     """
     deadline = time.monotonic() + READY_SECONDS
     while True:
@@ -82,7 +82,7 @@ def send(client: JobSubmissionClient, **job: Any) -> str:
             raise ClusterError(
                 f"lost contact with the cluster at {client.get_address()} while the job was sent",
                 why=f"{type(error).__name__}: {error}",
-                fix="give the command again: it attaches to the job if the cluster has taken it",
+                fix="repeat the command: it attaches to the job if the cluster has received it",
             ) from error
 
 
@@ -100,7 +100,7 @@ def run_of(job: JobDetails) -> str:
 
 
 def find_job(client: JobSubmissionClient, run: str) -> JobDetails:
-    """The newest job of RUN: a name, <storage>/<name>, or the job's own id."""
+    """The newest job of `run`: a name, <storage>/<name>, or the id of the job."""
     jobs = jobs_of(client)
     for job in jobs:
         if run in (run_of(job), Path(run_of(job)).name, job.submission_id):
@@ -112,12 +112,12 @@ def find_job(client: JobSubmissionClient, run: str) -> JobDetails:
 
 
 def follow_job(client: JobSubmissionClient, submission: str, say: Callable[[str], None]) -> int:
-    """Print the job's log from its start to its end; returns the exit status of its driver.
+    """Print the output of the job, from start to end; returns the exit status of its driver.
 
-    Where the connection breaks it goes on behind what was printed. Raises ClusterError when the cluster
+    When the connection breaks, it goes on after the last printed line. Raises ClusterError when the cluster
     is silent for LOST_SECONDS, or does not know the job any more. Ctrl-C detaches: KeyboardInterrupt.
     """
-    job = asyncio.run(_follow(client, submission, Log(say)))
+    job = asyncio.run(_follow(client, submission, OutputPrinter(say)))
     code = exit_status(job)
     if code != 0:
         say(f"job {submission}: {job.status.name}, exit status {code}. {_message(job)}")
@@ -125,14 +125,14 @@ def follow_job(client: JobSubmissionClient, submission: str, say: Callable[[str]
 
 
 def exit_status(job: JobDetails) -> int:
-    """Of the job's driver; 0 while it runs."""
+    """Exit status of the job's driver; 0 while it runs."""
     if job.driver_exit_code is not None:
         return int(job.driver_exit_code) % 256
     return {"FAILED": 1, "STOPPED": Stopped.exit_code}.get(job.status.name, 0)
 
 
 def job_summary(job: JobDetails) -> dict[str, Any]:
-    """What the cluster knows of a run without its storage."""
+    """What the cluster knows about a run without access to its storage."""
     since = datetime.fromtimestamp((job.end_time or job.start_time or 0) / 1000, UTC)
     return {
         "name": Path(run_of(job)).name,
@@ -145,52 +145,59 @@ def job_summary(job: JobDetails) -> dict[str, Any]:
 
 
 def _message(job: JobDetails) -> str:
-    """Without the log's end that Ray appends: it is printed from the log."""
+    """The job's message without the end of its output, which Ray appends: it has been printed."""
     return (job.message or "").partition(", last available logs")[0]
 
 
-class Log:
-    """Says each line once, however often the log is sent from its start."""
+class OutputPrinter:
+    """Prints each line of a job's output once, although every new connection sends it from its start."""
 
     def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.said, self.seen, self.rest = say, 0, 0, ""
+        self._say, self._unfinished_line = say, ""
+        self._n_received = self._n_taken = 0  # characters: on this connection; in all
+
+    def restart(self) -> None:
+        """A new connection sends the output from its start."""
+        self._n_received = 0
 
     def take(self, text: str) -> None:
-        self.seen += len(text)
-        new = max(0, self.seen - self.said)
-        lines, newline, self.rest = (self.rest + text[len(text) - new :]).rpartition("\n")
-        self.said += new
+        self._n_received += len(text)
+        n_new = max(0, self._n_received - self._n_taken)
+        new = text[len(text) - n_new :]
+        lines, newline, self._unfinished_line = (self._unfinished_line + new).rpartition("\n")
+        self._n_taken += n_new
         if newline:
-            self.say(lines)
+            self._say(lines)
 
     def end(self) -> None:
-        if self.rest:
-            self.say(self.rest)
+        if self._unfinished_line:
+            self._say(self._unfinished_line)
 
 
-async def _follow(client: JobSubmissionClient, submission: str, log: Log) -> JobDetails:
+async def _follow(client: JobSubmissionClient, submission: str, printer: OutputPrinter) -> JobDetails:
     import aiohttp
 
     while True:
-        log.seen = 0
+        printer.restart()
         stream = client.tail_job_logs(submission).__aiter__()
         try:
             while True:
-                log.take(await asyncio.wait_for(anext(stream), SILENCE_SECONDS))
+                printer.take(await asyncio.wait_for(anext(stream), SILENCE_SECONDS))
         except (StopAsyncIteration, TimeoutError, RuntimeError, OSError, aiohttp.ClientError):
-            job: JobDetails = await patiently(client, client.get_job_info, submission)
+            job: JobDetails = await ask_until_answered(client, client.get_job_info, submission)
         if job.status.is_terminal():
-            log.end()
+            printer.end()
             return job
         await asyncio.sleep(1)
 
 
-async def patiently(
+async def ask_until_answered(
     client: JobSubmissionClient, ask: Callable[[str], T], submission: str, fix: str = GOES_ON
 ) -> T:
-    """What `ask` gives of a job, asked again while the cluster does not answer.
+    """`ask(submission)`, repeated until the cluster answers.
 
-    Raises ClusterError, with `fix`, when it is silent for LOST_SECONDS or does not know the job any more.
+    Raises ClusterError when the cluster is silent for LOST_SECONDS (the advice is `fix`), or does not know
+    the job any more.
     """
     from ray.exceptions import AuthenticationError
 
@@ -203,7 +210,7 @@ async def patiently(
             if "status code 404" in str(error):
                 raise ClusterError(
                     f"the cluster at {client.get_address()} does not know the job {submission} any more",
-                    why="its head was started anew, and jobs end with their cluster",
+                    why="its head was restarted, and jobs end with their cluster",
                     fix="submit the run again: it goes on from its last checkpoint",
                 ) from error
             if time.monotonic() > deadline:

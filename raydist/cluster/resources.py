@@ -1,4 +1,4 @@
-"""How many training workers a cluster holds, node by node: a worker cannot be spread over two."""
+"""How many training workers fit on a cluster, node by node: a worker cannot be split between two nodes."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def node_resources() -> list[Resources]:
 
 
 def gpus() -> float:
-    """All GPUs of the cluster, busy or not."""
+    """Number of GPUs in the cluster, busy or not."""
     return sum(node.get("GPU", 0) for node in node_resources())
 
 
 def workers_by_node(job: Job, nodes: Sequence[Resources]) -> list[int]:
-    """How many workers of `job` each of these nodes holds, if nothing else runs there."""
+    """How many workers of `job` fit on each of these nodes, if nothing else runs there."""
     each, on_gpus = job.scaling.cpus_per_worker, job.scaling.on_gpus(sum(n.get("GPU", 0) for n in nodes))
     by_cpu = [int(node.get("CPU", 0) // each) for node in nodes]
     by_gpu = [int(node.get("GPU", 0)) for node in nodes]
@@ -36,37 +36,37 @@ def workers_by_node(job: Job, nodes: Sequence[Resources]) -> list[int]:
 
 def require_room(job: Job, what: str) -> int:
     """How many runs of `job` fit at a time. Raises ClusterError, with the numbers, if not even one does."""
-    held, asked = node_resources(), job.scaling.num_workers
-    fitting = sum(workers_by_node(job, held))
-    if fitting >= asked:
-        return fitting // asked
+    wanted = job.scaling.num_workers
+    fitting = sum(workers_by_node(job, node_resources()))
+    if fitting >= wanted:
+        return fitting // wanted
     each = f"{job.scaling.cpus_per_worker} CPUs" + " and a GPU" * job.scaling.on_gpus(gpus())
     raise ClusterError(
-        f"the cluster has no room for {what}: {asked} workers of {each}, and it holds {fitting}",
-        where="; ".join(f"{node['NodeManagerAddress']}: {_shown(node['Resources'])}" for node in _nodes()),
+        f"the cluster has no room for {what}: {wanted} workers of {each}, and it holds {fitting}",
+        where="; ".join(f"{node['NodeManagerAddress']}: {_text(node['Resources'])}" for node in _nodes()),
         why="a worker needs its CPUs and its GPU on one node",
         fix="add nodes, or lower scaling.num_workers or scaling.cpus_per_worker",
     )
 
 
 def spare(job: Job) -> Share | None:
-    """What training leaves free for preparing meanwhile: whole nodes, else CPUs; None if that is nothing."""
+    """What training leaves free for preparing meanwhile: whole nodes, else CPUs; None if nothing is left."""
     from raydist.corpus.pipeline import Share
 
     nodes, scaling = _nodes(), job.scaling
     cpus = [float(node["Resources"].get("CPU", 0)) for node in nodes]
     if len(nodes) == 1:  # an embedded Ray may promise more than this machine has
         cpus = [min(cpus[0], os.cpu_count() or 1)]
-    held = zip(workers_by_node(job, _resources(nodes)), cpus, nodes, strict=True)
+    by_node = zip(workers_by_node(job, _resources(nodes)), cpus, nodes, strict=True)
     left, free = scaling.num_workers, {}
-    for workers, n_cpus, node in sorted(held, key=lambda each: each[0], reverse=True):
+    for workers, n_cpus, node in sorted(by_node, key=lambda entry: entry[0], reverse=True):
         if left <= 0 and n_cpus:
             free[str(node["NodeID"])] = n_cpus
         left -= workers
     if free:
         return Share(sum(free.values()), tuple(free))
     rest = sum(cpus) - scaling.num_workers * scaling.cpus_per_worker
-    # On nodes that it shares with training, tasks of one CPU could split the room of a larger worker.
+    # On nodes with training workers, one-CPU tasks could occupy CPUs that a larger worker needs together.
     return Share(rest) if rest >= 1 and (scaling.cpus_per_worker == 1 or len(nodes) == 1) else None
 
 
@@ -80,5 +80,5 @@ def _resources(nodes: Sequence[dict[str, Any]]) -> list[Resources]:
     return [node["Resources"] for node in nodes]
 
 
-def _shown(resources: Resources) -> str:
+def _text(resources: Resources) -> str:
     return f"{resources.get('CPU', 0):g} CPUs, {resources.get('GPU', 0):g} GPUs"

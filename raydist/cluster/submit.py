@@ -1,4 +1,4 @@
-"""Send a job to a cluster: itself, this version of raydist, and the modules of the user that it names."""
+"""Send a job to a cluster, with this version of raydist and the user's modules that the job names."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ STOP_WAIT_SECONDS = "120"
 
 
 def submit_and_follow(job: Job, address: str, say: Callable[[str], None], command: str = "train") -> int:
-    """Submit `raydist COMMAND job.yaml`, or attach where this run is running already.
+    """Submit `raydist COMMAND job.yaml`, or attach to this run if it is running already.
 
-    Returns the exit status of its driver. Ctrl-C detaches; the job goes on. Raises ClusterError with all
-    that `raydist doctor` finds wrong at `address`, JobError for a module that is not found here.
+    Returns the exit status of its driver. Ctrl-C detaches; the job goes on. Raises ClusterError with every
+    problem that `raydist doctor` finds at `address`, JobError for a module that this machine does not have.
     """
     job, modules = with_absolute_paths(job, address), own_modules(job)
     client = connect(address)
@@ -51,7 +51,7 @@ def submit_and_follow(job: Job, address: str, say: Callable[[str], None], comman
 
 
 def _running(client: JobSubmissionClient, job: Job) -> str | None:
-    """The submission that is running this very run."""
+    """The submission id of this run's job, if it is running."""
     for details in jobs_of(client):
         if run_of(details) == run_key(job) and not details.status.is_terminal():
             return details.submission_id
@@ -63,7 +63,7 @@ def run_key(job: Job) -> str:
 
 
 def _submit(client: JobSubmissionClient, job: Job, modules: list[Path], command: str) -> str:
-    """The cluster has the libraries. The token stays here: the cluster's own processes have theirs."""
+    """Submit the job. The cluster has the libraries and its own copy of the token, which is not sent."""
     import raydist
 
     package = str(Path(raydist.__file__).parent)
@@ -72,7 +72,9 @@ def _submit(client: JobSubmissionClient, job: Job, modules: list[Path], command:
         for path in modules:
             copy = shutil.copytree if path.is_dir() else shutil.copy2
             copy(path, Path(folder) / path.name)
-        mode = os.environ.get("RAY_AUTH_MODE", ENVIRONMENT["RAY_AUTH_MODE"])  # `disabled` must hold there too
+        mode = os.environ.get(
+            "RAY_AUTH_MODE", ENVIRONMENT["RAY_AUTH_MODE"]
+        )  # `disabled` must apply there too
         variables = {**ENVIRONMENT, "RAY_AUTH_MODE": mode, "RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_SECONDS}
         runtime_env = {"working_dir": folder, "py_modules": [package], "env_vars": variables}
         return send(
@@ -85,29 +87,29 @@ def _submit(client: JobSubmissionClient, job: Job, modules: list[Path], command:
 
 
 def own_modules(job: Job) -> list[Path]:
-    """Files and packages of the user's, named in the job as module:function; installed ones stay here."""
+    """Files and packages that the job names as module:function, without those that are installed."""
     installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
-    found = []
+    modules: list[Path] = []
     named: dict[str, Any] = {f"corpus.clean[{index}]": step for index, step in enumerate(job.corpus.clean)}
     named["train.collator"] = job.train.collator
     named |= {f"train.hooks[{index}]": hook for index, hook in enumerate(job.train.hooks)}
     for where, function in named.items():
         if isinstance(function, str) and ":" in function:
             path = _find_module(function.partition(":")[0].partition(".")[0], function, where)
-            if path is not None and installed.isdisjoint(path.resolve().parents) and path not in found:
-                found.append(path)
-    return found
+            if path is not None and installed.isdisjoint(path.resolve().parents) and path not in modules:
+                modules.append(path)
+    return modules
 
 
 def _find_module(name: str, function: str, where: str) -> Path | None:
-    """In the working folder, else where Python looks. None for one without a file: it is built in."""
-    here = str(Path.cwd())
-    spec = PathFinder.find_spec(name, [here, *sys.path])
+    """The module's file or folder, from the working folder or sys.path; None for a built-in module."""
+    cwd = str(Path.cwd())
+    spec = PathFinder.find_spec(name, [cwd, *sys.path])
     if spec is None and name not in sys.builtin_module_names:
         raise JobError(
             f"no module {name} is found for {function}",
             where=where,
-            why=f"it is neither in {here} nor where Python looks, and could not go to the cluster",
+            why=f"it is neither in {cwd} nor on Python's path, so it cannot be sent to the cluster",
             fix=f"run the command in the folder that holds {name}.py, or add that to PYTHONPATH",
         )
     if spec is None:

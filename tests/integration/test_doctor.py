@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from raydist.cluster import doctor as checks
-from raydist.cluster.checks import hung
+from raydist.cluster.checks import no_answer
 from raydist.cluster.doctor import require_healthy
 from raydist.errors import ClusterError
 from raydist.job.load import build_job
@@ -64,7 +64,7 @@ def test_a_healthy_cluster(hosts: Hosts, shared: Path) -> None:
     code, told = doctor(hosts, write_job(shared, 1))
     assert code == 0 and "WRONG" not in told, told
     for part in (
-        "only who has the token",
+        "only those who have the token",
         "the same versions on 1 nodes: Python",
         "clocks within",
         "/dev/shm holds",
@@ -88,7 +88,7 @@ def test_a_wrong_token_no_token_and_no_cluster_are_told_apart(hosts: Hosts, tmp_
     nowhere = f"http://{hosts['laptop'].address}:8265"
     for path, address, expected in [
         (str(tmp_path / "wrong"), "", "does not accept the token"),
-        (str(tmp_path / "none"), "", "no token is here"),
+        (str(tmp_path / "none"), "", "this machine has no token"),
         (str(hosts.token), nowhere, f"no Ray cluster answers at {nowhere}"),
     ]:
         env = {"RAY_AUTH_TOKEN_PATH": path, "HOME": str(tmp_path)}
@@ -134,7 +134,7 @@ def test_five_faults_are_told_at_once(hosts: Hosts, shared: Path, tmp_path: Path
     assert code == 8 and len(wrong) == 5, told
     for what, where, fix in [
         ("bitsandbytes 0.1, not 0.", other.address, "install requirements.lock"),
-        ("/dev/shm has 20 MiB free, the object store needs 100", other.address, "--shm-size"),
+        ("/dev/shm has 21 MB free, the object store needs 1", other.address, "--shm-size"),
         (f"storage {shared / 'runs'} is not shared", other.address, "mount the same file system"),
         (f"no folder {shared / 'models' / 'base'}", other.address, "copy it there"),
         ("the job does not fit: 9 workers of 1 CPUs", "scaling", "scaling.num_workers to 3 or less"),
@@ -169,9 +169,9 @@ def test_a_node_that_hangs_or_fails_is_told_and_does_not_hang_the_checks(
 
     monkeypatch.setattr(checks, "NODE_SECONDS", 2.0)
     key = ray.get_runtime_context().get_node_id()
-    late = checks._on_nodes({"node a": key}, hang)["node a"]
-    assert isinstance(late, TimeoutError) and "no answer within 2 s" in str(hung("node a", late))
+    late = checks._run_on_nodes({"node a": key}, hang)["node a"]
+    assert isinstance(late, TimeoutError) and "no answer within 2 s" in str(no_answer("node a", late))
     monkeypatch.setattr(checks, "NODE_SECONDS", 60.0)  # a worker may have to start first
-    failed = checks._on_nodes({"node a": key, "node b": "0" * len(key)}, fail)
-    assert "no space is left" in str(hung("node a", failed["node a"]))
+    failed = checks._run_on_nodes({"node a": key, "node b": "0" * len(key)}, fail)
+    assert "no space is left" in str(no_answer("node a", failed["node a"]))
     assert isinstance(failed["node b"], Exception)

@@ -398,7 +398,7 @@ def test_a_job_on_a_cluster_is_left_found_and_stopped(
     with Proxy(head) as proxy:
         proxy.refuse_once(lambda: any(each.status.name == "RUNNING" for each in client.list_jobs()))
         code, output = here(job, "--address", proxy.address)
-    assert code == 8 and told in output and "only looked at" in output, output
+    assert code == 8 and told in output and "only checked" in output, output
     with pytest.raises(RunError):
         remote.find_job(client, "left")
     with Proxy(head) as proxy:
@@ -441,7 +441,7 @@ def test_who_may_not_in_is_told_why(head: str, tmp_path: Path) -> None:
     each needs a process of its own."""
     nobody = f"http://127.0.0.1:{free_ports(1)[0]}"
     told = {
-        "no token is here for the cluster": asked(head, HOME=str(tmp_path)),
+        "this machine has no token for the cluster": asked(head, HOME=str(tmp_path)),
         "does not accept the token": asked(head, RAY_AUTH_TOKEN="0123456789abcdef" * 4),
         f"no Ray cluster answers at {nobody}": asked(nobody),
     }

@@ -93,6 +93,6 @@ def test_versions_clocks_memory_and_authentication() -> None:
     assert told["b"].what == "Python 3.11.0, not 3.12.1; torch is not installed, not 2.13"
     assert list(wrong(checks.clocks(nodes(clock=[0.1, 61.0])))) == ["b"]
     facts = nodes(shared_memory=[2**30, 64 * 2**20], object_store=[2**29, 2**29])
-    assert "64 MiB free, the object store needs 512" in wrong(checks.shared_memory(facts))["b"].what
+    assert "67 MB free, the object store needs 537" in wrong(checks.shared_memory(facts))["b"].what
     assert checks.authentication("token").ok
     assert "without authentication" in checks.authentication("disabled").what

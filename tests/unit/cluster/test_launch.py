@@ -98,8 +98,8 @@ def test_all_that_is_wrong_is_told_at_once_with_lines(tmp_path: Path) -> None:
         ("  head:", "available_node_types.head", "'resources' is a required property"),
         ("  worker:", "available_node_types.worker", "'resources' is a required property"),
         ("head_start_ray", "head_start_ray_commands", "put RAY_AUTH_MODE=token before `ray start`"),
-        ("worker_start_ray", "worker_start_ray_commands", "a token on a command line is seen by all"),
-        ("file_mounts", "file_mounts", "the token does not reach the machines"),
+        ("worker_start_ray", "worker_start_ray_commands", "everybody can read a token on a command line"),
+        ("file_mounts", "file_mounts", "the token is not copied to the machines"),
     ]:
         assert any(
             line.strip().startswith(f"{path}:{line_of(path, text)}: {key}: ") and message in line
@@ -160,7 +160,7 @@ def test_up_makes_a_token_for_its_owner_only_and_tells_what_it_cannot_copy(tmp_p
     path = written(tmp_path / "c.yaml", "local", ("raydist/raydist: raydist ", "raydist/raydist: nowhere "))
     result = raydist(tmp_path, "up", path)
     token = tmp_path / ".ray" / "auth_token"
-    assert result.returncode == 8 and "names what is not here: nowhere" in result.stderr, result
+    assert result.returncode == 8 and "names files that do not exist: nowhere" in result.stderr, result
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) >= 32
     assert token.read_text() not in result.stdout + result.stderr
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from raydist.cluster.remote import Log
+from raydist.cluster.remote import OutputPrinter
 from raydist.cluster.submit import own_modules, run_key, with_absolute_paths
 from raydist.errors import JobError
 from raydist.job.load import build_job
@@ -51,12 +51,12 @@ def test_a_run_is_known_by_its_absolute_storage(tmp_path: Path, monkeypatch: pyt
         with_absolute_paths(job(), "http://head:8265")
 
 
-def test_every_line_of_a_log_is_said_once() -> None:
+def test_every_line_of_a_jobs_output_is_printed_once() -> None:
     said: list[str] = []
-    log, text = Log(said.append), "one\ntwo\n\nthree\nhalf"
+    printer, text = OutputPrinter(said.append), "one\ntwo\n\nthree\nhalf"
     for broken in (3, 5, 9, len(text)):
-        log.seen = 0  # a new connection sends the log from its start
+        printer.restart()
         for start in range(0, broken, 4):
-            log.take(text[start : min(start + 4, broken)])
-    log.end()
+            printer.take(text[start : min(start + 4, broken)])
+    printer.end()
     assert "\n".join(said) == text

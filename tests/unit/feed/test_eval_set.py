@@ -3,8 +3,8 @@ import pytest
 
 from raydist.corpus.log import held_out
 from raydist.feed import EvalSet, Feed, FeedSource
-from raydist.feed.eval_set import first_held_out
 from raydist.feed.cache import pack_index_folder
+from raydist.feed.eval_set import first_held_out
 from raydist.job.schema import Packing
 
 SHARDS = [[20, 7, 33, 5] * 8, [50, 1, 1, 90] * 8, [16] * 40]
