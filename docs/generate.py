@@ -1,5 +1,5 @@
-"""Write docs/job.md from the schema, docs/support.md from the tests, the table in docs/autotrain.md from
-AutoTrain's parameters: `python docs/generate.py`."""
+"""Generate docs/job.md from the schema, docs/support.md from the tests and the table in docs/autotrain.md from
+raydist/autotrain/table.py: `python docs/generate.py`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.unit.parallel import matrix  # noqa: E402 - found by the line above
 HEAD = """\
 # Every key of a job
 
-Made from the schema by `make docs`. Unknown keys are refused, with the nearest known one. On the
+Generated from the schema by `make docs`. An unknown key is refused; the message names the nearest known one. On the
 command line a key is set by `--set train.lr=1e-4`, in Python by `Job(train={"lr": 1e-4}, ...)`.
 
 | key | default | meaning |
@@ -75,11 +75,11 @@ def text() -> str:
 SUPPORT = """\
 # What works together
 
-Made from the tests by `make docs`. Each precision that stands in the table is a case of
-`tests/unit/parallel/test_strategies.py`: two workers train it, its checkpoint is resumed by two workers and by
-one, its `model/` is loaded by plain transformers or peft and, for an adapter, merged by `raydist export RUN --merge`.
-`make test` runs those of most use, `make test-all` every one.
-All that does not stand there is refused before anything starts.
+Generated from the tests by `make docs`. Each precision in the table is a case of
+`tests/unit/parallel/test_strategies.py`: two workers train it, two workers and one worker resume its checkpoint,
+plain transformers or peft load its `model/`, and `raydist export RUN --merge` merges it if it is an adapter.
+`make test` runs the most useful cases, `make test-all` all of them.
+Every other combination is refused before anything starts.
 
 """
 
@@ -91,32 +91,38 @@ METHODS = {
 }
 
 NOTES = """\
-0 is bit for bit, the final weights too. In bf16 the strategies round in different places, and what each loses
-against the others is of bf16's own size. Under `zero` stage 3 in bf16 a resumed run is not bit-identical.
+0 means bit-identical, including the final weights. In bf16 the strategies round in different places; the differences
+are of the size of bf16's rounding error. Under `zero` stage 3 in bf16 a resumed run is not bit-identical.
 
 A checkpoint holds whole tensors by name in safetensors, whatever the strategy. So a run may be resumed under
-another strategy and with another number of workers; from DDP to each of the others is tested in fp32. In fp32 each of
-`ddp`, `fsdp` and `zero` 1 to 3 is also killed with SIGKILL and ends as undisturbed, and 20 steps with accumulation,
-clipping and tied embeddings agree with DDP's within 1e-5.
+another strategy and with another number of workers; the change from DDP to each of the others is tested in fp32. Also
+in fp32, runs under `ddp`, `fsdp` and `zero` 1 to 3 are killed with SIGKILL and, resumed, end with the weights of an
+undisturbed run; 20 steps with accumulation, clipping and tied embeddings agree with DDP's within 1e-5.
 
 `zero` runs bf16 as autocast over fp32 weights: DeepSpeed's own bf16 mode would round the weights and the rotary
-frequencies at the start. Under `fsdp`, and under `zero` stage 3 without quantization, rank 0 alone reads the model, and
-the others receive their shards. Quantized weights are read whole by every worker before stage 3 shards them.
+frequencies at the start. Under `fsdp`, and under `zero` stage 3 without quantization, only rank 0 reads the model, and
+the others receive their shards from it. Every worker reads quantized weights whole before stage 3 shards them.
 
 The tests run on CPU over gloo. On GPUs the same code uses NCCL; it has not been run there yet.
 """
 
 
 def support_text() -> str:
-    """The table by strategy, the refusals in their own words, and the tolerances."""
+    """The table of strategies, the messages of refused combinations, and the tolerances."""
     refusals = {pair: _refusal(pair) for pair in matrix.REFUSED}
     lines = [f"| strategy | {' | '.join(METHODS.values())} |", "|---|" + "---|" * len(METHODS)]
     for name in matrix.STRATEGIES:
         cells = ["refused" if (name, m) in refusals else _precisions(name, m) for m in METHODS]
         lines.append(f"| {_strategy(name)} | {' | '.join(cells)} |")
-    lines += ["", "Refused, with these words:", ""]
-    lines += [f"- `{name}` with {METHODS[m]}: {said}" for (name, m), said in refusals.items()]
-    lines += ["", "Losses may differ, relatively, by at most", "", "| | fp32 | bf16 |", "|---|---|---|"]
+    lines += ["", "Refused combinations, with their messages:", ""]
+    lines += [f"- `{name}` with {METHODS[m]}: {message}" for (name, m), message in refusals.items()]
+    lines += [
+        "",
+        "Losses may differ by at most (relative difference):",
+        "",
+        "| | fp32 | bf16 |",
+        "|---|---|---|",
+    ]
     lines += [
         f"| {what} | {limits['fp32']:g} | {limits['bf16']:g} |" for what, limits in matrix.WITHIN.items()
     ]
@@ -133,7 +139,7 @@ def _precisions(strategy: str, method: str) -> str:
 
 
 def _refusal(pair: tuple[str, str]) -> str:
-    """What the job's validation says."""
+    """The message of the job's validation."""
     job = {
         "name": "job",
         "corpus": {"sources": {"text": {"path": "text"}}},
@@ -150,7 +156,7 @@ MARKS = ("<!-- parameters: made by `make docs` from raydist/autotrain/table.py -
 
 
 def autotrain_text() -> str:
-    """docs/autotrain.md with the table of parameters made anew between its marks."""
+    """docs/autotrain.md with the table of parameters rewritten between its marks."""
     page = (ROOT / "docs" / "autotrain.md").read_text(encoding="utf-8")
     before, _, rest = page.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
@@ -158,13 +164,13 @@ def autotrain_text() -> str:
     for name, parameter in TABLE.items():
         names = " ".join(f"`{n}`" for n in [name, *(a for a, of in ALIASES.items() if of == name)])
         key = f"`{parameter.key}`" if parameter.key else ""
-        lines.append(f"| {names} | {_default(parameter.default, False)} | {key} | {_told(parameter)} |")
+        lines.append(f"| {names} | {_default(parameter.default, False)} | {key} | {_described(parameter)} |")
     lines += ["", "Refused, each with its reason:", ""]
     lines += [f"- {', '.join(f'`{n}`' for n in names.split())}: {why}" for names, why in OTHERS.items()]
     return before + MARKS[0] + "\n".join(lines) + "\n" + end + after
 
 
-def _told(parameter: Parameter) -> str:
+def _described(parameter: Parameter) -> str:
     values = [str(value) for value in parameter.values or () if value is not None]
     listed = f"; {' / '.join(values)}" if len(values) > 1 or values[:1] != [parameter.default] else ""
     needs = f"; only with `{parameter.needs[0]}`" if parameter.needs else ""

@@ -1,11 +1,19 @@
-"""AutoTrain's default trainer of language models, by its own parameters, run as a raydist job.
+"""The parameters of AutoTrain's default trainer of language models, run as a raydist job.
 
 >>> from raydist.autotrain import LLMTrainingParams, train          # doctest: +SKIP
 >>> model = train(LLMTrainingParams(model="gpt2", ...))             # doctest: +SKIP
 
-    parameters -> table -> job -> run -> project folder -> (hub)
+    keywords, raydist llm ─▶ params ─▶ job ─▶ run ─▶ project: the model in P ─▶ hub
+    config file ─▶ config_file ─▶ job file
+                      params and config_file use table and data
 
-The names are imported when they are first used, so that the command line stays light.
+    table         every parameter: what it sets in a job, or why it is refused
+    params        check the parameters, with every problem in one error, and make the job
+    data          the files of a split: local, by URI, or a hub data set
+    config_file   an AutoTrain config file as a job file
+    project       the project's folder P: run the job, link the model into P, upload it
+
+The names below are imported at first use, so that the command line starts fast.
 """
 
 from __future__ import annotations
@@ -23,5 +31,5 @@ __all__ = ["LLMTrainingParams", "train"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module raydist.autotrain has no attribute {name}")
-    home = {"LLMTrainingParams": "params", "train": "project"}[name]
-    return getattr(import_module(f"raydist.autotrain.{home}"), name)
+    module = {"LLMTrainingParams": "params", "train": "project"}[name]
+    return getattr(import_module(f"raydist.autotrain.{module}"), name)

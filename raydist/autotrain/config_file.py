@@ -1,4 +1,4 @@
-"""An AutoTrain config file as a job file: what the table maps, and a comment for each of the other keys."""
+"""Turn an AutoTrain config file into a job file; a comment explains each key that cannot be mapped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raydist.job.load import read_yaml
 
 TASKS = ("llm", "llm-default", "llm-generic")
 NAMES = {"base_model": "model", "data.path": "data_path"} | ALIASES
-"""Keys whose parameter is not called by the key's last part."""
+"""Keys whose parameter has another name than the last part of the key."""
 
 NEEDED = {"base_model": "model", "data.path": "data_path", "project_name": "project_name"}
 SECRET = re.compile(r"(token|password|secret|api_?key)$", re.IGNORECASE)
@@ -34,20 +34,22 @@ def job_text(path: Path) -> str:
         last = key.rpartition(".")[2]
         name = NAMES.get(key) or NAMES.get(last, last)
         if name in keys:
-            comments[_written(key, config[key])] = f"{keys[name]} says it already"
+            comments[_written(key, config[key])] = f"{keys[name]} sets it already"
         keys.setdefault(name, key)
     given = {name: plain(name, config[key]) for name, key in keys.items()}
     while wrong := refusals(given):
         comments |= {_written(keys[name], given.pop(name)): why for name, why in wrong.items()}
     for name in [n for n in given if not TABLE[n].key and TABLE[n].values is None]:
         if (value := given.pop(name)) not in (False, None):
-            why = f"no key of a job; raydist llm takes it: {TABLE[name].meaning}"
+            why = f"a job has no such key, but raydist llm has the option: {TABLE[name].meaning}"
             comments[_written(keys[name], value)] = why
     values = _values(LLMTrainingParams(**given), comments)
-    told = (" ".join(f"# {key}  - {why}".split()) for key, why in comments.items())
-    head = f"# From AutoTrain's config {path.name!r}. Keys without a counterpart, left at raydist's defaults:"
+    lines = (" ".join(f"# {key}  - {why}".split()) for key, why in comments.items())
+    head = (
+        f"# From AutoTrain's config {path.name!r}. These keys have no counterpart; raydist's defaults apply:"
+    )
     return (
-        "\n".join([head, *told])
+        "\n".join([head, *lines])
         + "\n"
         + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
     )
@@ -65,25 +67,25 @@ def _check(config: dict[str, Any], path: Path) -> None:
 
 
 def _written(key: str, value: Any) -> str:
-    """`key: value` in a line; a value that may be a secret is not copied, the name of a variable is."""
+    """`key: value` in a line. The name of a variable is copied; a value that may be a secret is not."""
     named = not isinstance(value, str) or re.fullmatch(r"\$\{\w+\}", value)
     hidden = not named and (SECRET.search(key) or value.startswith("hf_"))
     return f"{key}: " + ("(not copied)" if hidden else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _values(p: LLMTrainingParams, comments: dict[str, str]) -> dict[str, Any]:
-    """The job's; of data or a model that is not to be had here the file's own words."""
+    """The job's values. Data or a model that cannot be found keeps the file's value, with a comment."""
 
     def find(places: str | list[str], train: str, valid: str | None) -> tuple[list[str], list[str]]:
         try:
             return find_data(places, train, valid)
         except JobError as error:
-            comments["data"] = f"taken as it is: {in_a_line(error)}"
+            comments["data"] = f"copied without a check: {in_a_line(error)}"
             return [places] if isinstance(places, str) else places, [valid] if valid else []
 
     values = mapped(p, find)
     try:
         fit_block_size(p, values)
     except RaydistError as error:
-        comments["job"] = f"it may have to be mended: {' '.join(str(error).split())}"
+        comments["job"] = f"it may need to be changed: {' '.join(str(error).split())}"
     return values

@@ -1,4 +1,4 @@
-"""Where the text of a split lies: local files and folders, URIs, and data sets of the hub as parquet."""
+"""Find the files of a split: local files and folders, URIs, and data sets of the hub as parquet."""
 
 from __future__ import annotations
 
@@ -19,34 +19,39 @@ CONVERTED = "refs/convert/parquet"
 
 
 def find_data(places: str | list[str], train: str, valid: str | None) -> tuple[list[str], list[str]]:
-    """Paths of the two splits; no paths of a `valid` of None.
+    """Paths of the training and the validation split; none of the latter if `valid` is None.
 
-    A folder without anything named as `train` is all training text, but for what is named as `valid`.
+    If nothing in a folder is named `train`, everything in it but the validation split is training text.
     """
-    found = [places] if isinstance(places, str) else places
-    held = {place: _split(place, valid) if valid else [] for place in found}
-    training = [path for place in found for path in _training(place, train, held[place])]
-    validation = [path for paths in held.values() for path in paths]
+    places = [places] if isinstance(places, str) else places
+    by_place = {place: _split(place, valid) if valid else [] for place in places}
+    training = [path for place in places for path in _training(place, train, by_place[place])]
+    validation = [path for paths in by_place.values() for path in paths]
     if valid and not validation:
         if not (is_uri(valid) or glob.has_magic(valid) or Path(valid).expanduser().exists()):
-            raise _no_split(valid, found, "valid_split")
+            raise _no_split(valid, places, "valid_split")
         validation = [valid]
     return training, validation
 
 
-def _training(place: str, split: str, held: list[str]) -> list[str]:
+def _training(place: str, split: str, validation: list[str]) -> list[str]:
+    """Paths of the training split in `place`, without those in `validation`. Raises JobError."""
     if named := _split(place, split):
         return named
     folder = Path(place).expanduser()
     if split != "train" or _is_hub(place):
         raise _no_split(split, [place], "train_split")
     if not (is_uri(place) or glob.has_magic(place) or folder.exists()):
-        raise JobError(f"no file or folder {place}", where="data_path", fix="or a hub data set: owner/name")
-    return [p for p in _entries(folder) if p not in held] if held else [place]
+        raise JobError(
+            f"no file or folder {place}",
+            where="data_path",
+            fix="give a file, a folder, or a hub data set: owner/name",
+        )
+    return [p for p in _entries(folder) if p not in validation] if validation else [place]
 
 
 def _split(place: str, split: str) -> list[str]:
-    """Files and subfolders of a folder that are named by the split; [] where it is no folder or has none."""
+    """Files and subfolders named after the split; [] if `place` is no folder or has none."""
     if _is_hub(place):
         return _hub_split(place, split)
     named = re.compile(rf"{re.escape(split)}(?![A-Za-z0-9])")
@@ -64,7 +69,7 @@ def _is_hub(place: str) -> bool:
 
 
 def _hub_split(place: str, split: str) -> list[str]:
-    """[] where the data set has no such split. JobError: it cannot be reached, or not be read whole."""
+    """[] if the data set has no such split. Raises JobError if it cannot be reached or read completely."""
     matched = HUB_NAME.fullmatch(place)
     assert matched is not None  # _is_hub
     name, config = matched.groups()
@@ -81,20 +86,20 @@ def _hub_split(place: str, split: str) -> list[str]:
     if f"partial-{split}" in splits:
         raise JobError(
             f"the hub has only the first part of {name}'s {split} as parquet", where="data_path",
-            why="training would leave the rest out", fix="download it, and give the folder",
+            why="training would leave the rest out", fix="download the data set, and give its folder",
         )  # fmt: skip
     return [f"hf://{root}/{config}/{split}/*.parquet"] if split in splits else []
 
 
 def _folders(path: str, place: str) -> list[str]:
-    """Names of the folders in `path` of the hub."""
+    """Names of the folders in `path` on the hub."""
     from huggingface_hub import HfFileSystem
 
     try:
         entries: list[Any] = HfFileSystem().ls(path)
-    except Exception as error:  # the hub's own, those of its HTTP client, or OSError
+    except Exception as error:  # errors of the hub or of its HTTP client, or OSError
         raise JobError(
-            f"{place} is no file or folder here, and no parquet of the hub", where="data_path",
+            f"{place} is no local file or folder, and no parquet data set of the hub", where="data_path",
             why=(str(error).strip().splitlines() or [type(error).__name__])[0],
             fix="correct the path; or download the data set, and give its folder",
         ) from error  # fmt: skip

@@ -1,4 +1,4 @@
-"""Parameters as given -> what is wrong with them, all at once -> a job."""
+"""AutoTrain's parameters: checked, with every problem in one error, and turned into a job."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from raydist.storage import SHARED
 
 REQUIRED = ("model", "data_path", "project_name")
 NEVER = 10**9
-"""Steps between checkpoints where only the last step's is wanted."""
+"""Steps between checkpoints if only the last step is to have one."""
 
 MODEL_SUFFIXES = (".json", ".safetensors", ".md", ".txt", ".model", ".jinja")
 
@@ -27,7 +27,7 @@ MODEL_SUFFIXES = (".json", ".safetensors", ".md", ".txt", ".model", ".jinja")
 class LLMTrainingParams:
     """AutoTrain's parameters, as keywords or set later; docs/autotrain.md has the table.
 
-    A wrong name or value raises JobError at once, what does not go together when it is run.
+    A wrong name or value raises JobError at once, a wrong combination when the job is made.
     """
 
     given: dict[str, Any]
@@ -37,18 +37,18 @@ class LLMTrainingParams:
         known = {ALIASES.get(name, name): value for name, value in given.items() if name not in doubles}
         object.__setattr__(self, "given", {name: plain(name, value) for name, value in known.items()})
         twice = [f"{name}: it is another name of {ALIASES[name]}, which is given too" for name in doubles]
-        refuse([*twice, *told(wrong_values(self.given))])
+        refuse([*twice, *as_lines(wrong_values(self.given))])
 
     @classmethod
     def unchecked(cls, given: Mapping[str, Any]) -> LLMTrainingParams:
-        """To be refused with all that is wrong when it is run."""
-        made = cls()
-        made.given.update({name: plain(name, value) for name, value in given.items()})
-        return made
+        """Parameters without a check; `job` reports every problem at once."""
+        parameters = cls()
+        parameters.given.update({name: plain(name, value) for name, value in given.items()})
+        return parameters
 
     def __setattr__(self, name: str, value: Any) -> None:
         name = ALIASES.get(name, name)
-        refuse(told(wrong_values({name: plain(name, value)})))
+        refuse(as_lines(wrong_values({name: plain(name, value)})))
         self.given[name] = plain(name, value)
 
     def __getattr__(self, name: str) -> Any:
@@ -62,14 +62,14 @@ class LLMTrainingParams:
         return {name: "(redacted)" if name == "token" else getattr(self, name) for name in TABLE}
 
     def job(self, more_problems: Iterable[str] = ()) -> Job:
-        """Raises JobError with all that is wrong, `more_problems` among it."""
+        """Raises JobError with every problem, including `more_problems`."""
         return build_job(self.job_values(more_problems))
 
     def job_values(self, more_problems: Iterable[str] = ()) -> dict[str, Any]:
-        """The job as plain values, without the keys that keep raydist's defaults."""
+        """The job as plain values, without the keys that keep raydist's defaults. Raises as `job`."""
         wrong = refusals(self.given)
         missing = [f"{name}: it is required" for name in REQUIRED if getattr(self, name) is None]
-        problems = [*missing, *told(wrong), *more_problems]
+        problems = [*missing, *as_lines(wrong), *more_problems]
         rest = LLMTrainingParams(**{name: value for name, value in self.given.items() if name not in wrong})
         values: dict[str, Any] = {}
         try:
@@ -77,26 +77,28 @@ class LLMTrainingParams:
             if values:
                 fit_block_size(rest, values)
         except RaydistError as error:
-            lines = error.what.splitlines()  # of a job: how many problems, then one a line
+            lines = error.what.splitlines()  # a job's error: the number of problems, then one a line
             problems += [line.strip() for line in lines[1:]] or [in_a_line(error)]
         refuse(problems)
         return values
 
 
 def refuse(problems: list[str]) -> None:
+    """Raises JobError if there are problems."""
     if problems:
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the parameters\n"
         raise JobError(
             count + "\n".join(f"  {problem}" for problem in problems),
-            fix="docs/autotrain.md tells of every parameter; raydist llm --help lists them",
+            fix="docs/autotrain.md explains every parameter; raydist llm --help lists them",
         )
 
 
-def told(wrong: Mapping[str, str]) -> list[str]:
+def as_lines(wrong: Mapping[str, str]) -> list[str]:
     return [f"{name}: {why}" for name, why in wrong.items()]
 
 
 def in_a_line(error: RaydistError) -> str:
+    """The four parts of the error in one line."""
     return "; ".join(filter(None, (f"{error.where}: {error.what}".lstrip(": "), error.why, error.fix)))
 
 
@@ -104,11 +106,12 @@ def in_a_line(error: RaydistError) -> str:
 
 
 def refusals(given: dict[str, Any]) -> dict[str, str]:
-    """Parameter -> why it is refused: its value, or that it would have no effect beside the others."""
+    """Parameter -> why it is refused: its value is wrong, or the other parameters leave it without effect."""
     return {**dict(_without_effect(given)), **wrong_values(given)}
 
 
 def wrong_values(given: Mapping[str, Any]) -> dict[str, str]:
+    """Parameter -> what is wrong with its value."""
     return {name: why for name, value in given.items() if (why := _wrong(name, value))}
 
 
@@ -119,13 +122,13 @@ def _wrong(name: str, value: Any) -> str:
     parameter = TABLE[name]
     if name == "block_size" and isinstance(value, list):
         sizes = "{block_size: 512, max_tokens: 1e6}, ..."
-        return f"one size here; for several in turn, in one run, give the job `stages: [{sizes}]`"
+        return f"give one size; for several, one after another in one run, give the job `stages: [{sizes}]`"
     if name == "token" and isinstance(value, str) and value.startswith("hf_"):
-        return "a token itself is not taken: name an environment variable, or a file, that holds it"
+        return "give no token itself: name an environment variable, or a file, that holds it"
     if value is None and parameter.default is None and name not in REQUIRED:
         return ""
     if not isinstance(value, parameter.kinds) or (isinstance(value, bool) and bool not in parameter.kinds):
-        shown = "what is given" if name == "token" else repr(value)
+        shown = "the value" if name == "token" else repr(value)
         return f"{shown} is not {' or '.join(kind.__name__ for kind in parameter.kinds)}"
     if parameter.values is not None and value not in parameter.values:
         known = ", ".join(str(v) for v in parameter.values if v is not None)
@@ -148,7 +151,7 @@ def _without_effect(given: dict[str, Any]) -> Iterator[tuple[str, str]]:
             if now[other] != wanted:
                 yield name, f"it has an effect only with {other} {_shown(wanted)}, not {_shown(now[other])}"
     if now["scheduler"] == "constant" and "warmup_ratio" in given:
-        yield "warmup_ratio", "scheduler constant has no warm-up; say constant_with_warmup"
+        yield "warmup_ratio", "scheduler constant has no warm-up; use constant_with_warmup"
     if now["eval_strategy"] == "no":
         for name in ("valid_split", "load_best_model_at_end"):
             if now[name]:
@@ -162,7 +165,7 @@ def _shown(value: Any) -> str:
 
 
 def plain(name: str, value: Any) -> Any:
-    """What a command line and a YAML file mean by a word or a number."""
+    """`value` as the parameter's type: a command line and a YAML file give words and other numbers."""
     if name not in TABLE:
         return value
     parameter = TABLE[name]
@@ -177,11 +180,11 @@ def plain(name: str, value: Any) -> Any:
     return value
 
 
-# --- what it becomes ------------------------------------------------------------------------------
+# --- the job ---------------------------------------------------------------------------------------
 
 
 def mapped(p: LLMTrainingParams, find: FindData = find_data) -> dict[str, Any]:
-    """The job's values, but for the block size. Raises JobError for data that is not there."""
+    """The job's values, without the block size. Raises JobError if there is no such data."""
     folder = Path(p.project_name).expanduser()
     storage = p.project_name if "://" in p.project_name else str(folder)
     values: dict[str, Any] = {"name": run_name(folder), "storage": storage}
@@ -214,7 +217,7 @@ LORA_KEYS = ("lora_r", "lora_alpha", "lora_dropout", "target_modules")
 
 
 def run_name(folder: Path) -> str:
-    """The project's folder by its own name, made of what a run's name may hold, and no file of a model."""
+    """The name of the project's folder as a valid run name, which differs from every file of a model."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.resolve().name).strip("-._")[:90] or "model"
     taken = name in SHARED or name.endswith(MODEL_SUFFIXES)
     return f"{name}-run" if taken else name
@@ -224,8 +227,8 @@ def _refuse_inside(folder: Path, train: list[str]) -> None:
     for path in train:
         if folder.resolve().is_relative_to(Path(path).expanduser().resolve()):
             raise JobError(
-                f"{folder} lies in {path}, of which every file is training text", where="project_name",
-                fix="choose a folder outside, or give the files of the text",
+                f"{folder} is inside {path}, where every file is training text", where="project_name",
+                fix="choose a folder outside, or give the text's files as data_path",
             )  # fmt: skip
 
 
@@ -261,16 +264,19 @@ def _gpus() -> int:
 
 
 def modules(named: str | list[str]) -> str | list[str]:
+    """`a, b` -> [a, b]; all-linear as it is."""
     if isinstance(named, str) and named != "all-linear":
         return [name.strip() for name in named.split(",") if name.strip()]
     return named
 
 
 def fit_block_size(p: LLMTrainingParams, values: dict[str, Any]) -> None:
-    """A block of -1 becomes the model's positions. Raises JobError for a job or a block that does not fit."""
+    """Set the block size; -1: the model's positions. Raises JobError if block or job do not fit the model."""
     from raydist.model.build import check_fits, load_config
 
-    places: dict[KeyPath, str] = {tuple(of.key.split(".")): name for name, of in reversed(TABLE.items())}
+    places: dict[KeyPath, str] = {
+        tuple(parameter.key.split(".")): name for name, parameter in reversed(TABLE.items())
+    }
     size = p.max_seq_length if p.block_size == -1 else p.block_size
     values["packing"]["block_size"] = size
     config = load_config(build_job(values, places, "job"))

@@ -1,4 +1,4 @@
-"""A project's folder P: the run in P/<name>, and at its end the model in P itself, and on the hub.
+"""A project's folder P: the run in P/<name>; at its end the model in P itself and, if asked, on the hub.
 
 P/<name>/    the run        P/tokens/    the token logs
 P/*          the files of the run's model/ (or of the merged adapter), then training_params.json
@@ -25,9 +25,9 @@ PARAMETERS = "training_params.json"
 
 
 def train(config: LLMTrainingParams, *, address: str | None = None) -> Any:
-    """Run the job of `config` here, or on Ray's cluster at `address`, and return the trained model.
+    """Run the job of `config` on this machine or on Ray's cluster at `address`; returns the trained model.
 
-    It is transformers' or, for an adapter that was not merged, peft's. Raises a RaydistError.
+    It is a transformers model or, for an adapter that was not merged, a peft model. Raises a RaydistError.
     """
     from raydist.model.export import load_trained
 
@@ -36,7 +36,7 @@ def train(config: LLMTrainingParams, *, address: str | None = None) -> Any:
 
 
 def run(config: LLMTrainingParams, *, address: str | None = None) -> RunResult:
-    """Run the job, or go on with it; then P has the model, and the hub if asked. Raises a RaydistError."""
+    """Run or resume the job, and put the model into P and, if asked, on the hub. Raises a RaydistError."""
     job = config.job(_problems(config))
     token = read_token(config.token) if config.push_to_hub else ""
     result = run_job(job, address=ray_address(address))
@@ -48,7 +48,7 @@ def run(config: LLMTrainingParams, *, address: str | None = None) -> RunResult:
 
 
 def _problems(config: LLMTrainingParams) -> Iterator[str]:
-    """What P and the environment do not allow, each as a text, before anything is spent."""
+    """Problems of P and the environment, found before anything is computed."""
     wrong = refusals(config.given)
     if config.project_name is not None and not {"project_name", "resume_from_checkpoint"} & wrong.keys():
         folder = Path(config.project_name).expanduser()
@@ -56,8 +56,10 @@ def _problems(config: LLMTrainingParams) -> Iterator[str]:
         if why := _no_resume(config.resume_from_checkpoint, run):
             yield f"resume_from_checkpoint: {why}"
         if foreign := _foreign(folder, run):
-            why = "P would get files of these names, and they are not its run's"
-            yield f"project_name: {folder} has {', '.join(foreign)}: {why}; move them, or choose another P"
+            yield (
+                f"project_name: {folder} has {', '.join(foreign)}: the run did not write them, and the"
+                " model's files would replace them; move them, or choose another P"
+            )
     if config.push_to_hub is True and "token" not in wrong:
         try:
             read_token(config.token)
@@ -74,11 +76,11 @@ def _no_repository(name: str) -> Iterator[str]:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        yield f"username: the hub takes no repository {name}: {error}"
+        yield f"username: the hub does not accept the repository name {name}: {error}"
 
 
 def _no_resume(asked: bool | str | None, run: RunFolder) -> str:
-    """Why the run cannot go on as asked; "" if it can."""
+    """Why the run cannot be resumed as asked; "" if it can."""
     steps = run.committed_steps()
     if asked is False and steps:
         return f"{run.path} has a run at step {steps[-1]}; leave it out to go on, or remove that folder"
@@ -91,21 +93,23 @@ def _no_resume(asked: bool | str | None, run: RunFolder) -> str:
     if not path.exists():
         return f"no folder {asked}"
     if path.name.startswith("checkpoint-") or (path / "trainer_state.json").exists():
-        return f"{asked} is a checkpoint of transformers' Trainer; its weights go on as --model {asked}"
+        return f"{asked} is a checkpoint of transformers' Trainer; to train it further give --model {asked}"
     if not steps and path.resolve() in (run.path.resolve(), run.checkpoints.resolve()):
-        return f"{asked} has no checkpoint yet; leave it out, and the run begins"
+        return f"{asked} has no checkpoint yet; leave it out to start the run"
     if path.resolve().parent == run.checkpoints.resolve():
         return f"{asked} is not the newest checkpoint, {newest.name}; remove the newer ones to go on from it"
-    return f"{asked} is not of this project's run, {run.path}; give its model as --model to go on from that"
+    return (
+        f"{asked} does not belong to this project's run, {run.path}; to train its model further give --model"
+    )
 
 
 # --- the model in P -------------------------------------------------------------------------------
 
 
 def publish(run: RunFolder, folder: Path, config: LLMTrainingParams) -> list[str]:
-    """Link the final files into P and write the parameters last; their names.
+    """Link the final files into P and write the parameters last; returns the names of all.
 
-    A rerun finds them there. Raises RunError for a file of the same name that is not the run's.
+    Raises RunError if P has a file of one of these names that the run did not write.
     """
     source = _merged(run) if config.merge_adapter else run.model
     if foreign := _foreign(folder, run, [p.name for p in source.iterdir()]):
@@ -116,7 +120,7 @@ def publish(run: RunFolder, folder: Path, config: LLMTrainingParams) -> list[str
     names = sorted(path.name for path in source.iterdir())
     for path in folder.iterdir():
         if path.is_file() and path.name not in names and _is_ours(path, run):
-            path.unlink()  # of the adapter before it was merged, or the other way round
+            path.unlink()  # the adapter's, if it has been merged since, or the other way round
     for name in names:
         if not (folder / name).exists():
             _link(source / name, folder / name)
@@ -139,17 +143,19 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _foreign(folder: Path, run: RunFolder, names: list[str] | None = None) -> list[str]:
-    """Files in P that a model's would replace (those called `names`) and that the run did not write."""
+    """Names of files in P that the model's files (`names`) would replace and that the run did not write."""
     from raydist.model.export import is_model_file
 
-    found = list(folder.iterdir()) if folder.is_dir() else []
-    if names is None:
-        found = [p for p in found if not p.is_dir() and (is_model_file(p.name) or p.name == PARAMETERS)]
-    clash = [path for path in found if names is None or path.name in names]
+    entries = list(folder.iterdir()) if folder.is_dir() else []
+    if names is None:  # not known yet: whatever is called like a file of a model
+        clash = [p for p in entries if not p.is_dir() and (is_model_file(p.name) or p.name == PARAMETERS)]
+    else:
+        clash = [p for p in entries if p.name in names]
     return sorted(path.name for path in clash if not _is_ours(path, run))
 
 
 def _is_ours(path: Path, run: RunFolder) -> bool:
+    """Whether the run wrote this file of P: it is a link to one of the run's files, or has equal content."""
     if path.name == PARAMETERS or not path.exists():
         return path.name == PARAMETERS and run.job_file.exists()
     written = (run.model / path.name, run.merged / path.name)
@@ -160,27 +166,27 @@ def _is_ours(path: Path, run: RunFolder) -> bool:
 
 
 def read_token(named: str) -> str:
-    """The content of an environment variable, NAME or ${NAME}, or of a file; never shown."""
+    """The token in an environment variable, NAME or ${NAME}, or in a file. Messages never show it."""
     name = named.strip("${}")
     path = Path(named).expanduser()
     token = os.environ.get(name, "") or (path.read_text("utf-8", "replace") if path.is_file() else "")
     if token := token.strip():
         return token
-    plainly_a_name = re.fullmatch(r"[A-Z_]+", name)
-    shown = f"{name} is" if plainly_a_name else "what is given (not shown: it may be the token itself) is"
+    is_name = re.fullmatch(r"[A-Z_]+", name)
+    shown = f"{name} is" if is_name else "the value (not shown: it may be the token itself) is"
     raise JobError(f"{shown} neither an environment variable nor a file that holds a token")
 
 
 def push(folder: Path, names: list[str], repository: str, token: str) -> None:
-    """Upload these files of P to a private repository, made where there is none."""
+    """Upload these files of P to a private repository, which is created if there is none."""
     from huggingface_hub import HfApi
 
     try:
         hub = HfApi(token=token)
         hub.create_repo(repository, private=True, exist_ok=True)
         hub.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=names)
-    except Exception as error:  # noqa: BLE001 - the hub's own, those of its HTTP client, or OSError
+    except Exception as error:  # noqa: BLE001 - errors of the hub or of its HTTP client, or OSError
         raise RunError(
             f"the model is in {folder}, and could not be uploaded to {repository}",
-            why=str(error).replace(token, "(token)").strip(), fix="submit again: only the upload is left",
+            why=str(error).replace(token, "(token)").strip(), fix="submit again: only the upload remains",
         ) from None  # fmt: skip

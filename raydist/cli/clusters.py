@@ -58,7 +58,7 @@ def status(path: str) -> None:
 @address
 @as_json
 def doctor(job_file: str | None, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
-    """Check every node of a cluster, for a job if one is given. Tells all that is wrong at once."""
+    """Check every node of a cluster, for a job if one is given. Reports every problem at once."""
     from dataclasses import asdict
 
     from raydist.cluster.connect import ray_address

@@ -14,7 +14,7 @@ from raydist.errors import JobError
 
 
 class _AsInAutoTrain(click.Command):
-    """Takes --batch_size for --batch-size; what it does not know is left to be refused with its reason."""
+    """Takes --batch_size for --batch-size; unknown options are refused later, with a reason each."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, [_dashed(word) for word in args])
@@ -26,7 +26,7 @@ def _dashed(word: str) -> str:
 
 
 def _option(name: str, parameter: Parameter) -> Callable[[Any], Any]:
-    names = [name, *(alias for alias, of in ALIASES.items() if of == name)]
+    names = [name, *(alias for alias, parameter in ALIASES.items() if parameter == name)]
     flags = ["--" + n.replace("_", "-") for n in names]
     default = f"  [default: {parameter.default}]" if str(parameter.default) not in ("None", "False") else ""
     more: dict[str, Any] = {"help": parameter.meaning[0].upper() + parameter.meaning[1:] + "." + default}
@@ -57,9 +57,9 @@ def _with_options(command: Any) -> Any:
 @click.option("--address", help="Ray's address. Default: RAY_ADDRESS, else an embedded Ray.")
 @click.argument("others", nargs=-1, type=click.UNPROCESSED, metavar="")
 def llm(train: bool, print_job: bool, address: str | None, others: tuple[str, ...], **given: Any) -> None:
-    """Train by the parameters of AutoTrain's default trainer; the model lies in PROJECT-NAME at the end.
+    """Train by the parameters of AutoTrain's default trainer; PROJECT-NAME gets the model at the end.
 
-    The same command again goes on with a run that was stopped. What has no meaning here is refused.
+    The same command again resumes a run that was stopped. Parameters without a meaning here are refused.
     """
     if address is not None and "://" in address:
         raise JobError(
@@ -82,15 +82,15 @@ def llm(train: bool, print_job: bool, address: str | None, others: tuple[str, ..
 
 
 def _named(words: tuple[str, ...]) -> dict[str, str]:
-    """The options that are none of ours with their values, to be refused each with its reason."""
-    found: dict[str, str] = {}
+    """Unknown options and their values; each is refused later, with its reason."""
+    unknown: dict[str, str] = {}
     for word in words:
         name, _, value = word.partition("=")
         if name.startswith("--"):
-            found[name.removeprefix("--").replace("-", "_")] = value
-        elif not found:
+            unknown[name.removeprefix("--").replace("-", "_")] = value
+        elif not unknown:
             raise click.UsageError(f"unexpected argument {word}")
-    return found
+    return unknown
 
 
 @click.command("import", short_help="Turn an AutoTrain config file into a job file.")
@@ -98,7 +98,7 @@ def _named(words: tuple[str, ...]) -> dict[str, str]:
 @click.option("-o", "output", metavar="JOB.yaml", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--force", is_flag=True, help="Replace JOB.yaml if it exists.")
 def import_(path: Path, output: Path | None, force: bool) -> None:
-    """Turn an AutoTrain config file into a job file; a comment tells of each key without a counterpart."""
+    """Turn an AutoTrain config file into a job file; a comment explains each key without a counterpart."""
     from raydist import files
     from raydist.autotrain.config_file import job_text
 

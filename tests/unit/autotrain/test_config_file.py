@@ -86,13 +86,13 @@ def test_each_key_without_a_counterpart_is_a_comment(tmp_path: Path, config: dic
     comments = [line for line in text.splitlines() if line.startswith("#")][1:]
     expected = {
         "data.chat_template: null": "raw text has no messages",
-        'params.chat_template: "chatml"': "data.chat_template says it already",
+        'params.chat_template: "chatml"': "data.chat_template sets it already",
         "params.max_prompt_length: 512": "it belongs to the trainers of preferences",
         "params.lora_rank: 8": "no such parameter; did you mean lora_r?",
         "params.merge_adapter: true": "raydist export RUN --merge",
-        'hub.username: "${HF_USERNAME}"': "no key of a job; raydist llm takes it",
-        'hub.token: "${HF_TOKEN}"': "no key of a job; raydist llm takes it",
-        "hub.push_to_hub: true": "no key of a job; raydist llm takes it",
+        'hub.username: "${HF_USERNAME}"': "a job has no such key, but raydist llm has the option",
+        'hub.token: "${HF_TOKEN}"': "a job has no such key, but raydist llm has the option",
+        "hub.push_to_hub: true": "a job has no such key, but raydist llm has the option",
     }
     for key, reason in expected.items():
         (line,) = [line for line in comments if line.startswith(f"# {key} ")]

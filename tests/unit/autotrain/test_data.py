@@ -140,4 +140,4 @@ def test_a_data_set_of_the_hub_is_read_from_its_parquet() -> None:
     assert several == "the data set o/two has 2 configs; name one of them: o/two:de, o/two:en"
     assert part.startswith("the hub has only the first part of o/big's train as parquet")
     assert no_split.startswith("nothing is named test in o/one")
-    assert gone.startswith("o/gone is no file or folder here, and no parquet of the hub")
+    assert gone.startswith("o/gone is no local file or folder, and no parquet data set of the hub")

@@ -295,27 +295,39 @@ def test_parameters_can_be_set_later_as_the_guide_does(needed: dict[str, Any]) -
 # --- what is refused
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "sft": ({"trainer": "sft"}, "trainer: sft is not here: raydist trains on raw text"),
-    "distillation": ({"trainer": "distillation"}, "trainer: distillation is not here"),
-    "backend": ({"backend": "spaces-a10g-large"}, "backend: spaces-a10g-large is not here: for a cluster"),
-    "fp16": ({"mixed_precision": "fp16"}, "mixed_precision: fp16 is not here: fp16 needs its loss scaled"),
+    "sft": ({"trainer": "sft"}, "trainer: sft is not supported: raydist trains on raw text"),
+    "distillation": ({"trainer": "distillation"}, "trainer: distillation is not supported"),
+    "backend": (
+        {"backend": "spaces-a10g-large"},
+        "backend: spaces-a10g-large is not supported: for a cluster",
+    ),
+    "fp16": (
+        {"mixed_precision": "fp16"},
+        "mixed_precision: fp16 is not supported: fp16 needs its loss scaled",
+    ),
     "optimizer": (
         {"optimizer": "adafactor"},
         "optimizer: adafactor is not supported: the optimizer is AdamW",
     ),
-    "scheduler": ({"scheduler": "polynomial"}, "scheduler: polynomial is not here; known: linear, cosine"),
-    "padding": ({"padding": "left"}, "padding: left is not here"),
-    "backend of ranks": ({"distributed_backend": "horovod"}, "distributed_backend: horovod is not here"),
-    "log": ({"log": "comet"}, "log: comet is not here; known: none, mlflow, tensorboard, wandb"),
+    "scheduler": (
+        {"scheduler": "polynomial"},
+        "scheduler: polynomial is not supported; known: linear, cosine",
+    ),
+    "padding": ({"padding": "left"}, "padding: left is not supported"),
+    "backend of ranks": ({"distributed_backend": "horovod"}, "distributed_backend: horovod is not supported"),
+    "log": ({"log": "comet"}, "log: comet is not supported; known: none, mlflow, tensorboard, wandb"),
     "metric": (
         {"load_best_model_at_end": True, "metric_for_best_model": "accuracy"},
-        "metric_for_best_model: accuracy is not here: raydist compares evaluation losses",
+        "metric_for_best_model: accuracy is not supported: raydist compares evaluation losses",
     ),
     "metric alone": (
         {"metric_for_best_model": "eval_loss"},
         "metric_for_best_model: it has an effect only with load_best_model_at_end on, not off",
     ),
-    "sizes": ({"block_size": [512, 1024]}, "block_size: one size here; for several in turn, in one run"),
+    "sizes": (
+        {"block_size": [512, 1024]},
+        "block_size: give one size; for several, one after another in one run",
+    ),
     "size": ({"block_size": 0}, "block_size: 0 is neither -1 nor a number of tokens from 8"),
     "too long": ({"block_size": 65}, "packing.block_size: block_size 65 is above the model's 64 positions"),
     "lora_r": ({"lora_r": 8}, "lora_r: it has an effect only with peft on, not off"),
@@ -343,7 +355,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "warmup": (
         {"scheduler": "constant", "warmup_ratio": 0.1},
-        "warmup_ratio: scheduler constant has no warm-up; say constant_with_warmup",
+        "warmup_ratio: scheduler constant has no warm-up; use constant_with_warmup",
     ),
     "best of none": (
         {"eval_strategy": "no", "load_best_model_at_end": True},
@@ -364,7 +376,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no model": ({"model": "no/such-model"}, "model.base: the base model no/such-model cannot be used"),
     "inside": (
         {"data_path": ".", "project_name": "./out"},
-        "project_name: out lies in ., of which every file is training text",
+        "project_name: out is inside ., where every file is training text",
     ),
     "no file": ({"data_path": "./gone.txt"}, "data_path: no file or folder ./gone.txt"),
 }

@@ -132,8 +132,8 @@ def test_a_resume_is_refused_with_its_reason(here: Path) -> None:
     assert "has a run at step 10; leave it out to go on" in refusal(resume_from_checkpoint=False)
     for asked, reason in {
         "p/p/checkpoints/step-00000005": "is not the newest checkpoint, step-00000010",
-        "checkpoint-500": "is a checkpoint of transformers' Trainer; its weights go on as --model",
-        "other/checkpoints/step-00000005": "is not of this project's run",
+        "checkpoint-500": "is a checkpoint of transformers' Trainer; to train it further give --model",
+        "other/checkpoints/step-00000005": "does not belong to this project's run",
         "gone": "no folder gone",
     }.items():
         assert reason in refusal(resume_from_checkpoint=asked)
@@ -177,7 +177,7 @@ def test_a_name_that_the_hub_refuses_is_told_before_the_run(
 ) -> None:
     monkeypatch.setenv("MY_TOKEN", "hf_one")
     told = refusal(push_to_hub=True, username="me and you", token="MY_TOKEN")
-    assert told.startswith("username: the hub takes no repository me and you/p: ")
+    assert told.startswith("username: the hub does not accept the repository name me and you/p: ")
 
 
 def test_the_final_files_reach_the_hub_and_the_token_only_its_header(
