@@ -1,4 +1,14 @@
-"""The `raydist` command. Each command imports what it needs when it is called, so that help is quick."""
+"""The `raydist` command. Each command imports what it needs when it is called, so that help is quick.
+
+    jobs       init, validate, plan, prepare, train, submit, tune
+    runs       ls, status, logs, stop, resume, export
+    llm        llm, import: AutoTrain's parameters
+    clusters   doctor, cluster
+    show       what the commands print; summary: a run's folder in one dictionary
+    options    what several commands take
+
+`main` turns a RaydistError into its message and its exit code.
+"""
 
 from __future__ import annotations
 

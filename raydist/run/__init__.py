@@ -16,6 +16,7 @@
     text_sample   how the trained model continues a held-out document
     estimate      what a job would cost, without starting anything: `raydist plan`
     background    work in a thread
+    torchrun      the same run without Ray, by the ranks that torchrun started
 
 Sweeps use lifecycle, preflight and dataset too; each of their trials is a run.
 """
