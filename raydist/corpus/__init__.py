@@ -1,20 +1,30 @@
-"""Raw files to token logs: each source once, the same bytes wherever and however often it is made.
+"""Source files to a token log: the documents of one source as token ids, in Arrow files in a fixed order.
 
-    files ──> slices ──> formats ──> clean ──> tokenizer ──> log: shards, a commit record for each slice
-    one list  planned,   records,    steps     ids           │
-              hashed     or why not                          └─▶ manifest, when all slices are there
-    └──── source ────┘  └────────── pipeline, on Ray Data ──────────┘
+    Source ─▶ files ─▶ slices ─▶ formats ─▶ clean ─▶ tokenizer ─▶ log ─▶ TokenLog ─▶ raydist.feed
+    (job)     File     parts of  Record,    text     token ids    shards
+                       files     Bad
 
-    files         which files a source names, with their identities
-    source        a source's files, and how they are read, cleaned and sliced
-    slices        the units of work, in their planned order
-    formats       readers of text, JSON, CSV, Parquet and Arrow; extensions: what a name says of a file
-    clean         cleaning steps, named ones and the user's own
-    tokenizer     text to ids, and tokenizers that are trained here
-    pipeline      reads, cleans, tokenizes and writes a slice as one Ray task
-    build         plans a token log, makes its missing slices, estimates it
-    log           shards as Arrow files: written, and read as views
-    log_folder    every name in a token log's folder, and how each file is written and read
+    locations   File; opening a local path or a URI
+    files       which files a source names
+    formats/    readers of file formats; READERS is the table of them
+    slices      the units of work, planned from the files
+    source      a source as a whole: its files, options and cleaning, and its plan
+    clean       cleaning steps, named ones and a user's own functions
+    tokenizer   text to token ids; training a tokenizer
+    log_folder  the folder of a token log: every name in it
+    log         the token log: slices written as shards, and read again
+    pipeline    one Ray Data task per slice: read, clean and tokenize, write
+    build       plans a token log, makes its missing slices, writes the manifest; estimates
 
-Only build and pipeline need Ray.
+A token log is a pure function of the source files, how they are read and cleaned, and the tokenizer. Its
+name is the fingerprint of these.
+
+A record that cannot be read goes this way:
+
+    reader ─▶ Bad(row, reason) ─▶ Piece.bad ─▶ quarantine/<slice>.jsonl ─▶ quarantine.jsonl
+    (formats)                     (pipeline)   (log: SliceWriter.commit)   n_quarantined in manifest.json
+                                                                           (build: _finish)
+
+The slice's commit record counts them too. With corpus.on_error "fail", BadRecords is raised once such a slice
+is committed, and again by every later build of the token log. With "quarantine" they are left out.
 """

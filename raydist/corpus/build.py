@@ -1,4 +1,4 @@
-"""From a source of the job to its token log: plan it, make its missing slices on Ray, estimate it."""
+"""From a source of the job to its token log: plan it, make its missing slices on Ray, or estimate it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 SAMPLE_TEXTS = 64
 SAMPLE_CHARACTERS = 4096
-"""As much of each sample text is used: the reference library is slow."""
+"""Used of each sample text: the reference library is slow."""
 ESTIMATE_SLICES = 2
 ESTIMATE_BYTES = 96 * 2**20
 ESTIMATE_TOKENIZED_BYTES = 4 * 2**20
@@ -39,7 +39,10 @@ CPU_PATIENCE_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class LogPlan:
-    """A token log to make: a function of the source files and the settings, not of what there is of it."""
+    """A token log to make. It depends on the source files and the settings, not on slices made before.
+
+    tokenizer: None if it is still to be trained.  identity: all that decides the content.
+    """
 
     source: SourceFiles
     tokenizer: TokenizerSpec | None
@@ -62,7 +65,7 @@ class LogPlan:
 
     @functools.cached_property
     def slices(self) -> list[Slice]:
-        """Read from the token log if it is begun: to plan them may read every source file."""
+        """Read from the token log's plan if there is one, because planning may read every source file."""
         known = self.folder.read_plan()
         return from_json(known["slices"]) if known else self.source.plan()
 
@@ -72,7 +75,7 @@ class LogPlan:
 
     @functools.cached_property
     def backend(self) -> str:
-        """The tokenizer's, found once by a sample of the text."""
+        """The tokenizer's backend, chosen once, with a sample of the text."""
         assert self.tokenizer is not None
         sample = [text[:SAMPLE_CHARACTERS] for text in islice(self.source.texts(self.slices), SAMPLE_TEXTS)]
         return open_tokenizer(self.tokenizer, sample).backend
@@ -84,7 +87,7 @@ class LogPlan:
 
 @dataclass(frozen=True)
 class Progress:
-    """Slices of the token log, and what the finished ones hold; n_bytes is of cleaned UTF-8 text."""
+    """Slices of a token log, and what the finished ones hold. n_bytes: of cleaned UTF-8 text."""
 
     n_slices: int
     n_done: int
@@ -95,9 +98,9 @@ class Progress:
 
 @dataclass(frozen=True)
 class Estimate:
-    """n_bytes is of cleaned UTF-8 text; n_tokens is 0 if there is no tokenizer yet.
+    """n_bytes: of cleaned UTF-8 text.  n_tokens: 0 if there is no tokenizer yet.
 
-    mean_words: words a document, and unique_share: of distinct texts, both among the documents looked at.
+    mean_words: words per document.  unique_share: share of distinct texts. Both describe the sample.
     """
 
     n_documents: int
@@ -108,13 +111,13 @@ class Estimate:
 
 
 def plan_log(source: Source, corpus: Corpus, tokenizer: TokenizerSpec | None, tokens_dir: Path) -> LogPlan:
-    """Needs no Ray. `tokenizer` None, one still to be trained: the plan is good for `estimate` only.
+    """Needs no Ray. tokenizer: None if it is still to be trained; then the plan serves for `estimate` only.
 
     Raises CorpusError if there are no files, or no text column.
     """
     files = open_source(source, corpus)
-    named = tokenizer.fingerprint if tokenizer else None
-    identity = {"format": FORMAT, "source": files.identity(), "tokenizer": named}
+    used = tokenizer.fingerprint if tokenizer else None
+    identity = {"format": FORMAT, "source": files.identity(), "tokenizer": used}
     name = fingerprint(identity)
     return LogPlan(files, tokenizer, identity, name, tokens_dir / name)
 
@@ -129,9 +132,9 @@ def build_log(
 ) -> TokenLog:
     """The token log of `plan`. Only missing slices are made, on the Ray that the caller has started.
 
-    on_error: "fail" raises BadRecords for unreadable records, "quarantine" leaves them out. Either way
-    finished slices are kept. Raises EmptyCorpus if no document is left, ClusterError without a free CPU.
-    stop: make only the slices before this number, and return the token log as far as it goes.
+    on_error: "fail" raises BadRecords for unreadable records, "quarantine" leaves them out; in both cases
+    finished slices are kept.  stop: make only the slices before this number, and return the token log as far
+    as it goes. Raises EmptyCorpus if no document is left, ClusterError if no CPU is free.
     """
     slices = _Slices(plan)
     slices.begin()
@@ -151,7 +154,7 @@ def build_log(
 
 
 class _Slices:
-    """The commit records of a token log under way. `repaired`: it was complete, but lacked files."""
+    """The commit records of a token log that is being made. repaired: it was complete, but lacked files."""
 
     def __init__(self, plan: LogPlan) -> None:
         self.plan, self.folder = plan, plan.folder
@@ -160,7 +163,7 @@ class _Slices:
         self.repaired = plan.complete and bool(self.missing)
 
     def begin(self) -> None:
-        """Write the plan, first of all files."""
+        """Write the plan, the first file of the folder."""
         if not self.folder.begun():
             slices = to_json(self.plan.slices)
             self.folder.write_plan(
@@ -168,7 +171,7 @@ class _Slices:
             )
 
     def poll(self) -> None:
-        """Take in the slices that were committed since; those whose files are not all there do not count."""
+        """Add the slices that were committed since. A slice does not count if one of its files is missing."""
         committed = set(self.folder.committed())
         for number in self.missing:
             record = self.folder.read_commit(number) if number in committed else None
@@ -186,7 +189,7 @@ class _Slices:
 
     @property
     def bad(self) -> list[int]:
-        """Slices with quarantined records."""
+        """Slices with records that could not be read."""
         return [number for number in sorted(self.records) if self.records[number]["n_quarantined"]]
 
     def total(self, key: str) -> int:
@@ -219,12 +222,13 @@ def _make(slices: _Slices, wanted: Sequence[int], on_error: str, share: Share | 
     try:
         write_slices(plan.source, missing, plan.tokenizer, plan.backend, sink, share or WHOLE_CLUSTER)
     except RaydistError:
-        if not plan.complete:  # else another process finished it first, and tidied its folder meanwhile
+        # If it is complete, another process finished it first, and tidied the folder while this one worked.
+        if not plan.complete:
             raise
 
 
 def _require_cpu() -> None:
-    """Ray Data would wait for ever where other work has reserved every CPU."""
+    """ClusterError if no CPU becomes free: Ray Data would wait for ever if other work reserves them all."""
     import ray
 
     deadline = time.monotonic() + CPU_PATIENCE_SECONDS
@@ -241,7 +245,7 @@ def _require_cpu() -> None:
 
 @contextmanager
 def _reporting(slices: _Slices, on_progress: Callable[[Progress], None]) -> Iterator[None]:
-    """Call `on_progress` whenever slices were committed, from a thread, and once at the end."""
+    """Call `on_progress` from a thread whenever slices were committed, and once at each end."""
     done = threading.Event()
 
     def watch() -> None:
@@ -265,7 +269,7 @@ def _reporting(slices: _Slices, on_progress: Callable[[Progress], None]) -> Iter
 
 
 def _finish(slices: _Slices) -> None:
-    """Refuse an empty token log, tidy its folder and write the manifest, last."""
+    """Tidy the folder and write the manifest, last. EmptyCorpus if there is no document."""
     plan = slices.plan
     n_documents, n_bad = slices.shard_total("n_documents"), slices.total("n_quarantined")
     if n_documents == 0:
@@ -293,7 +297,7 @@ def _finish(slices: _Slices) -> None:
 
 
 def _head(plan: LogPlan) -> dict[str, Any]:
-    """What is known of a token log before its first token is made."""
+    """The part of the manifest that is known before the first token."""
     assert plan.tokenizer is not None
     return {
         "format": FORMAT,
@@ -306,19 +310,21 @@ def _head(plan: LogPlan) -> dict[str, Any]:
 
 
 def estimate(plan: LogPlan) -> Estimate:
-    """Documents, tokens and text of the token log, from its first slices; a complete one is counted.
+    """Documents, tokens and text of the token log, estimated from its first slices; exact for a complete one.
 
-    Slices stand in hashed order, so the first ones are a random sample.
+    Slices are in hashed order, so the first ones are a random sample.
     """
     sample, covered = _sample(plan)
-    scale, looked_at = plan.n_bytes / max(covered, 1), max(1, len(sample))
-    numbers = sum(len(text.split()) for text in sample) / looked_at, len(set(sample)) / looked_at
+    n_sampled = max(1, len(sample))
+    mean_words = sum(len(text.split()) for text in sample) / n_sampled
+    unique_share = len(set(sample)) / n_sampled
     if plan.complete:
         log = open_log(plan.path)
-        return Estimate(log.n_documents, log.n_tokens, log.n_bytes, *numbers)
+        return Estimate(log.n_documents, log.n_tokens, log.n_bytes, mean_words, unique_share)
+    scale = plan.n_bytes / max(covered, 1)
     n_bytes = sum(len(text.encode()) for text in sample) * scale
     n_tokens = n_bytes * _tokens_per_byte(plan.tokenizer, sample) if plan.tokenizer else 0.0
-    return Estimate(round(len(sample) * scale), round(n_tokens), round(n_bytes), *numbers)
+    return Estimate(round(len(sample) * scale), round(n_tokens), round(n_bytes), mean_words, unique_share)
 
 
 def _sample(plan: LogPlan) -> tuple[list[str], float]:
@@ -330,7 +336,7 @@ def _sample(plan: LogPlan) -> tuple[list[str], float]:
         for text in plan.source.texts([slice_]):
             texts.append(text)
             n_bytes += len(text.encode())
-            if n_bytes - before > ESTIMATE_BYTES:  # a file that cannot be split; the rest is left unread
+            if n_bytes - before > ESTIMATE_BYTES:  # a large file that cannot be split: its rest stays unread
                 file = plan.source.files[slice_.parts[0].file]
                 compressed = file.compression or READERS[file.format].compresses
                 ratio = ASSUMED_COMPRESSION if compressed else 1

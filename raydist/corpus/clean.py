@@ -1,4 +1,4 @@
-"""Cleaning: named steps and functions of the user, applied to each document's text in order."""
+"""Cleaning: named steps and a user's own functions, applied in order to each document's text."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ NEWLINES = re.compile(r"\n{3,}")
 
 @dataclass(frozen=True)
 class Cleaner:
-    """Calls the steps in order; None or "" means that the document is dropped. No steps: the identity.
+    """Calls the steps in order. A result of None or "" drops the document.
 
-    fingerprint: changes with the steps, their options and the source of the user's modules.
+    fingerprint: changes with the steps, their options and the source code of the user's modules.
     """
 
     steps: tuple[Step, ...]
@@ -40,13 +40,16 @@ class Cleaner:
 
 
 def make_cleaner(steps: Sequence[str | dict[str, Any]]) -> Cleaner:
-    """steps: names, {name: options} or module:function. JobError: unknown, wrong options, no source."""
+    """steps: names, {name: options} or module:function.
+
+    JobError: an unknown step, wrong options, or a function without source code.
+    """
     made = [_step(step, f"corpus.clean[{index}]") for index, step in enumerate(steps)]
     return Cleaner(tuple(step for step, _ in made), fingerprint([identity for _, identity in made]))
 
 
 def _step(step: str | dict[str, Any], where: str) -> tuple[Step, list[Any]]:
-    """The step and what identifies it."""
+    """The step, and JSON that identifies it."""
     if isinstance(step, str) and ":" in step:
         return _user_step(step, where)
     if isinstance(step, dict) and len(step) != 1:
@@ -84,7 +87,7 @@ def _whitespace(text: str) -> str:
 
 def _make_characters(*, pattern: str, replacement: str = "") -> Step:
     compiled = re.compile(pattern)
-    compiled.sub(replacement, "")  # refuses a replacement that names a group which is not there
+    compiled.sub(replacement, "")  # raises for a replacement that names a group which the pattern lacks
     return partial(compiled.sub, replacement)
 
 
@@ -103,10 +106,10 @@ STEPS: dict[str, tuple[Callable[..., Step], str]] = {
     "characters": (_make_characters, "{characters: {pattern: '[\\u200b]', replacement: ''}}"),
     "min_words": (_make_min_words, "{min_words: {count: 20}}"),
 }
-"""What makes each step of its options, and an example."""
+"""By name: the function that makes the step from its options, and an example."""
 
 
-# --- functions of the user
+# --- a user's own functions
 
 
 def _user_step(path: str, where: str) -> tuple[Step, list[Any]]:
@@ -115,9 +118,9 @@ def _user_step(path: str, where: str) -> tuple[Step, list[Any]]:
         source = source_of(function)
     except (TypeError, OSError) as error:
         raise JobError(
-            f"{path} has no source", where=where,
-            why="tokens are kept for as long as the cleaning is the same, and that is told by its source",
-            fix="wrap it in a function of a module of your own",
+            f"{path} has no source code", where=where,
+            why="tokens are used again while the cleaning stays the same, which its source code shows",
+            fix="wrap it in a function in a module of your own",
         ) from error  # fmt: skip
     return partial(_checked, function, path), [path, *source]
 
@@ -127,6 +130,6 @@ def _checked(function: Callable[[str], Any], path: str, text: str) -> str | None
     if cleaned is None or isinstance(cleaned, str):
         return cleaned
     raise JobError(
-        f"{path} gave {type(cleaned).__name__}, not a string or None", where="corpus.clean",
-        why="the text of a document is a string; None drops it", fix="correct the function",
+        f"{path} returned {type(cleaned).__name__}, not a string or None", where="corpus.clean",
+        why="the text of a document is a string; None drops the document", fix="correct the function",
     )  # fmt: skip

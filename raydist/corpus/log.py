@@ -1,8 +1,8 @@
-"""The token log: the documents of one source as token ids, in Arrow files of a fixed order.
+"""The token log: the documents of one source as token ids, in Arrow files in a fixed order.
 
-A slice of the source files becomes shards, then its commit record; the manifest, written last, makes the
-token log complete. This module writes slices and reads token logs, without Ray; names and files are
-those of raydist.corpus.log_folder.
+A slice of the source files becomes shards and then a commit record. The manifest, written last, makes the
+token log complete. This module writes slices and reads token logs, without Ray; raydist.corpus.log_folder
+has the names of the files.
 
 Shapes: N documents of a shard, M tokens of all its documents.
 """
@@ -26,7 +26,7 @@ from raydist.files import replacing
 
 FORMAT = 1
 SHARD_BYTES = 128 * 2**20
-"""A slice begins a new shard after this many bytes of tokens and row data: a task's memory is bounded."""
+"""A slice starts a new shard after this many bytes of tokens and row data, which bounds a task's memory."""
 ROW_BYTES = 48
 HASH_BYTES = 16
 
@@ -39,14 +39,17 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
 
 
 def held_out(hashes: npt.NDArray[np.uint64], share: float) -> npt.NDArray[np.bool_]:
-    """Documents kept out of training: those whose hash lies in the lowest `share` of all hashes."""
+    """Which documents are held out for evaluation: those with a hash in the lowest `share` of all hashes."""
     return np.ones(len(hashes), bool) if share >= 1 else hashes < np.uint64(math.floor(share * 2.0**64))
 
 
 @dataclass(frozen=True)
 class Documents:
-    """N tokenized documents: `tokens` [M], `offsets` int64 [N+1] into them, `hashes` uint8 [N, 16] and
-    `n_bytes` int64 [N] of the UTF-8 text, `files` int32 [N] into the slice's file names, `rows` int64 [N]."""
+    """N tokenized documents.
+
+    tokens: [M].  offsets: int64 [N+1] into tokens.  hashes: uint8 [N, 16], of the UTF-8 text.  n_bytes: int64
+    [N], of the UTF-8 text.  files: int32 [N] into the slice's file names.  rows: int64 [N], as in Record.
+    """
 
     tokens: Tokens
     offsets: Ints
@@ -74,10 +77,10 @@ class Documents:
 
 
 class SliceWriter:
-    """Writes one slice: its shards as documents come in, and at the end its quarantine and commit record.
+    """Writes one slice: its shards as documents come in, at the end its quarantine file and commit record.
 
-    The bytes are a function of the documents alone, however they are split over calls, so repeated and
-    concurrent attempts at one slice do no harm.
+    The bytes depend on the documents alone, not on how they are split over calls. So repeated and concurrent
+    attempts at one slice do no harm.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class SliceWriter:
         self._n_empty = 0
 
     def add(self, documents: Documents, n_empty: int = 0, bad: Sequence[dict[str, Any]] = ()) -> None:
-        """n_empty: documents without text, which are dropped. bad: records {file, row, reason} not read."""
+        """n_empty: documents dropped for having no text.  bad: {file, row, reason} of unreadable records."""
         self._n_empty += n_empty
         self.bad += bad
         while len(documents):
@@ -107,7 +110,7 @@ class SliceWriter:
                 self._flush()
 
     def commit(self) -> dict[str, Any]:
-        """Returns the slice's record, written last of its files."""
+        """Writes the quarantine file, if there is one, and then the commit record, which it returns."""
         if self._held:
             self._flush()
         if self.bad:
@@ -133,7 +136,7 @@ class SliceWriter:
 
 
 class _Checksummed:
-    """A file to write to that hashes and counts what goes through."""
+    """A file to write to, which hashes and counts the bytes."""
 
     closed = False
 
@@ -150,7 +153,7 @@ class _Checksummed:
 
 
 def _write_shard(path: Path, documents: Documents, files: Sequence[str]) -> tuple[int, str]:
-    """One record batch, so that its tokens are one array in the file. Returns size in bytes and checksum."""
+    """Writes one record batch, so that all tokens are one array. Returns the size in bytes and a checksum."""
     hashes = pa.py_buffer(np.ascontiguousarray(documents.hashes))
     columns = {
         "input_ids": pa.LargeListArray.from_arrays(pa.array(documents.offsets), pa.array(documents.tokens)),
@@ -169,7 +172,10 @@ def _write_shard(path: Path, documents: Documents, files: Sequence[str]) -> tupl
 
 @dataclass(frozen=True)
 class Shard:
-    """An Arrow file of the token log. Methods return views of the mapped file where possible."""
+    """An Arrow file of the token log. Methods return views of the memory-mapped file where possible.
+
+    n_bytes: of the documents' UTF-8 text.  size: of the file, in bytes.  xxh3_128: of the file.
+    """
 
     name: str
     path: Path
@@ -224,9 +230,9 @@ def _int64(array: pa.Array) -> Ints:
 
 @dataclass(frozen=True)
 class TokenLog:
-    """`shards` stand in their planned order, which is the order of the documents.
+    """shards: in planned order, which is the order of the documents.  n_bytes: of their UTF-8 text.
 
-    complete: false for one that is still being made; these are its first shards.
+    complete: False while the token log is being made; then `shards` are its first ones.
     """
 
     path: Path
@@ -261,7 +267,7 @@ class TokenLog:
 def open_log(path: Path, *, growing: bool = False) -> TokenLog:
     """The token log in folder `path`; LogError if it is incomplete or a shard is cut short.
 
-    growing: one that is still being made will do.
+    growing: accept one that is still being made.
     """
     folder = LogFolder(path)
     manifest = _read_begun(folder) if growing and not folder.complete() else _read_manifest(folder)
@@ -279,11 +285,11 @@ def open_log(path: Path, *, growing: bool = False) -> TokenLog:
 
 
 def _read_begun(folder: LogFolder) -> dict[str, Any]:
-    """A manifest of the slices that are committed, up to the first that is not."""
+    """A manifest of the slices that are committed, up to the first one that is not."""
     head = folder.read_plan().get("log")
     if head is None:
         where = str(folder.path)
-        raise LogError("the token log is not begun", where=where, fix="run `raydist prepare` on its job")
+        raise LogError("the token log has no plan yet", where=where, fix="run `raydist prepare` on its job")
     records: list[dict[str, Any]] = []
     while (record := folder.read_commit(len(records))) is not None:
         records.append(record)
@@ -294,14 +300,13 @@ def _read_begun(folder: LogFolder) -> dict[str, Any]:
 
 
 def _read_manifest(folder: LogFolder) -> dict[str, Any]:
-    fix = "run `raydist prepare` on the job that makes it: it does only what is missing"
+    fix = "run `raydist prepare` on the job that makes it: only missing slices are made"
     where, file = str(folder.path), folder.manifest_file
     try:
         manifest = folder.read_manifest()
     except FileNotFoundError:
-        n_done = len(folder.committed())
-        there = f"no {file.name} yet; {n_done} slices are done"
-        why = there if folder.path.is_dir() else "there is no such folder"
+        unfinished = f"it has no {file.name} yet; {len(folder.committed())} slices are done"
+        why = unfinished if folder.path.is_dir() else "there is no such folder"
         raise LogError("the token log is not complete", where=where, why=why, fix=fix) from None
     except ValueError as error:
         raise LogError(

@@ -1,16 +1,16 @@
 """The folder of a token log: every name in it, and how each file is written and read.
 
     <storage>/tokens/<fingerprint>/
-        plan.json                what is known before the first token, and the slices; written first
-        shards/00000-000.arrow   documents: number of the slice, number of the shard in it
+        plan.json                identity, head of the manifest, and slices; written first
+        shards/00000-000.arrow   documents; the numbers are the slice's, and the shard's in the slice
         quarantine/00000.jsonl   records of the slice that could not be read, if there are any
-        slices/00000.json        the slice's commit record; written last of its files
-        quarantine.jsonl         the records of all slices that could not be read
-        manifest.json            written last: the log is complete
+        slices/00000.json        the slice's commit record; written after its other files
+        quarantine.jsonl         the records of all slices that could not be read, if there are any
+        manifest.json            written last: the token log is complete
         .<name>.<12 hex>.tmp     a file that is being written
 
-Each file appears whole, by rename. So a preparation may be killed at any instant, and two may make the
-same slice at once: both write the same bytes. What the shards hold is in raydist.corpus.log.
+Each file appears complete, by rename. So a preparation may be killed at any instant, and two may make the
+same slice at once: both write the same bytes. raydist.corpus.log describes the content of the shards.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Record = dict[str, Any]
 
 
 class LogFolder:
-    """Paths and records of one token log; making the object touches nothing.
+    """Paths and records of one token log. The constructor touches no file.
 
     A commit record is {shards: [{name, n_documents, n_tokens, n_bytes, size, xxh3_128}], n_quarantined,
-    n_empty}; size in bytes of the file. Slices are numbered from 0 in their planned order.
+    n_empty}; `size` is the file's, in bytes. Slices are numbered from 0 in their planned order.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,14 +63,14 @@ class LogFolder:
         write_json(self._plan_file, plan)
 
     def read_plan(self) -> Record:
-        """{} for a log that is not begun."""
+        """{} if there is none yet."""
         return read_record(self._plan_file)
 
     def write_manifest(self, manifest: Record) -> None:
         write_json(self.manifest_file, manifest)
 
     def read_manifest(self) -> Record:
-        """Raises FileNotFoundError, and ValueError where it is damaged."""
+        """Raises FileNotFoundError, or ValueError if it is damaged."""
         manifest: Record = read_json(self.manifest_file)
         return manifest
 
@@ -80,16 +80,16 @@ class LogFolder:
         return self.path / "shards" / name
 
     def shard_name(self, number: int, nth: int) -> str:
-        """Of the slice's nth shard."""
+        """The file name of a slice's nth shard."""
         return f"{number:05d}-{nth:03d}.arrow"
 
     def has_shard(self, record: Mapping[str, Any]) -> bool:
-        """Whether the shard of this record, one of a commit record's, is there in its full size."""
+        """Whether the shard's file exists in its full size. record: the shard's, from a commit record."""
         path = self.shard(record["name"])
         return path.is_file() and path.stat().st_size == record["size"]
 
     def write_commit(self, number: int, record: Record) -> None:
-        """The slice's files are all there."""
+        """To be called once all other files of the slice are written."""
         write_json(self.path / _commit(number), record)
 
     def read_commit(self, number: int) -> Record | None:
@@ -103,7 +103,7 @@ class LogFolder:
         return sorted(int(name) for name in names if name.isdigit())
 
     def is_whole(self, number: int, record: Record) -> bool:
-        """Whether all files of a committed slice are there."""
+        """Whether all files of a committed slice exist."""
         quarantine = self.path / _quarantine(number)
         return all(self.has_shard(shard) for shard in record["shards"]) and (
             not record["n_quarantined"] or quarantine.exists()
@@ -112,21 +112,21 @@ class LogFolder:
     # --- records that could not be read ------------------------------------------------------------
 
     def write_quarantine(self, number: int, bad: Iterable[Record]) -> None:
-        """Those of a slice: {file, row, reason}."""
+        """bad: {file, row, reason} of each unreadable record of a slice."""
         write_bytes(self.path / _quarantine(number), b"".join(orjson.dumps(each) + b"\n" for each in bad))
 
     def read_quarantine(self, number: int) -> list[Record]:
         return read_jsonl(self.path / _quarantine(number))
 
     def join_quarantines(self, numbers: Sequence[int]) -> None:
-        """Those of these slices, in one file."""
+        """Join the quarantine files of these slices into one."""
         parts = [(self.path / _quarantine(number)).read_bytes() for number in numbers]
         write_bytes(self.quarantine_file, b"".join(parts))
 
     # --- the end -----------------------------------------------------------------------------------
 
     def tidy(self, slices: Mapping[int, Record]) -> None:
-        """Keep the plan and the files of these slices, by commit records; remove raydist's other files."""
+        """Remove raydist's files except the plan and these slices'. slices: commit records by number."""
         kept = {PLAN, *(_commit(number) for number in slices)}
         kept |= {f"shards/{shard['name']}" for record in slices.values() for shard in record["shards"]}
         kept |= {_quarantine(number) for number, record in slices.items() if record["n_quarantined"]}

@@ -40,13 +40,14 @@ if TYPE_CHECKING:
     from ray.data._internal.execution.interfaces import TaskContext
 
 BLOCK_BYTES = 4 * 2**20
-"""Text that is tokenized at once: fits the caches, and is enough to make the cost per call vanish."""
+"""Text that is tokenized at once: it fits the caches, and the cost per call does not matter."""
 BAD_SHOWN = 5
+"""Unreadable records that an error names."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """The part of a cluster that tasks may use: so many CPUs, on these nodes (by Ray's ids; none: on any)."""
+    """The part of a cluster that tasks may use. nodes: Ray's ids; if empty, any node."""
 
     cpus: float = math.inf
     nodes: tuple[str, ...] = ()
@@ -56,7 +57,7 @@ WHOLE_CLUSTER = Share()
 
 
 class SliceDatasource(Datasource):
-    """One read task per slice. `slices`: those that the log misses, by number."""
+    """One read task per slice. slices: those that are missing from the token log, by number."""
 
     def __init__(self, source: SourceFiles, slices: Mapping[int, Slice]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -78,25 +79,25 @@ class SliceDatasource(Datasource):
 
 
 def narrowed(files: Sequence[File], slice_: Slice) -> tuple[tuple[File, ...], Slice]:
-    """The files that `slice_` reads, and the slice with its parts pointing into these."""
+    """The files that `slice_` reads, and the slice with the indexes of its parts' files among these."""
     used = sorted({part.file for part in slice_.parts})
-    place = {file: i for i, file in enumerate(used)}
-    parts = tuple(replace(part, file=place[part.file]) for part in slice_.parts)
+    index = {file: i for i, file in enumerate(used)}
+    parts = tuple(replace(part, file=index[part.file]) for part in slice_.parts)
     return tuple(files[i] for i in used), replace(slice_, parts=parts)
 
 
 class Chunk:
-    """Records of a slice on their way from the reader to the tokenizer, alone in a row of a block.
+    """Records of a slice on their way from the reader to the tokenizer: the only value in a row of a block.
 
-    Objects, so that text is not copied into Arrow and back between two steps of one task. `items`:
-    (index into `files`, record) in order. The last chunk of a slice is empty: its reader is done.
+    It is a Python object, so that text is not copied into Arrow and back between two steps of one task.
+    items: (index into `files`, record) in order. An empty chunk ends the slice.
     """
 
     def __init__(self, number: int, files: Sequence[str], items: Sequence[tuple[int, Item]]) -> None:
         self.number, self.files, self.items = number, files, items
 
     def __sizeof__(self) -> int:
-        """Bytes, by which Ray decides when a block is full: made so that every chunk with text fills one."""
+        """Ray ends a block by this size. Not the real one: each chunk with text is to fill a block."""
         return BLOCK_BYTES if self.items else 256
 
 
@@ -117,10 +118,10 @@ def _frame(name: str, objects: Sequence[Any]) -> pd.DataFrame:
 
 @dataclass(eq=False)
 class Piece:
-    """Part of a slice on its way from the tokenizer to the sink, alone in a row of a block.
+    """Part of a slice on its way from the tokenizer to the sink: the only value in a row of a block.
 
-    An object, so that the sink can empty it: Ray keeps the blocks that a write task was given until it
-    ends, and a file that cannot be split may hold more tokens than fit in memory.
+    It is a Python object, so that the sink can empty it. Ray keeps a write task's blocks until the task ends,
+    and a file that cannot be split may hold more tokens than fit in memory.
     """
 
     number: int
@@ -136,31 +137,31 @@ class Piece:
         return documents
 
     def __sizeof__(self) -> int:
-        """Bytes, by which Ray decides when a block is full."""
+        """In bytes; Ray ends a block by this size."""
         return 256 + (self.documents.tokens.nbytes if self.documents is not None else 0)
 
 
 def tokenize(frame: pd.DataFrame, spec: TokenizerSpec, backend: str, clean: tuple[Any, ...]) -> pd.DataFrame:
-    """Clean, hash and encode chunks; a Piece for each."""
+    """Cleans, hashes and encodes the chunks; gives a Piece for each."""
     tools = _tokenizer(spec, backend), _cleaner(orjson.dumps(clean)) if clean else None
     return _frame("piece", [_piece(chunk, *tools) for chunk in frame["chunk"]])
 
 
 def _piece(chunk: Chunk, tokenizer: Tokenizer, clean: Cleaner | None) -> Piece:
-    found = [(file, item) for file, item in chunk.items if isinstance(item, Record)]
-    texts = [cleaned(clean, record, chunk.files[file]) if clean else record.text for file, record in found]
-    kept = [place for place, text in zip(found, texts, strict=True) if text]
+    records = [(file, item) for file, item in chunk.items if isinstance(item, Record)]
+    texts = [cleaned(clean, record, chunk.files[file]) if clean else record.text for file, record in records]
+    kept = [record for record, text in zip(records, texts, strict=True) if text]
     documents = _documents(tokenizer, [text for text in texts if text], kept)
     bad = [
         {"file": chunk.files[file], "row": item.row, "reason": item.reason}
         for file, item in chunk.items
         if isinstance(item, Bad)
     ]
-    return Piece(chunk.number, chunk.files, documents, bad, len(found) - len(kept), not chunk.items)
+    return Piece(chunk.number, chunk.files, documents, bad, len(records) - len(kept), not chunk.items)
 
 
-def _documents(tokenizer: Tokenizer, texts: list[str], places: list[tuple[int, Record]]) -> Documents:
-    """`places`: index of the file, and the record, of each text."""
+def _documents(tokenizer: Tokenizer, texts: list[str], records: list[tuple[int, Record]]) -> Documents:
+    """records: for each text, the index of its file, and the record that it comes from."""
     encoded = [text.encode() for text in texts]
     hashes = b"".join(map(xxhash.xxh3_128_digest, encoded))
     tokens, offsets = tokenizer.encode_batch(texts)
@@ -169,8 +170,8 @@ def _documents(tokenizer: Tokenizer, texts: list[str], places: list[tuple[int, R
         offsets,
         np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
         np.fromiter(map(len, encoded), np.int64, len(encoded)),
-        np.fromiter((file for file, _ in places), np.int32, len(places)),
-        np.fromiter((record.row for _, record in places), np.int64, len(places)),
+        np.fromiter((file for file, _ in records), np.int32, len(records)),
+        np.fromiter((record.row for _, record in records), np.int64, len(records)),
     )
 
 
@@ -189,7 +190,7 @@ def _cleaner(steps: bytes) -> Cleaner:
 class LogDatasink(Datasink[None]):
     """Writes each slice's shards and, last, its commit record.
 
-    fail_on_bad: raise BadRecords once a slice that has some is committed.
+    fail_on_bad: raise BadRecords once a slice with unreadable records is committed.
     """
 
     def __init__(self, folder: LogFolder, fail_on_bad: bool) -> None:
@@ -209,7 +210,7 @@ class LogDatasink(Datasink[None]):
                 f"slice {writer.number} ended before its reader did",
                 where=str(self.folder.path),
                 why="its read, tokenize and write steps did not run as one task",
-                fix="this is a fault of raydist or of this version of Ray; nothing was committed",
+                fix="report it: this is a fault of raydist or of this version of Ray. Nothing was committed",
             )
 
     def _commit(self, writer: SliceWriter) -> None:
@@ -223,7 +224,7 @@ def bad_records(first: Sequence[dict[str, Any]], n_bad: int, folder: LogFolder) 
     return BadRecords(
         f"{n_bad} record{'s' * (n_bad != 1)} or files cannot be read",
         where=shown + ("; ..." if n_bad > len(first) else ""),
-        why="corpus.on_error is fail, so nothing is trained on a part of the text; all of them so far are "
+        why="corpus.on_error is fail, so nothing is trained on a part of the text; those found so far are "
         f"listed in {folder.quarantine}",
         fix="fix them, or set corpus.on_error: quarantine to leave them out",
     )
@@ -237,7 +238,7 @@ def write_slices(
     sink: LogDatasink,
     share: Share,
 ) -> None:
-    """Make `slices` (by number) on Ray. An error of a task arrives as the RaydistError it was there."""
+    """Make `slices` (by number) on Ray. Raises the RaydistError that a task raised, without its wrapping."""
     with settings(share):
         try:
             dataset(source, slices, spec, backend).write_datasink(sink)
@@ -247,14 +248,14 @@ def write_slices(
 
 @contextmanager
 def settings(share: Share = WHOLE_CLUSTER) -> Iterator[None]:
-    """Ray Data's context for this pipeline, silent about errors, which are raised anyway."""
+    """Ray Data's context for this pipeline. It does not log errors, because they are raised."""
     context = ray.data.DataContext.get_current().copy()
     context.target_max_block_size = BLOCK_BYTES
-    context.batch_to_block_arrow_format = False  # a Piece is handed on as it is, not pickled into Arrow
+    context.batch_to_block_arrow_format = False  # else each Piece would be pickled into Arrow
     context.enable_tensor_extension_casting = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    # There are no other operators; reserving for them held all CPUs but one idle for a second.
+    # There is only one operator. Reserving resources for others left all CPUs but one idle for a second.
     context.op_resource_reservation_enabled = False
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=share.cpus)
     if share.nodes:
@@ -273,7 +274,7 @@ def settings(share: Share = WHOLE_CLUSTER) -> Iterator[None]:
 def dataset(
     source: SourceFiles, slices: Mapping[int, Slice], spec: TokenizerSpec, backend: str
 ) -> ray.data.Dataset:
-    """All but the sink. As many blocks as slices, or Ray would split what is read, and not fuse."""
+    """The pipeline without the sink. With fewer blocks than slices Ray would split them, and fuse nothing."""
     read = ray.data.read_datasource(SliceDatasource(source, slices), override_num_blocks=len(slices))
     tools = {"spec": spec, "backend": backend, "clean": source.clean}
     tokenized: ray.data.Dataset = read.map_batches(
@@ -283,7 +284,7 @@ def dataset(
 
 
 def _unwrapped(error: BaseException, folder: LogFolder) -> RaydistError:
-    """The RaydistError that began `error`; for any other cause, one that shows it with its traceback."""
+    """The RaydistError that caused `error`; for any other cause, a CorpusError with its traceback."""
     chain = [error]
     while (cause := getattr(chain[-1], "cause", None) or chain[-1].__cause__) and cause not in chain:
         chain.append(cause)
@@ -294,5 +295,5 @@ def _unwrapped(error: BaseException, folder: LogFolder) -> RaydistError:
         f"a preparation task failed: {type(chain[-1]).__name__}: {chain[-1]}",
         where=str(folder.path),
         why=re.sub(r"\x1b\[\d+m", "", str(error)),
-        fix="run it again once the cause is gone: finished slices are kept",
+        fix="remove the cause and run it again: finished slices are kept",
     )

@@ -1,4 +1,4 @@
-"""A source as it lies on storage: its files, how they are read and cleaned, its slices in planned order."""
+"""A source: its files, how they are read and cleaned, and its slices in planned order."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from raydist.job.schema import Corpus, Source
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """All that decides the documents of a source and their order. `clean`: the steps of the job."""
+    """All that decides the documents of a source and their order. clean: the job's steps."""
 
     files: tuple[File, ...]
     options: ReadOptions
@@ -26,11 +26,11 @@ class SourceFiles:
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of the files as they lie on storage."""
+        """Size of all files, compressed as they are."""
         return sum(file.size for file in self.files)
 
     def identity(self) -> dict[str, Any]:
-        """Equal exactly when documents and order are equal; without where the files lie."""
+        """JSON that is equal exactly when documents and order are. Folders of the files do not matter."""
         return {
             "files": [[file.name, file.size, file.identity] for file in self.files],
             "options": asdict(self.options),
@@ -42,7 +42,7 @@ class SourceFiles:
         return plan_slices(self.files, self.options, self.slice_bytes)
 
     def texts(self, slices: Sequence[Slice]) -> Iterator[str]:
-        """The cleaned documents of `slices`, read here; unreadable and empty ones are left out."""
+        """The cleaned documents of `slices`, read in this process; unreadable and empty ones are left out."""
         clean = make_cleaner(self.clean)
         for slice_ in slices:
             for chunk in read_slice(self.files, slice_, self.options):
@@ -61,13 +61,13 @@ def cleaned(clean: Cleaner, record: Record, file: str) -> str:
             f"a cleaning step failed: {type(error).__name__}: {error}",
             where=f"{file}, row {record.row}",
             why="every document passes through corpus.clean",
-            fix="correct the step: it takes a str and gives a str, or None to drop the document",
+            fix="correct the step: it takes a str and returns a str, or None to drop the document",
         ) from error
     return text
 
 
 def open_source(source: Source, corpus: Corpus) -> SourceFiles:
-    """Lists the files. Raises CorpusError if there are none, or if they have no such text column."""
+    """Lists the files. Raises CorpusError if there are none, or if the first one lacks the text column."""
     files = tuple(list_files(source))
     options = ReadOptions(source.format, source.text_column, source.document)
     check_column(files[0], options)

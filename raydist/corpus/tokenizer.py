@@ -1,6 +1,6 @@
-"""Text to token ids: the reference library's ids, through fastokens wherever it gives the very same ones.
+"""Text to token ids: those of the tokenizers library, computed by fastokens where it gives the same ones.
 
-Special tokens inside a text are text, never control tokens; nothing is added at its start or end.
+Special tokens inside a text are text, never control tokens. Nothing is added at its start or end.
 """
 
 from __future__ import annotations
@@ -32,15 +32,16 @@ from raydist.storage import Storage
 
 EOS = "<|endoftext|>"
 SAMPLE_BYTES = 32 * 2**20
-"""Text that a new tokenizer is trained on, shared evenly by the sources."""
+"""Text that a new tokenizer is trained on, divided evenly among the sources."""
 
 
 @dataclass(frozen=True)
 class TokenizerSpec:
-    """A tokenizer by value: `json` is the content of its tokenizer.json, without truncation and padding.
+    """A tokenizer by value.
 
-    `folder` is where transformers loads it from (a path or hub id). vocab_size: the highest id + 1,
-    added tokens included. A spec from `from_json` has no `json`: it names a tokenizer, but cannot encode.
+    json: the content of its tokenizer.json, without truncation and padding; "" in a spec from `from_json`,
+    which names a tokenizer but cannot encode.  folder: where transformers loads it from, a path or hub id.
+    vocab_size: the highest id + 1, added tokens included.
     """
 
     json: str
@@ -58,7 +59,7 @@ class TokenizerSpec:
         text = jsonlib.dumps(settings, ensure_ascii=False)
         try:
             vocabulary = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
-        except Exception as error:  # tokenizers raises bare Exception for whatever it cannot parse
+        except Exception as error:  # tokenizers raises a bare Exception for anything that it cannot parse
             raise ModelError(f"the tokenizer cannot be read: {error}", where=str(folder)) from error
         return cls(text, folder, eos_token_id, max(vocabulary.values()) + 1, fingerprint(settings))
 
@@ -84,7 +85,7 @@ class Tokenizer(ABC):
 
 
 class Reference(Tokenizer):
-    """The tokenizers library, which decides what is right."""
+    """The tokenizers library, whose ids are the right ones."""
 
     backend = "tokenizers"
 
@@ -102,8 +103,8 @@ class Reference(Tokenizer):
 
 
 class Fast(Tokenizer):
-    """fastokens. It refuses a byte that the vocabulary lacks, where the reference drops it: such texts take
-    the reference. Raises ValueError for a kind of tokenizer that it does not know."""
+    """fastokens. It refuses a byte that the vocabulary lacks, while the reference drops it: the reference
+    encodes such texts. The constructor raises ValueError for a kind of tokenizer that it does not know."""
 
     backend = "fastokens"
 
@@ -118,10 +119,11 @@ class Fast(Tokenizer):
         try:
             ids, offsets = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
         except ValueError:
-            return self._halved(texts)
+            return self._encode_halves(texts)
         return np.frombuffer(ids, "<u4").astype(self._dtype), np.frombuffer(offsets, "<u8").astype(np.int64)
 
-    def _halved(self, texts: Sequence[str]) -> tuple[Tokens, Ints]:
+    def _encode_halves(self, texts: Sequence[str]) -> tuple[Tokens, Ints]:
+        """Narrows the refusal down to single texts, which the reference encodes."""
         if len(texts) == 1:
             return self.reference.encode_batch(texts)
         middle = len(texts) // 2
@@ -130,9 +132,9 @@ class Fast(Tokenizer):
 
 
 def open_tokenizer(source: TokenizerSpec | Path, sample_texts: Sequence[str] = ()) -> Tokenizer:
-    """fastokens where its ids equal the reference's on a sweep of Unicode and the sample, else tokenizers.
+    """fastokens if its ids equal the reference's on all of Unicode and on the sample, else the reference.
 
-    source: a spec, or a folder of `train_tokenizer`.
+    source: a spec, or a folder that `train_tokenizer` wrote.
     """
     spec = source if isinstance(source, TokenizerSpec) else _read(source)
     fast = _proven(spec)
@@ -140,12 +142,12 @@ def open_tokenizer(source: TokenizerSpec | Path, sample_texts: Sequence[str] = (
 
 
 def load_tokenizer(spec: TokenizerSpec, backend: str) -> Tokenizer:
-    """The backend that `open_tokenizer` found, without comparing again."""
+    """The tokenizer with the backend that `open_tokenizer` chose, without comparing again."""
     return Fast(spec) if backend == Fast.backend else Reference(spec)
 
 
 def _read(folder: Path) -> TokenizerSpec:
-    """Of a folder of `train_tokenizer`, without loading transformers."""
+    """The tokenizer in a folder that `train_tokenizer` wrote, without loading transformers."""
     content = (folder / "tokenizer.json").read_text("utf-8")
     eos = tokenizers.Tokenizer.from_str(content).token_to_id(EOS)
     return TokenizerSpec.from_content(content, folder, eos)
@@ -153,7 +155,7 @@ def _read(folder: Path) -> TokenizerSpec:
 
 @functools.lru_cache(maxsize=2)
 def _proven(spec: TokenizerSpec) -> Fast | None:
-    """fastokens if it passes the sweep. That takes about a second: a process asks once about a tokenizer."""
+    """fastokens if it passes the sweep, which takes about a second: once per process and tokenizer."""
     try:
         fast = Fast(spec)
     except ValueError:
@@ -166,14 +168,14 @@ def _agree(fast: Tokenizer, reference: Tokenizer, texts: Sequence[str]) -> bool:
         pairs = zip(fast.encode_batch(texts), reference.encode_batch(texts), strict=True)
         return all(np.array_equal(ours, theirs) for ours, theirs in pairs)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # a panic in Rust, which is no Exception
+        if type(error).__name__ != "PanicException":  # of Rust; it derives from BaseException
             raise
         return False
 
 
 @functools.cache
 def unicode_sweep() -> tuple[str, ...]:
-    """Every assigned code point among its neighbours, between spaces and after a letter; and what is odd:
+    """Every assigned code point next to its neighbours, between spaces and after a letter; and odd texts:
     control characters, line ends, long runs, emoji, combining marks, mixed scripts, special tokens."""
     points = [chr(c) for c in range(0x110000) if unicodedata.category(chr(c)) not in ("Cs", "Cn", "Co")]
     chunks = [points[i : i + 64] for i in range(0, len(points), 64)]
@@ -198,9 +200,9 @@ _ODD = (
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Path:
-    """Train a byte-level BPE and save it as a Hugging Face folder; equal texts give equal bytes.
+    """Train a byte-level BPE and save it as a Hugging Face folder. Equal texts give equal bytes.
 
-    It has `vocab_size` entries, or fewer if the texts do not hold that many pairs.
+    The vocabulary has `vocab_size` entries, or fewer if the texts do not have that many pairs.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -237,7 +239,7 @@ def pretrained_tokenizer(name: str) -> TokenizerSpec:
             f"no tokenizer can be loaded from {where}",
             where="model.tokenizer or model.base",
             why=str(error).strip().split("\n")[0],
-            fix="give a hub id that can be reached from here, or a folder with tokenizer.json",
+            fix="give a hub id that this machine can reach, or a folder with tokenizer.json",
         ) from error
     if not loaded.is_fast:
         raise ModelError(
@@ -251,9 +253,9 @@ def pretrained_tokenizer(name: str) -> TokenizerSpec:
 
 
 def resolve_tokenizer(job: Job, storage: Storage) -> TokenizerSpec:
-    """The tokenizer of `job`: the one it names, its base's, or one trained here on a sample of its corpus.
+    """The tokenizer of `job`: the one that it names, its base's, or one trained on a sample of its corpus.
 
-    A trained one is kept in the storage by the fingerprint of its inputs, and used again.
+    A trained one is kept in the storage under the fingerprint of its inputs, and used again.
     """
     asked = job.model.tokenizer or job.model.base
     if isinstance(asked, str):
@@ -268,7 +270,7 @@ def resolve_tokenizer(job: Job, storage: Storage) -> TokenizerSpec:
 
 
 def planned_tokenizer(job: Job, storage: Storage) -> TokenizerSpec | None:
-    """Like `resolve_tokenizer`, but makes nothing: None if the tokenizer is still to be trained."""
+    """Like `resolve_tokenizer`, but trains none: None if the tokenizer is still to be trained."""
     asked = job.model.tokenizer or job.model.base
     if isinstance(asked, str):
         return pretrained_tokenizer(asked)
@@ -277,7 +279,7 @@ def planned_tokenizer(job: Job, storage: Storage) -> TokenizerSpec | None:
 
 
 def _trained(job: Job, storage: Storage) -> tuple[list[SourceFiles], Path]:
-    """What a tokenizer is trained on, and where it is or will be."""
+    """The sources that a tokenizer is trained on, and the folder that it is or will be in."""
     assert isinstance(job.model.tokenizer, NewTokenizer)
     sources = [open_source(source, job.corpus) for source in job.corpus.sources.values()]
     inputs = {
@@ -290,7 +292,7 @@ def _trained(job: Job, storage: Storage) -> tuple[list[SourceFiles], Path]:
 
 
 def _sample(sources: Sequence[SourceFiles], holdout: float) -> Iterator[str]:
-    """The first documents of each source in planned order, those held out for evaluation left out."""
+    """The first documents of each source in planned order, without those held out for evaluation."""
     n_bytes = 0
     for i, source in enumerate(sources, start=1):
         for text in source.texts(source.plan()):
@@ -311,7 +313,7 @@ def _sample(sources: Sequence[SourceFiles], holdout: float) -> Iterator[str]:
 
 
 def _move(temporary: Path, folder: Path) -> None:
-    """Rename a finished folder into place; another process may have been faster, with the same content."""
+    """Rename a finished folder into place. Another process may have been faster, with the same content."""
     for file in temporary.iterdir():
         flush_to_disk(file)
     flush_to_disk(temporary)

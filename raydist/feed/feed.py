@@ -131,11 +131,8 @@ class Feed:
         parts |= {"stages": [list(stage) for stage in self.stretches]} if self.stretches else {}
         return xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
-    def stage_of(self, g: int) -> Stage:
-        """The stage of the run's sample g."""
-        return self.stages[self.stage_number(g)]
-
     def stage_number(self, g: int) -> int:
+        """The stage of the run's sample g."""
         return bisect_right([stage.start for stage in self.stages], g) - 1
 
     def block(self, g: int) -> dict[str, NDArray[np.integer] | int]:

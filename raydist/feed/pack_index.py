@@ -1,7 +1,9 @@
 """A token log under one packing and one selection: the blocks of each shard, indexed once and kept.
 
-<storage>/.packs/<log>-<packing>/counts          a row per shard; with it, a feed opens without any index
-                                 <shard>.pack    the shard's PackIndex
+    <storage>/.packs/<log>-<packing>/counts          a row per shard; with it, a feed opens without any index
+                                     <shard>.pack    the shard's PackIndex
+
+Both are made again when they are missing or damaged, see raydist.feed.cache.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ class Selection:
     """The documents of one token log that training leaves out. Methods give bool [N], N documents of a shard.
 
     holdout: share held out for evaluation, by hash.  duplicates: numbers of the documents whose text occurred
-    before, ascending int64, counted through the token log; None where they are trained on.  name: of what
-    decides which documents are duplicates.
+    before, ascending int64, counted through the token log; None where they are trained on.  name: a hash of
+    the token logs, which decide what a duplicate is.
     """
 
     log: TokenLog
@@ -109,7 +109,7 @@ def _n_ranges(logs: Sequence[TokenLog]) -> int:
 
 
 def _name(logs: Sequence[TokenLog]) -> str:
-    """Of what decides which document is the first with its text: the token logs, in order."""
+    """A hash of the token logs, in order: they decide which document is the first with its text."""
     return xxhash.xxh3_64_hexdigest(orjson.dumps([log.fingerprint for log in logs]))
 
 

@@ -12,7 +12,7 @@ from raydist.errors import JobError
 
 @pytest.fixture
 def module(tmp_path, monkeypatch):
-    """A module of the user, and how to write it anew."""
+    """A module of the user, and how to write it again."""
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def write(source):
@@ -81,7 +81,7 @@ def test_a_function_of_the_user_and_its_source(module):
 
 def test_a_function_that_gives_no_text_is_an_error(module):
     module("def f(text):\n    return len(text)\n")
-    with pytest.raises(JobError, match="users_cleaning:f gave int"):
+    with pytest.raises(JobError, match="users_cleaning:f returned int"):
         make_cleaner(["users_cleaning:f"])("abc")
 
 

@@ -527,7 +527,7 @@ def test_an_extension_belongs_to_one_format():
 
 
 def test_a_format_needs_one_line_of_the_table(tmp_path, monkeypatch):
-    """Its files are found, split, read, compressed or not, and what they lack is reported."""
+    """Then its files are found, split and read, compressed or not."""
 
     def read_records(stream, part, options):
         for offset, lines in whole_lines(blocks(stream, part)):

@@ -11,4 +11,4 @@ from raydist.feed.stage import Place
 
 
 def places_of(feed: Feed, samples: Iterable[int]) -> list[Place]:
-    return [feed.stage_of(g).places(np.array([g]))[0] for g in samples]
+    return [feed.stages[feed.stage_number(g)].places(np.array([g]))[0] for g in samples]

@@ -91,7 +91,7 @@ def test_labels_are_the_next_token_of_the_document_also_of_what_was_left(make_lo
         (place,) = places_of(feed, [g])
         block, counts = feed.block(g), feed.counts(g, g + 1)
         ids, labels = block["input_ids"], block["labels"]
-        assert len(ids) == feed.stage_of(g).packing.block_size == sum(counts[:3])
+        assert len(ids) == feed.stages[feed.stage_number(g)].packing.block_size == sum(counts[:3])
         for token, label in zip(ids.tolist(), labels.tolist(), strict=True):
             assert label == (after[place.source][token] if token else -100)
         assert np.count_nonzero(labels != -100) == counts.n_labels
