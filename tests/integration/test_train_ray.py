@@ -73,5 +73,5 @@ def test_an_exception_arrives_with_its_type_or_its_traceback(tmp_path: Path) -> 
         run_attempt(other_data)
     (spec.run / "metrics.jsonl").unlink()
     (spec.run / "metrics.jsonl").mkdir()
-    with pytest.raises(TrainingError, match=r"(?s)IsADirectoryError.*in _cut_torn_line"):
+    with pytest.raises(TrainingError, match=r"(?s)IsADirectoryError.*in cut_torn_lines"):
         run_attempt(replace(spec, attempt=3))
