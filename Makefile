@@ -37,7 +37,7 @@ demo-kill: install  ## the same job undisturbed and SIGKILLed twice: equal final
 
 .PHONY: test
 test: install  ## the tests (about 12 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not real and not gpu" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not real and not gpu" $(WORKERS) $(ARGS)
 
 .PHONY: test-all
 test-all: install  ## these and the long ones
@@ -60,7 +60,7 @@ docs: install  ## write docs/job.md from the schema, docs/support.md from the te
 	$(BIN)/python docs/generate.py
 
 .PHONY: lock
-lock:  ## make requirements.lock anew: the newest of all that pyproject.toml admits
+lock:  ## make requirements.lock again: the newest of all that pyproject.toml admits
 	@$(PYTHON) -m venv --clear build/lock
 	@build/lock/bin/python -m pip install --quiet --quiet --disable-pip-version-check $(UV)
 	build/lock/bin/uv pip compile pyproject.toml --extra dev --universal --python-version 3.11 \

@@ -84,7 +84,7 @@ class RunFolder:
         A folder that is missing or empty can. Nothing is written here.
         """
         if self.marker.is_file():
-            marked = files.read_json(self.marker).get("kind")
+            marked = self._marked()
             if marked != kind:
                 raise RunError(
                     f"{self.path.name} is the name of a {marked}, and a {kind} was asked for",
@@ -102,6 +102,16 @@ class RunFolder:
                 why="raydist writes only into folders of its own, and nothing here was touched",
                 fix=f"give the {kind} another name or storage, or move these files away",
             )
+
+    def _marked(self) -> str:
+        try:
+            return str(files.read_json(self.marker)["kind"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"the marker {self.marker} cannot be read",
+                why=f"{type(error).__name__}: {error}; so raydist cannot know whether the folder is its own",
+                fix='if it is a run\'s, write {"kind": "run"} into it; else give the job another name',
+            ) from error
 
     def mark(self, kind: Kind) -> None:
         """Make the folder that of a run (or sweep). Raises RunError as `check_place` does."""

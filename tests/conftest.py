@@ -23,6 +23,7 @@ os.environ.update(
         "RAY_AUTH_MODE": "token",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "RAY_USAGE_STATS_ENABLED": "0",
         "TOKENIZERS_PARALLELISM": "false",
@@ -44,10 +45,16 @@ OBJECT_STORE_BYTES = 200 * 2**20
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Warnings are errors in unit tests; elsewhere Ray and what stands on it warn of their own affairs."""
+    """Warnings are errors in unit tests; elsewhere Ray and what stands on it warn of their own affairs.
+
+    Of two processes of pytest-xdist one runs the integration tests, which mostly wait and share one Ray, and
+    the other the unit tests, which compute: a file at a time, so that its fixtures are made once.
+    """
     for item in items:
-        if not item.path.is_relative_to(UNIT):
+        unit = item.path.is_relative_to(UNIT)
+        if not unit:
             item.add_marker(pytest.mark.filterwarnings("default"))
+        item.add_marker(pytest.mark.xdist_group(str(item.path) if unit else "integration"))
 
 
 @pytest.fixture(scope="session")

@@ -216,7 +216,7 @@ def check_deepspeed(job: Job) -> None:
         raise JobError(
             f"DeepSpeed does not take its configuration: {'; '.join(problems)}",
             where="strategy.config.zero_optimization",
-            fix="mend these keys; https://www.deepspeed.ai/docs/config-json names all",
+            fix="fix these keys; https://www.deepspeed.ai/docs/config-json names all",
         ) from error
 
 

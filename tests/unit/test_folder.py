@@ -179,3 +179,13 @@ def test_a_run_from_before_there_was_a_marker_with_a_users_file_in_it_is_refused
     files.write_text(folder.path / "notes.txt", "mine")
     with pytest.raises(RunError, match=r"did not write: job\.yaml, notes\.txt"):
         folder.mark("run")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"\x00\xff"])
+def test_a_damaged_marker_is_no_permission(tmp_path: Path, content: bytes) -> None:
+    folder = marked(tmp_path / "run")
+    folder.marker.write_bytes(content)
+    before = tree(tmp_path)
+    with pytest.raises(RunError, match="cannot be read"):
+        folder.mark("run")
+    assert tree(tmp_path) == before
