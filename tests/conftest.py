@@ -44,6 +44,7 @@ UNIT = Path(__file__).parent / "unit"
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Warnings are errors in unit tests; elsewhere Ray and what stands on it warn of their own affairs.
 
