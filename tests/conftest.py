@@ -9,8 +9,10 @@ import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 # Before anything imports Ray, torch or matplotlib: workers started by a test inherit these.
 os.environ.update(
@@ -44,18 +46,25 @@ UNIT = Path(__file__).parent / "unit"
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Warnings are errors in unit tests; elsewhere Ray and what stands on it warn of their own affairs.
-
-    Of two processes of pytest-xdist one runs the integration tests, which mostly wait and share one Ray, and
-    the other the unit tests, which compute: a file at a time, so that its fixtures are made once.
-    """
+    """Warnings are errors in unit tests; elsewhere Ray and what stands on it warn of their own affairs."""
     for item in items:
-        unit = item.path.is_relative_to(UNIT)
-        if not unit:
+        if not item.path.is_relative_to(UNIT):
             item.add_marker(pytest.mark.filterwarnings("default"))
-        item.add_marker(pytest.mark.xdist_group(str(item.path) if unit else "integration"))
+
+
+class TwoKinds(LoadScopeScheduling):
+    """One process runs the integration tests, which mostly wait, and share one Ray; others the unit tests.
+
+    These go a file at a time, so that the fixtures of a file are made once.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "integration" if nodeid.startswith("tests/integration/") else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return TwoKinds(config, log)
 
 
 @pytest.fixture(scope="session")
