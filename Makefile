@@ -10,6 +10,8 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
+# One process for the integration tests, which wait, and one for the unit tests, which compute: tests/conftest.py.
+TWO := $(if $(ARGS),,-n 2 --no-loadscope-reorder)
 INSTALLED := .venv/.installed
 PIP = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check
 UV := uv==0.13.9
@@ -37,11 +39,11 @@ demo-kill: install  ## the same job undisturbed and SIGKILLed twice: equal final
 
 .PHONY: test
 test: install  ## the tests (about 12 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow and not real and not gpu" $(WORKERS) $(ARGS)
+	$(BIN)/python -m pytest $(TWO) -m "not slow and not real and not gpu" $(ARGS)
 
 .PHONY: test-all
 test-all: install  ## these and the long ones
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(TWO) $(ARGS)
 
 .PHONY: check
 check: install  ## style, types, and who imports whom

@@ -1,6 +1,6 @@
 """`raydist prepare` against a bare two-process script: same text, tokenizer library and kind of output.
 
-Start-up (Ray, processes, imports, the tokenizer's check) is measured apart: each side first does a small corpus,
+Start-up (Ray, processes, imports, the tokenizer check) is measured apart: each side first does a small one,
 then the large one. The ratio is of the large corpus's wall time.
 """
 

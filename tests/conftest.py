@@ -48,19 +48,26 @@ OBJECT_STORE_BYTES = 200 * 2**20
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Warnings are errors in unit tests; elsewhere Ray and what stands on it warn of their own affairs."""
+    items.sort(key=lambda item: item.path.name in LAST)
     for item in items:
         if not item.path.is_relative_to(UNIT):
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
-class TwoKinds(LoadScopeScheduling):
-    """One process runs the integration tests, which mostly wait, and share one Ray; others the unit tests.
+LAST = ("test_sweep.py", "test_torchrun.py", "test_train_ray.py")
+"""Integration tests for the process that has run the unit tests, so that both processes end together."""
 
-    These go a file at a time, so that the fixtures of a file are made once.
+
+class TwoKinds(LoadScopeScheduling):
+    """For `make test -n 2`: one process runs the integration tests, which mostly wait and share one Ray.
+
+    The other one runs the unit tests and then the LAST, a file at a time, so that the fixtures of a file are
+    made once.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        return "integration" if nodeid.startswith("tests/integration/") else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        return "integration" if "integration/" in file and not file.endswith(LAST) else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:

@@ -6,7 +6,7 @@ raydist submit ──> submit ──Jobs API──> raydist train, in the cluste
 
 connect      joins a cluster, or starts an embedded Ray on this machine
 resources    how many workers the nodes hold, and what training leaves free
-trainer      one attempt at training, in Ray Train's workers
+trainer      one attempt at training, in Ray Train's workers; network: their process group between hosts
 submit       sends a job, this version of raydist and the user's own modules
 remote       the jobs of a cluster: found by their run, followed, stopped
 doctor       examines every node; checks: what its facts mean

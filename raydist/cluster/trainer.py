@@ -6,26 +6,25 @@ be torn, and the run's own COMMIT.json files are the authority in any case.
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import psutil
 import ray.train
 import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import Checkpoint
-from ray.train.torch import TorchConfig, get_device
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch import get_device
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from raydist import files
+from raydist.cluster.network import BetweenHosts
 from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost
 from raydist.folder import RunFolder
 from raydist.parallel.world import World, backend_of
@@ -83,8 +82,7 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         # Its frames hold the controller, and that one the CPUs of workers that did not all start.
         traceback.clear_frames(error.__traceback__)
         raise _explain(error, spec) from error
-    result: TrainResult = fitted.return_value  # type: ignore[attr-defined]
-    return result
+    return TrainResult(**fitted.return_value)  # type: ignore[attr-defined]
 
 
 def _scaling(spec: AttemptSpec) -> ScalingConfig:
@@ -105,35 +103,11 @@ def _missing(spec: AttemptSpec) -> str:
     return ", ".join(f"{there.get(name, 0):g} of {asked[name]} {name}s are there" for name in short)
 
 
-class BetweenHosts(TorchConfig):
-    """PyTorch's process group on the network that Ray uses.
-
-    Left alone, gloo takes the interface that the host's name resolves to: on many systems the loopback,
-    where no other host can be reached.
-    """
-
-    @property
-    def backend_cls(self) -> type[_TorchBackend]:
-        return _OnRaysNetwork
-
-
-class _OnRaysNetwork(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_choose_interface)
-        super().on_start(worker_group, backend_config)
-
-
 # --- on the worker -------------------------------------------------------------------------------
 
 
-def _choose_interface() -> None:
-    address = ray.util.get_node_ip_address()
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(each.address == address for each in addresses):
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
-
-
-def _train_on_worker(config: dict[str, Any]) -> TrainResult:
+def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """The TrainResult as plain values: Ray's controller reads it, and need not import the training for it."""
     spec: AttemptSpec = config["spec"]
     context, device = ray.train.get_context(), get_device()
     torch.set_num_threads(spec.job.scaling.cpus_per_worker)
@@ -144,7 +118,7 @@ def _train_on_worker(config: dict[str, Any]) -> TrainResult:
             context.get_local_rank(),
             device if isinstance(device, torch.device) else device[0],
         )
-        return train(spec, world, hooks=[ReportToRay()])
+        return asdict(train(spec, world, hooks=[ReportToRay()]))
     except RaydistError:
         raise
     except Exception as error:  # whole, since Ray cuts a traceback to 1,000 characters

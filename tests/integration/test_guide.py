@@ -183,6 +183,7 @@ def test_example_1_domain_adaptation() -> None:
     assert all(torch.equal(weight, of_project[name]) for name, weight in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_example_2_is_stopped_and_goes_on() -> None:
     config = LLMTrainingParams(
         model="./my-existing-model", data_path="./wikipedia_2024.json", text_column="content",

@@ -410,9 +410,16 @@ def test_a_job_on_a_cluster_is_left_found_and_stopped(
         for step in (2, 4, 6):
             wait_for_step(folder, step, process)
             proxy.cut()
-        wait_for_step(folder, 30, process)
+        wait_for_step(folder, 12, process)
+        lines: list[str] = []
+        reader = threading.Thread(target=lambda: [lines.append(line) for line in process.stdout or ()])
+        reader.start()
+        while sum(line.startswith("step") for line in lines) < 12:
+            time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        code, attached = finish(process)
+        code = process.wait(240)
+        reader.join()
+        attached = "".join(lines)
     assert code == 0 and "detached; the job goes on" in attached, attached
     assert job_id(attached) == job_id(output)
     steps = [int(n) for n in re.findall(r"^step +([0-9,]+)/", attached, re.MULTILINE)]

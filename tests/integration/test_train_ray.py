@@ -14,7 +14,7 @@ import psutil
 import pytest
 
 from raydist.cluster.trainer import run_attempt
-from raydist.errors import CheckpointError, TrainingError, WorkerLost
+from raydist.errors import CheckpointError, WorkerLost
 from raydist.files import read_json
 from raydist.folder import RunFolder
 from raydist.training.attempt_spec import AttemptSpec
@@ -65,13 +65,9 @@ def test_a_killed_worker_is_a_loss_and_the_next_attempt_ends_bit_identical(tmp_p
     assert max(pointer["step"] for pointer in pointers) == 20
 
 
-def test_an_exception_arrives_with_its_type_or_its_traceback(tmp_path: Path) -> None:
+def test_an_exception_arrives_with_its_type(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, train={"max_steps": 5})
     train(spec)
     other_data = make_spec(tmp_path, train={"max_steps": 5}, attempt=2, seed=8)
     with pytest.raises(CheckpointError, match="other data"):
         run_attempt(other_data)
-    (spec.run / "metrics.jsonl").unlink()
-    (spec.run / "metrics.jsonl").mkdir()
-    with pytest.raises(TrainingError, match=r"(?s)IsADirectoryError.*in cut_torn_lines"):
-        run_attempt(replace(spec, attempt=3))
