@@ -37,6 +37,9 @@ def test_modules_of_the_working_folder_go_along_and_installed_ones_do_not(
     found = own_modules(job(*steps))
     assert found == [tmp_path / "mine.py", tmp_path / "package", tmp_path / "elsewhere" / "on_path.py"]
     assert own_modules(job("sys:intern")) == []
+    train = {"max_steps": 1, "collator": "mine:f", "hooks": ["on_path:Alert"]}
+    hooked = build_job({**job().model_dump(mode="json"), "train": train})
+    assert own_modules(hooked) == [tmp_path / "mine.py", tmp_path / "elsewhere" / "on_path.py"]
     with pytest.raises(JobError, match=r"(?s)no module nowhere is found.*corpus.clean\[1\]"):
         own_modules(job("mine:f", "nowhere.inner:f"))
 
