@@ -97,11 +97,9 @@ def kill_a_worker(run: Path, step: int) -> None:
     os.kill(workers()[1].pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_local")
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param("fsdp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow), "qlora"],
-)
+@pytest.mark.parametrize("name", ["fsdp", "zero3", "qlora"])
 def test_its_command_survives_a_kill_and_ends_as_two_undisturbed_ranks(
     name: str, base: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

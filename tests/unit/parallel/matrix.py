@@ -58,7 +58,7 @@ QUICK = [
     for case in CASES
     if case[0] == "ddp"
     or (case[2] == "fp32" and case[:2] in {("fsdp", "lora"), ("zero-1", "int8"), ("zero-2", "int4")})
-    or (case[0] in ("fsdp", "zero-3") and case[1] in ("full", "lora"))
+    or case in {("fsdp", "full", "bf16"), ("zero-3", "full", "fp32"), ("zero-3", "lora", "bf16")}
     or case == ("zero-3-offload", "lora", "fp32")
 ]
 """With every strategy but two, every method and both precisions; the others take two minutes more."""
