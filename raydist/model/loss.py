@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100
+from raydist.feed.packing import IGNORED
+
 DOCUMENTS = "document_lengths"
 Documents = list[list[int]]
 """Of each row, the lengths of its documents from left to right."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +168,7 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
     resumed_from: the step that this attempt began at.  since: the last commit before this one.
     """
     state = sorted(path for path in made.path.iterdir() if path.name != COMMIT)
-    done = Commit(**{**_values(made), "files": {path.name: _sealed(path) for path in state}})
+    done = replace(made, files={path.name: _sealed(path) for path in state})
     line = {
         "id": done.ledger,
         "previous": since.ledger if since else None,
@@ -183,10 +183,6 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
     files.write_json(done.path / COMMIT, {k: v for k, v in asdict(done).items() if k != "path"})
     files.flush_to_disk(folder.checkpoints)
     return done
-
-
-def _values(made: Commit) -> dict[str, Any]:
-    return {each.name: getattr(made, each.name) for each in fields(made)}
 
 
 def _sealed(path: Path) -> dict[str, Any]:

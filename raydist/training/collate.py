@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from raydist.errors import TrainingError
+from raydist.feed.packing import IGNORED
 from raydist.fingerprint import fingerprint
 from raydist.job.functions import import_function, source_of
-from raydist.model.loss import IGNORED
 
 Tensors = dict[str, torch.Tensor]
 GIVEN = ("input_ids", "labels", "position_ids", "document_lengths", "sample")
