@@ -1,4 +1,7 @@
-"""One rank of a pickled AttemptSpec, as `torchrun ... -m tests.rank SPEC` or the fork server starts it."""
+"""One rank, as the fork server starts it: `python -m tests.rank FILE` in the environment of torchrun.
+
+FILE is a pickled AttemptSpec, which is trained, or a pickled function, which is called.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,17 @@ import pickle
 import sys
 from pathlib import Path
 
+from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.torchrun import torchrun_world, train_rank
 
 
 def main(path: str) -> int:
-    spec = pickle.loads(Path(path).read_bytes())
+    work = pickle.loads(Path(path).read_bytes())
+    if not isinstance(work, AttemptSpec):
+        work()
+        return 0
     with torchrun_world() as world:
-        train_rank(spec, world)
+        train_rank(work, world)
     return 0
 
 

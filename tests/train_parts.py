@@ -132,11 +132,14 @@ def write_spec(spec: AttemptSpec) -> Path:
 
 def start_ranks(spec: AttemptSpec) -> list[Rank]:
     """`spec` as torchrun would run it: a process per rank, on gloo."""
-    path = write_spec(spec)
+    return fork_ranks(write_spec(spec), spec.plan.world_size)
+
+
+def fork_ranks(path: Path, size: int) -> list[Rank]:
+    """`tests.rank` of that file in so many forked processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    size = spec.plan.world_size
     shared = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
@@ -154,8 +157,8 @@ def run_ranks(spec: AttemptSpec) -> None:
     finish(start_ranks(spec))
 
 
-def finish(processes: list[Rank]) -> None:
-    errors = [process.communicate(timeout=120)[1].decode() for process in processes]
+def finish(processes: list[Rank], seconds: float = 120) -> None:
+    errors = [process.communicate(timeout=seconds)[1].decode() for process in processes]
     if any(process.returncode for process in processes):
         raise AssertionError("\n".join(errors))
 

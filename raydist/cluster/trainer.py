@@ -63,7 +63,7 @@ def run_attempt(spec: AttemptSpec, say: Callable[[str], None] = lambda text: Non
 def _fit(spec: AttemptSpec) -> TrainResult:
     scaling = _scaling(spec)
     backend = backend_of(torch.device("cuda" if scaling.use_gpu else "cpu"))
-    trainer = TorchTrainer(
+    trainer = Trainer(
         _train_on_worker,
         train_loop_config={"spec": spec},
         torch_config=BetweenHosts(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
@@ -83,6 +83,18 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         traceback.clear_frames(error.__traceback__)
         raise _explain(error, spec) from error
     return TrainResult(**fitted.return_value)  # type: ignore[attr-defined]
+
+
+class Trainer(TorchTrainer):
+    """Without the actor that splits Ray data sets among the workers.
+
+    Our workers read token logs. The actor would start, and import Ray Data, with every attempt. The method is
+    Ray's own and not public: in a release that does without it this one is never called.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        return [each for each in callbacks if type(each).__name__ != "DatasetsCallback"]
 
 
 def _scaling(spec: AttemptSpec) -> ScalingConfig:

@@ -60,7 +60,6 @@ def job(tmp_path: Path) -> dict[str, Any]:
         "stages": [{"block_size": 64, "max_tokens": 15_000}, {"block_size": 128, "max_tokens": 15_000}],
         "train": {"global_batch_tokens": 1024, "lr": 3e-3, "mixed_precision": "fp32", "logging_steps": 5},
         "eval": {"eval_steps": 10, "max_tokens": 2000},
-        "scaling": {"num_workers": 2},
         "tracking": {"mlflow": False},
     }
 

@@ -26,11 +26,11 @@ from raydist.run.dataset import find_prepared
 from raydist.track.records import read_metrics
 from raydist.training.loop import train
 from tests.hosts import Host, Hosts, can_run
-from tests.integration.test_run import CONFIG, losses, reached, write_corpus
+from tests.whole_run import CONFIG, losses, reached, write_corpus
 
 pytestmark = pytest.mark.skipif(bool(can_run()), reason=can_run())
 
-STEPS = 40
+STEPS = 24
 MARKS = """
 import pathlib, ray
 

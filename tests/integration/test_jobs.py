@@ -24,10 +24,10 @@ from raydist.job.plan import make_plan
 from raydist.model.export import load_trained
 from raydist.run.attempts import attempt_spec
 from raydist.run.dataset import find_prepared
-from tests.integration.test_run import write_corpus
 from tests.integration.test_train_ray import workers
 from tests.train_parts import losses, run_ranks
 from tests.weights import weight_hash
+from tests.whole_run import write_corpus
 
 ROOT = Path(__file__).resolve().parents[2]
 END = "<|endoftext|>"

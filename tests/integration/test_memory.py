@@ -21,7 +21,7 @@ from raydist.run.dataset import find_prepared
 from raydist.run.run import run_job
 from raydist.track.records import effective, read_metrics
 from raydist.training.loop import train
-from tests.integration.test_run import CONFIG, write_corpus
+from tests.whole_run import CONFIG, write_corpus
 
 SPARE_BYTES = 560 * 2**20
 WIDE = {**CONFIG, "intermediate_size": 16_384, "num_hidden_layers": 1}

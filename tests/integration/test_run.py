@@ -16,10 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
-import psutil
 import pytest
-import yaml
 
 import raydist
 from raydist import files
@@ -31,97 +28,32 @@ from raydist.job.load import build_job
 from raydist.track.records import effective
 from raydist.training.checkpoint import newest_valid
 from tests.trackers import read_tensorboard, read_wandb
+from tests.whole_run import (
+    STEPS,
+    finish,
+    folder_of,
+    kill_everything,
+    losses,
+    reached,
+    start,
+    wait_for_step,
+    workers,
+    written,
+)
 
 Here = Callable[..., tuple[int, str]]
 Command = Callable[..., tuple[int, str]]
-STEPS = 60
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
-"""A model small enough to be quick."""
-SENTENCE = "the quick brown fox jumps over a lazy dog while rivers carry small stones toward some distant sea"
-
-
-def write_corpus(path: Path, n_documents: int = 400) -> None:
-    """Text with enough order in it that a tiny model learns something."""
-    words = SENTENCE.split()
-    documents = (
-        " ".join(words[(i * 7 + j * (i % 5 + 1)) % len(words)] for j in range(20 + i % 90))
-        for i in range(n_documents)
-    )
-    path.write_bytes(
-        b"".join(orjson.dumps({"text": f"{i}: {text}."}) + b"\n" for i, text in enumerate(documents))
-    )
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    write_corpus(path)
-    return path
+def job(whole: dict[str, Any]) -> dict[str, Any]:
+    return whole
 
 
-@pytest.fixture(scope="module")
-def job(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Small enough to be quick, slow enough (about 0.1 s a step) to be killed in the middle of one."""
-    return {
-        "name": "whole",
-        "storage": str(tmp_path_factory.mktemp("storage")),
-        "model": {"config": CONFIG, "tokenizer": {"train": {"vocab_size": 512}}},
-        "corpus": {"sources": {"words": {"path": str(corpus)}}, "holdout": 0.05, "slice_bytes": 20000},
-        "packing": {"block_size": 128},
-        "train": {
-            "max_steps": STEPS,
-            "global_batch_size": 16,
-            "micro_batch_size": 2,
-            "lr": 3e-3,
-            "mixed_precision": "fp32",
-            "logging_steps": 1,
-        },
-        "scaling": {"num_workers": 2},
-        "checkpoint": {"save_steps": 10},
-        "eval": {"eval_steps": 30, "max_tokens": 2000},
-        "tracking": {"tensorboard": True, "wandb": True},
-    }
+def weights(folder: RunFolder) -> str:
+    from tests.weights import weight_hash
 
-
-def written(job: dict[str, Any]) -> str:
-    path = Path(job["storage"]) / f"{job['name']}.yaml"
-    files.write_text(path, yaml.safe_dump(job))
-    return str(path)
-
-
-def start(job: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    environment.pop("RAY_ADDRESS", None)
-    return subprocess.Popen(
-        [sys.executable, "-m", "raydist", "submit", written(job), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-
-
-def finish(process: subprocess.Popen[str], seconds: float = 240) -> tuple[int, str]:
-    with process:
-        try:
-            output, _ = process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            for child in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
-                child.kill()
-            raise
-        return process.returncode, output
-
-
-def submit(job: dict[str, Any], *arguments: str) -> tuple[int, str]:
-    return finish(start(job, *arguments))
+    return weight_hash(folder.model)
 
 
 @pytest.fixture
@@ -152,67 +84,6 @@ def command(capfd: pytest.CaptureFixture[str]) -> Command:
     return run
 
 
-def folder_of(job: dict[str, Any]) -> RunFolder:
-    return RunFolder(Path(job["storage"]) / job["name"])
-
-
-def losses(folder: RunFolder) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in effective(folder) if "loss" in r}
-
-
-def weights(folder: RunFolder) -> str:
-    from tests.weights import weight_hash
-
-    return weight_hash(folder.model)
-
-
-def wait_for_step(folder: RunFolder, step: int, process: subprocess.Popen[str], attempt: int = 1) -> None:
-    """Until the run's own metrics say that `step` of `attempt` is done: the next one is under way then."""
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if reached(folder, step, attempt):
-            return
-        assert process.poll() is None, process.communicate()[0]
-        time.sleep(0.02)
-    raise AssertionError(f"step {step} was not reached")
-
-
-def reached(folder: RunFolder, step: int, attempt: int) -> bool:
-    records = files.read_jsonl(folder.metrics_file)
-    return any("loss" in r and r["step"] >= step and r["attempt"] >= attempt for r in records)
-
-
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
-    found = []
-    for child in psutil.Process(process.pid).children(recursive=True):
-        with pytest.MonkeyPatch.context(), _gone_is_fine():
-            if "TrainWorker" in " ".join(child.cmdline()):
-                found.append(child)
-    return found
-
-
-@contextlib.contextmanager
-def _gone_is_fine() -> Iterator[None]:
-    try:
-        yield
-    except psutil.NoSuchProcess:
-        return
-
-
-def kill_everything(process: subprocess.Popen[str]) -> None:
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        with _gone_is_fine():
-            member.kill()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(job: dict[str, Any]) -> tuple[RunFolder, str]:
-    code, output = submit(job)
-    assert code == 0, output
-    return folder_of(job), output
-
-
 def test_a_run_from_raw_files_to_a_model(undisturbed: tuple[RunFolder, str]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -221,7 +92,7 @@ def test_a_run_from_raw_files_to_a_model(undisturbed: tuple[RunFolder, str]) -> 
     assert "no cluster configured" in output and "held-out perplexity  words:" in output
     assert folder.status()["state"] == "finished"
     evaluations = [r for r in effective(folder) if r["kind"] == "eval"]
-    assert [r["step"] for r in evaluations] == [0, 30, STEPS]
+    assert [r["step"] for r in evaluations] == [0, 20, STEPS]
     assert evaluations[-1]["perplexity"] < 0.5 * evaluations[0]["perplexity"]
     audit = folder.data()["audit"]
     assert audit["n_in"] == audit["n_trained"] + audit["n_held_out"] + audit["n_left"]
@@ -282,7 +153,7 @@ def test_killed_it_ends_bit_identical(
     job = {**job, "name": f"killed-{len(kills)}"}
     process, folder = start(job), folder_of(job)
     for attempt, what in enumerate(kills, start=1):
-        wait_for_step(folder, 15 * attempt - 3, process, attempt=attempt)
+        wait_for_step(folder, 12 * attempt - 2, process, attempt=attempt)
         if what == "a worker":  # the run goes on by itself
             workers(process)[0].kill()
             continue
@@ -296,8 +167,8 @@ def test_killed_it_ends_bit_identical(
         (r["attempt"], r["step"]) for r in files.read_jsonl(folder.metrics_file) if r["kind"] == "resume"
     ]
     assert [attempt for attempt, _ in resumed] == list(range(2, len(kills) + 2))
-    for (_, step), least in zip(resumed, (10, 20, 40)[: len(kills)], strict=True):
-        assert step in range(least, STEPS + 1, 10)
+    for (_, step), least in zip(resumed, (8, 16, 32)[: len(kills)], strict=True):
+        assert step in range(least, STEPS + 1, 8)
     assert losses(folder) == losses(undisturbed[0])
     assert weights(folder) == weights(undisturbed[0])
     assert folder.data()["audit"] == undisturbed[0].data()["audit"]
@@ -355,6 +226,7 @@ def test_a_workers_exception_arrives_with_its_traceback(job: dict[str, Any], her
         **job,
         "name": "diverges",
         "train": {**job["train"], "lr": 1e30, "max_steps": 8, "warmup_ratio": 0.0},
+        "scaling": {"num_workers": 1},
     }
     code, output = here(job)
     assert code == 7 and "step 2: the gradient norm is nan" in output, output
@@ -392,6 +264,7 @@ def test_a_job_on_a_cluster_is_left_found_and_stopped(
     monkeypatch.chdir(folder.path.parent.parent)
     long = {"max_steps": 100_000, "global_batch_size": 16}
     job = {**job, "name": "left", "storage": folder.path.parent.name, "train": {**job["train"], **long}}
+    job["scaling"] = {"num_workers": 1}
     monkeypatch.setattr(remote, "LOST_SECONDS", 1.0)
     client = remote.connect(head)
     told = "lost contact with the cluster"

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -46,16 +43,6 @@ def job(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Job:
     made = build_job(values)
     raydist.prepare(made)
     return made
-
-
-def test_a_program_that_has_imported_ray_already(job: Job, tmp_path: Path) -> None:
-    """Ray reads its token mode when it is imported: an embedded Ray must start all the same."""
-    (tmp_path / "job.yaml").write_text(job_yaml(job))
-    code = "import ray, raydist; print(len(raydist.prepare(raydist.load_job('job.yaml')).logs))"
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "2", done.stderr
 
 
 def test_blocks_are_the_feed_in_order(job: Job) -> None:

@@ -19,8 +19,8 @@ from raydist import files
 from raydist.cli import main
 from raydist.folder import RunFolder
 from raydist.track.records import effective
-from tests.integration.test_run import finish, write_corpus
 from tests.trackers import read_wandb
+from tests.whole_run import finish, write_corpus
 
 CONFIG = {
     "model_type": "llama",
@@ -101,8 +101,8 @@ def test_trials_share_tokens_and_text_and_a_failed_one_is_recorded(
     assert best["packing"]["block_size"] == (64, None, 128)[winner] and best["tune"] is None
     assert f"raydist submit {sweep / 'best.yaml'}" in output
     with pytest.raises(SystemExit) as ended:
-        main(["submit", str(sweep / "best.yaml")])
-    assert ended.value.code in (0, None) and RunFolder(Path(job["storage"], "lr-best")).model.exists()
+        main(["plan", str(sweep / "best.yaml")])
+    assert ended.value.code in (0, None), capfd.readouterr()
 
 
 def _look_at_mlflow(job: dict[str, Any]) -> None:
@@ -149,6 +149,9 @@ def test_a_killed_sweep_runs_no_finished_trial_twice(
     assert attempts[0] == {1} and len(attempts[1]) <= 2
     after = files.read_jsonl(Path(job["storage"], "killed", "trials.jsonl"))
     assert after[: len(begun)] == begun and [r["number"] for r in after if "parameters" in r] == [0, 1]
+    with pytest.raises(SystemExit) as ended:
+        main(["submit", str(Path(job["storage"], "killed", "best.yaml"))])
+    assert ended.value.code in (0, None) and RunFolder(Path(job["storage"], "killed-best")).model.exists()
 
 
 def test_a_trial_stopped_by_itself_is_told_as_such(

@@ -65,6 +65,7 @@ def test_a_killed_worker_is_a_loss_and_the_next_attempt_ends_bit_identical(tmp_p
     assert max(pointer["step"] for pointer in pointers) == 20
 
 
+@pytest.mark.slow
 def test_an_exception_arrives_with_its_type(tmp_path: Path) -> None:
     spec = make_spec(tmp_path, train={"max_steps": 5})
     train(spec)

@@ -1,8 +1,6 @@
 """Every combination of strategy, adapter, quantization and precision, in one pair of processes.
 
-    torchrun --nproc-per-node 2 -m tests.unit.parallel.matrix FOLDER quick|rest
-    python -m tests.unit.parallel.matrix FOLDER quick|rest      afterwards: resumes what two ranks saved
-
+`run_matrix` is called on two ranks, and afterwards by one process, which resumes what the two saved.
 For each case: a run, the same resumed from its middle, and its results loaded and, for an adapter,
 merged. What was found goes to FOLDER/<case>/found.json and alone.json, to be judged by the tests.
 """
@@ -13,7 +11,6 @@ import contextlib
 import itertools
 import os
 import shutil
-import sys
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -147,7 +144,8 @@ def alone(case: tuple[str, str, str], folder: Path) -> None:
     write_json(spec.run.with_name("alone.json"), {"losses": [*losses(spec.run).values()]})
 
 
-def main(folder: Path, part: str) -> None:
+def run_matrix(folder: Path, part: str) -> None:
+    """One rank of part "quick" or "rest"."""
     torch.set_num_threads(1)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
@@ -176,7 +174,3 @@ def told(folder: Path) -> Any:
     ):
         folder.mkdir(exist_ok=True)
         (folder / "error.txt").write_text(traceback.format_exc())
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

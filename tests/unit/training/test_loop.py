@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +33,6 @@ from tests.train_parts import (
     make_spec,
     run_ranks,
     start_ranks,
-    write_spec,
 )
 from tests.weights import weight_hash
 
@@ -82,22 +79,13 @@ def test_loss_for_loss_it_is_a_plain_loop(tmp_path: Path, world_size: int) -> No
     if world_size == 1:
         train(spec)
     else:
-        launch(spec)
+        run_ranks(spec)
     expected, found = plain_losses(spec), losses(spec.run)
     assert list(found) == list(range(1, 21))
     assert [found[step] for step in found] == pytest.approx(expected, rel=1e-5)
     assert expected[-1] < 0.8 * expected[0]
     norms = [r["grad_norm"] for r in read_jsonl(spec.run / "metrics.jsonl") if r["kind"] == "train"]
     assert max(norms) > spec.job.train.max_grad_norm  # or clipping was not tested
-
-
-def launch(spec: AttemptSpec) -> None:
-    """As a user would, all of it in processes of its own; elsewhere ranks are forked."""
-    launcher = Path(sys.executable).with_name("torchrun")
-    ranks = ["--standalone", "--nproc-per-node", str(spec.plan.world_size)]
-    command = [launcher, *ranks, "-m", "tests.rank", write_spec(spec)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
 
 
 class Cut(Exception):
