@@ -10,6 +10,8 @@ base           a base's weights: loaded, and refused where they are not those of
 attention      kinds of attention, which one a device takes, the probe that tokens see no other document
 layers         the decoder layers of any architecture
 loss           the loss of (model, batch), summed over labels; a model's own extra terms belong here too
+head           the loss of a large vocabulary without its logits, and what a model does behind its head
+cross_entropy  a summed loss and its gradient, some rows of logits at a time
 adapter        LoRA by peft
 quantization   a frozen base in 4 or 8 bits by bitsandbytes
 export         a Hugging Face folder: written, loaded again, sampled from, merged

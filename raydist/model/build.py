@@ -22,6 +22,7 @@ from raydist.errors import JobError, ModelError
 from raydist.job.schema import Job
 from raydist.model import quantization
 from raydist.model.base import SAFE, check_stored, load_base
+from raydist.model.head import Head, find_head, use_chunked_head
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -173,7 +174,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-ChooseAttention = Callable[[nn.Module], object]
+Fit = Callable[[nn.Module], object]
 
 
 @quietly()
@@ -183,13 +184,13 @@ def build_model(
     device: torch.device,
     *,
     place: torch.device | None = None,
-    choose: ChooseAttention | None = None,
+    fit: Fit | None = None,
 ) -> nn.Module:
     """The model to train on `device`, probed, in training mode.
 
     Trainable weights are fp32. With an adapter the base is frozen and keeps its dtype. place: where the
-    weights are put, `device` by default; on meta there are none. choose: gives the bare model its attention,
-    by default the fastest one that passes the probe.
+    weights are put, `device` by default; on meta there are none. fit: gives the bare model its attention and
+    its way to the loss, by default `fit_model`.
     """
     from raydist.model.adapter import add_lora
     from raydist.model.attention import check_attention
@@ -202,8 +203,8 @@ def build_model(
         torch.manual_seed(job.seed)
         model = _bare(config, job, tokenizer_folder, place)
         _check_vocabulary(model, tokenizer_folder)
-        # on the bare model, which knows how attention is chosen
-        choose(model) if choose else choose_attention(model, job, device)
+        # the bare model, which knows how attention is chosen
+        fit(model) if fit else fit_model(model, job, device)
         model = model if job.adapter is None else add_lora(model, job.adapter)
     model = model.to(place)
     if job.train.gradient_checkpointing:
@@ -222,12 +223,24 @@ def _bare(config: PretrainedConfig, job: Job, tokenizer_folder: Path, place: tor
     return _base(job, place).to(place)
 
 
-def choose_attention(model: nn.Module, job: Job, device: torch.device) -> str:
-    """Give the bare model its attention for `device`; the name of it."""
+@dataclass(frozen=True)
+class Fitted:
+    """What was found by trying the bare model. head: None where its logits are made whole."""
+
+    attention: str
+    head: Head | None
+
+
+def fit_model(model: nn.Module, job: Job, device: torch.device) -> Fitted:
+    """Give the bare model the attention for `device` that passes the probe, and the chunked head."""
     from raydist.model.attention import set_attention
 
+    head = find_head(model)  # while attention is eager, which runs on every device
     asked = job.model.attn_implementation
-    return set_attention(model, device, document_mask=job.packing.document_mask, asked=asked)
+    attention = set_attention(model, device, document_mask=job.packing.document_mask, asked=asked)
+    if head is not None:
+        use_chunked_head(model, head)
+    return Fitted(attention, head)
 
 
 def _no_such_model(kind: str, error: Exception) -> JobError:

@@ -10,7 +10,8 @@ from torch import nn
 from raydist.errors import JobError
 from raydist.job.schema import Job
 from raydist.model.attention import NAMES, use_attention
-from raydist.model.build import build_model, choose_attention
+from raydist.model.build import Fitted, build_model, fit_model
+from raydist.model.head import Head, use_chunked_head
 from raydist.parallel.strategy import Strategy
 from raydist.parallel.world import World
 
@@ -19,20 +20,29 @@ def build_on_ranks(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
     """Collective: `build_model`, the same model on every rank.
 
     Where the strategy shards weights, rank 0 has the model on its CPU and the others have it on meta, without
-    weights. Only rank 0 can probe the attention then; the others take the one it took. Quantized weights are
+    weights. Only rank 0 can try the model then; the others take what it found. Quantized weights are
     read by every rank, because their scales could not be recognized and sent.
     """
     if not job.strategy.shards_weights or job.quantization is not None:
         return build_model(job, tokenizer_folder, world.device)
 
-    def choose(model: nn.Module) -> None:
-        chosen = NAMES.index(choose_attention(model, job, world.device)) if world.is_main else 0
-        name = NAMES[world.from_main(chosen)]
+    def fit(model: nn.Module) -> None:
+        fitted = fit_model(model, job, world.device) if world.is_main else Fitted(NAMES[0], None)
+        name = NAMES[world.from_main(NAMES.index(fitted.attention))]
+        head = _head_from_main(fitted.head, world)
         if not world.is_main:
             use_attention(model, name)
+            if head is not None:
+                use_chunked_head(model, head)
 
     place = torch.device("cpu" if world.is_main else "meta")
-    return build_model(job, tokenizer_folder, world.device, place=place, choose=choose)
+    return build_model(job, tokenizer_folder, world.device, place=place, fit=fit)
+
+
+def _head_from_main(head: Head | None, world: World) -> Head | None:
+    found = [head is not None, head.scale if head else 0.0, head.cap if head else 0.0]
+    there, scale, cap = world.sum_floats([float(value) for value in found])
+    return Head(scale, cap) if there else None
 
 
 def make_strategy(model: nn.Module, job: Job, world: World, accumulation_steps: int) -> Strategy:

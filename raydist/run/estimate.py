@@ -10,6 +10,7 @@ from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
 from raydist.model.build import Sizes, check_fits, load_config, model_sizes
+from raydist.model.head import rows_at_once
 from raydist.parallel.optimizer import state_bytes_per_weight
 from raydist.storage import Storage
 
@@ -109,7 +110,7 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
         "gradients": share(sizes.trainable * FP32, 2),
         f"optimizer{host}": share(sizes.trainable * stepped, 1),
         "activations": tokens * sizes.layers * sizes.hidden * kept * compute,
-        "logits": 2 * tokens * sizes.vocabulary * FP32,
+        "logits": 2 * rows_at_once(tokens, sizes.vocabulary) * sizes.vocabulary * FP32,
     }
     return {**parts, "total": sum(parts.values())}
 

@@ -15,7 +15,7 @@ from raydist.errors import TrainingError
 from raydist.job.schema import Train
 from raydist.model import loss
 from raydist.model.build import build_model
-from raydist.model.loss import summed_cross_entropy
+from raydist.model.cross_entropy import CHUNK_ELEMENTS, summed_cross_entropy
 from raydist.parallel.optimizer import clip_, gradient_norm, make_optimizer, refuse_non_finite
 from raydist.parallel.world import World
 from raydist.training.data import open_data
@@ -26,7 +26,7 @@ from tests.train_parts import make_spec
 
 @pytest.mark.parametrize("rows_at_once", [1, 3, 1000])
 def test_summed_cross_entropy_is_torchs(monkeypatch: pytest.MonkeyPatch, rows_at_once: int) -> None:
-    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 11 * rows_at_once)
+    monkeypatch.setitem(CHUNK_ELEMENTS, "cpu", 11 * rows_at_once)
     logits = torch.randn(2, 5, 11, requires_grad=True)
     reference = logits.detach().clone().requires_grad_()
     labels = torch.tensor([[1, -100, 3, 10, 0], [-100, -100, -100, 2, 2]])
