@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (
     "tests.rank",
     "raydist.model.adapter",
-    "raydist.model.attention",
+    "raydist.model.attention.choose",
     "raydist.parallel.ddp",
     "raydist.corpus.log",
     "raydist.feed",

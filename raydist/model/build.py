@@ -144,7 +144,7 @@ def check_base(job: Job) -> None:
 
 def check_fits(config: PretrainedConfig, job: Job) -> None:
     """Raises JobError or ModelError for what the model cannot do."""
-    from raydist.model.attention import check_model_attention
+    from raydist.model.attention.choose import check_model_attention
 
     check_model_attention(config, job.model.attn_implementation)
     positions = getattr(config, "max_position_embeddings", None)
@@ -193,7 +193,7 @@ def build_model(
     its way to the loss, by default `fit_model`.
     """
     from raydist.model.adapter import add_lora
-    from raydist.model.attention import check_attention
+    from raydist.model.attention.choose import check_attention
 
     check_attention(job.model.attn_implementation, device.type, on_worker=True)
     config = load_config(job, len(load_tokenizer(tokenizer_folder)))
@@ -233,7 +233,7 @@ class Fitted:
 
 def fit_model(model: nn.Module, job: Job, device: torch.device) -> Fitted:
     """Give the bare model the attention for `device` that passes the probe, and the chunked head."""
-    from raydist.model.attention import set_attention
+    from raydist.model.attention.choose import set_attention
 
     head = find_head(model)  # while attention is eager, which runs on every device
     asked = job.model.attn_implementation

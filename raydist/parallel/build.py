@@ -9,7 +9,7 @@ from torch import nn
 
 from raydist.errors import JobError
 from raydist.job.schema import Job
-from raydist.model.attention import NAMES, use_attention
+from raydist.model.attention.choose import NAMES, use_attention
 from raydist.model.build import Fitted, build_model, fit_model
 from raydist.model.head import Head, use_chunked_head
 from raydist.parallel.strategy import Strategy

@@ -7,7 +7,7 @@ import torch
 from raydist.cluster.resources import gpus
 from raydist.job.schema import Job
 from raydist.model import quantization
-from raydist.model.attention import check_attention
+from raydist.model.attention.choose import check_attention
 from raydist.model.build import check_base, check_fits, load_config, model_sizes, quietly
 from raydist.parallel.zero import check_deepspeed
 from raydist.track.start import check_trackers

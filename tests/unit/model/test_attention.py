@@ -14,17 +14,15 @@ from raydist.errors import JobError, ModelError
 from raydist.job.identity import differences
 from raydist.job.schema import Lora
 from raydist.model.adapter import add_lora
-from raydist.model.attention import (
-    FLASH,
-    PER_DOCUMENT,
+from raydist.model.attention.choose import (
     check_attention,
     check_model_attention,
-    flash_arguments,
-    give_documents,
-    probe,
     set_attention,
     use_attention,
 )
+from raydist.model.attention.documents import FLASH, flash_arguments, give_documents
+from raydist.model.attention.per_document import PER_DOCUMENT
+from raydist.model.attention.probe import probe
 from raydist.model.build import _save_activation_memory, build_model, quietly
 from raydist.model.loss import logits_of
 from raydist.training.loop import train

@@ -20,7 +20,7 @@ from raydist.files import read_jsonl
 from raydist.job.schema import Lora
 from raydist.model import head as module
 from raydist.model.adapter import add_lora
-from raydist.model.attention import set_attention
+from raydist.model.attention.choose import set_attention
 from raydist.model.build import quietly
 from raydist.model.cross_entropy import summed_cross_entropy
 from raydist.model.head import Head, find_head, has_chunked_head, rows_at_once, use_chunked_head

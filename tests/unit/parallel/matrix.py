@@ -129,7 +129,7 @@ def judge(whole: AttemptSpec, cut: AttemptSpec) -> dict[str, Any]:
 
 def eval_loss(spec: AttemptSpec, model: Any) -> float:
     """Of plain transformers or peft, in the precision of the run, by the run's own evaluation."""
-    from raydist.model.attention import set_attention
+    from raydist.model.attention.choose import set_attention
 
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     set_attention(bare, torch.device("cpu"), document_mask=True)

@@ -1,0 +1,66 @@
+"""Hands the lengths of documents to the attention of a model."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import accumulate, chain
+from typing import Any
+
+import torch
+from torch import nn
+
+from raydist.errors import ModelError
+from raydist.model.attention.per_document import PER_DOCUMENT
+from raydist.model.loss import DOCUMENTS, Documents
+
+FLASH = "flash_attention_2"
+
+
+def give_documents(model: nn.Module, attention: str) -> None:
+    """From now on forward passes of `model` hand the documents to `attention`, as that one takes them."""
+    if (earlier := model.__dict__.get(_HOOK)) is not None:
+        earlier.remove()
+    hook = partial(_hand_over, attention)
+    model.__dict__[_HOOK] = model.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+_HOOK = "_raydist_documents"
+
+
+def _hand_over(
+    attention: str, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A forward pre-hook: in place of document_lengths what `attention` needs; nothing, if that is a mask."""
+    documents: Documents | None = inputs.get(DOCUMENTS)
+    inputs = {name: value for name, value in inputs.items() if name != DOCUMENTS}
+    if attention not in (PER_DOCUMENT, FLASH):
+        return args, inputs
+    if documents is None:
+        raise ModelError(
+            f"{attention} got a batch without {DOCUMENTS}",
+            why="it cannot tell the documents of a block apart",
+            fix="take batches from the feed as they are, and call the model through raydist.model.loss",
+        )
+    if attention == FLASH:
+        return args, inputs | flash_arguments(documents, inputs["input_ids"].device)
+    return args, {**inputs, DOCUMENTS: documents}
+
+
+def flash_arguments(documents: Documents, device: torch.device) -> dict[str, Any]:
+    """Where each document begins and ends, all rows one after another, as flash attention's kernel takes it.
+
+    cu_seq_lens: int32, (documents + 1,). max_length: T, an upper bound of every batch alike. The zeros behind
+    a row's documents are left out: the kernel takes sequences of no length, but starts thread blocks for each
+    (65,535 at most, which B times T exceeds) and keeps 128 rows of gradient for each. That is why lengths are
+    kept on the host. What is made of them is copied from pinned memory, which waits for nothing.
+    """
+    edges = torch.tensor([0, *accumulate(chain.from_iterable(documents))], dtype=torch.int32)
+    if device.type == "cuda":
+        edges = edges.pin_memory().to(device, non_blocking=True)
+    longest = sum(documents[0])
+    return {
+        "cu_seq_lens_q": edges,
+        "cu_seq_lens_k": edges,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
