@@ -122,6 +122,7 @@ def run(known: dict[str, Any]) -> None:
             for name, of in known.get("perplexity", {}).items()
         ),
         ("attempts", known.get("attempts")),
+        ("attention", known.get("attention")),
         ("checkpoints", ", ".join(f"step {step:,}" for step in known.get("checkpoints", ()))),
         *((name, known.get(name)) for name in ("folder", "job", "model", "report")),
     ]

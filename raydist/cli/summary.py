@@ -29,6 +29,7 @@ def summary(folder: RunFolder) -> dict[str, Any]:
             for name, of in evaluations(records).items()
         },
         "attempts": len(begun),
+        "attention": begun[-1].get("attention") if begun else None,
         "checkpoints": folder.committed_steps(),
         "folder": str(folder.path),
         "model": str(folder.model) if folder.model.exists() else None,

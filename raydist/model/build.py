@@ -27,6 +27,8 @@ from raydist.model.head import Head, find_head, use_chunked_head
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+    from raydist.model.attention.choose import Chosen
+
 
 @contextmanager
 def quietly() -> Iterator[None]:
@@ -227,8 +229,16 @@ def _bare(config: PretrainedConfig, job: Job, tokenizer_folder: Path, place: tor
 class Fitted:
     """What was found by trying the bare model. head: None where its logits are made whole."""
 
-    attention: str
+    attention: Chosen
     head: Head | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For the record of an attempt's start."""
+        return {
+            "attention": self.attention.name,
+            "attention_passed_over": self.attention.passed_over,
+            "logits": "whole" if self.head is None else "in parts if they are many",
+        }
 
 
 def fit_model(model: nn.Module, job: Job, device: torch.device) -> Fitted:
@@ -238,9 +248,26 @@ def fit_model(model: nn.Module, job: Job, device: torch.device) -> Fitted:
     head = find_head(model)  # while attention is eager, which runs on every device
     asked = job.model.attn_implementation
     attention = set_attention(model, device, document_mask=job.packing.document_mask, asked=asked)
-    if head is not None:
-        use_chunked_head(model, head)
-    return Fitted(attention, head)
+    fitted = Fitted(attention, head)
+    take_fitted(model, fitted)
+    return fitted
+
+
+def take_fitted(model: nn.Module, fitted: Fitted) -> None:
+    """Give the bare model, whose attention is set already, what was found by trying it."""
+    if fitted.head is not None:
+        use_chunked_head(model, fitted.head)
+    model.__dict__[_FITTED] = fitted
+
+
+def fitted_of(model: nn.Module) -> Fitted:
+    """What the model, bare or with an adapter, was given when it was built."""
+    base = getattr(model, "get_base_model", None)
+    fitted: Fitted = (model if base is None else base()).__dict__[_FITTED]
+    return fitted
+
+
+_FITTED = "_raydist_fitted"
 
 
 def _no_such_model(kind: str, error: Exception) -> JobError:

@@ -9,9 +9,9 @@ from torch import nn
 
 from raydist.errors import JobError
 from raydist.job.schema import Job
-from raydist.model.attention.choose import NAMES, use_attention
-from raydist.model.build import Fitted, build_model, fit_model
-from raydist.model.head import Head, use_chunked_head
+from raydist.model.attention.choose import NAMES, Chosen, use_attention
+from raydist.model.build import Fitted, build_model, fit_model, take_fitted
+from raydist.model.head import Head
 from raydist.parallel.strategy import Strategy
 from raydist.parallel.world import World
 
@@ -27,13 +27,12 @@ def build_on_ranks(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
         return build_model(job, tokenizer_folder, world.device)
 
     def fit(model: nn.Module) -> None:
-        fitted = fit_model(model, job, world.device) if world.is_main else Fitted(NAMES[0], None)
-        name = NAMES[world.from_main(NAMES.index(fitted.attention))]
-        head = _head_from_main(fitted.head, world)
-        if not world.is_main:
+        fitted = fit_model(model, job, world.device) if world.is_main else None
+        name = NAMES[world.from_main(NAMES.index(fitted.attention.name) if fitted else 0)]
+        head = _head_from_main(fitted.head if fitted else None, world)
+        if fitted is None:
             use_attention(model, name)
-            if head is not None:
-                use_chunked_head(model, head)
+            take_fitted(model, Fitted(Chosen(name), head))
 
     place = torch.device("cpu" if world.is_main else "meta")
     return build_model(job, tokenizer_folder, world.device, place=place, fit=fit)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from raydist.errors import TrainingError
 from raydist.folder import RunFolder
-from raydist.model.build import n_parameters
+from raydist.model.build import fitted_of, n_parameters
 from raydist.model.loss import to_device
 from raydist.parallel.build import build_on_ranks, make_strategy
 from raydist.parallel.world import World, contact
@@ -74,6 +74,7 @@ class Attempt:
         self.world, self.data = world, data
         self.collate = make_collator(self.job.train.collator)
         model = build_on_ranks(self.job, spec.tokenizer, world)
+        self.fitted = fitted_of(model)
         self.n_parameters, self.n_trainable = n_parameters(model), n_parameters(model, trainable=True)
         self.strategy = make_strategy(model, self.job, world, self.plan.accumulation_steps)
         self.position = Position()

@@ -48,6 +48,7 @@ class Records(Hook):
             n_parameters=attempt.n_parameters,
             n_trainable=attempt.n_trainable,
             device=str(attempt.world.device.type),
+            **attempt.fitted.to_json(),
         )
         if not attempt.data.feed.complete:
             attempt.record(

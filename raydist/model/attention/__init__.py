@@ -8,4 +8,5 @@ choose        the fastest kind that a device and a model have, or the one that w
 probe         the proof, on a small batch, that no token sees another document or the future
 documents     hands the lengths of documents to the attention, as that takes them
 per_document  on CPU: one causal call per document, which is faster than a mask
+flex          on GPUs: FlexAttention with a mask of blocks
 """

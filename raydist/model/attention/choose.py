@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,35 +19,64 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 
 from raydist.errors import ModelError
 from raydist.model.attention.documents import FLASH, give_documents
+from raydist.model.attention.flex import FLEX, check_flex, flex_attention_forward
 from raydist.model.attention.per_document import PER_DOCUMENT, no_mask, per_document_attention
 from raydist.model.attention.probe import not_runnable, probe
 from raydist.model.layers import layers_of
 
-AUTO = (PER_DOCUMENT, "sdpa", "eager")
-"""By speed. Ours is for the CPU; not every model has SDPA; all have eager attention."""
+AUTO = {"cpu": (PER_DOCUMENT, "sdpa", "eager"), "cuda": (FLEX, "sdpa", "eager")}
+"""By speed. Not every model has SDPA; all have eager attention. On one H200 a layer's attention took 2.3 ms
+with flex and 3.3 with SDPA's mask (64 rows of 1,024 tokens), 2.6 and 6.4 (2 rows of 4,096)."""
 
-NAMES = (*AUTO, FLASH)
+NAMES = (PER_DOCUMENT, FLEX, "sdpa", "eager", FLASH)
 
 
-def set_attention(model: nn.Module, device: torch.device, *, document_mask: bool, asked: str = "auto") -> str:
-    """Give `model` the fastest attention for `device` with which it passes the probe; one of NAMES.
+@dataclass(frozen=True)
+class Chosen:
+    """name: one of NAMES.  passed_over: faster kinds that this model or device does not have, and why."""
+
+    name: str
+    passed_over: dict[str, str] = field(default_factory=dict)
+
+
+def set_attention(
+    model: nn.Module, device: torch.device, *, document_mask: bool, asked: str = "auto"
+) -> Chosen:
+    """Give `model` the fastest attention for `device` with which it passes the probe.
 
     asked: that one and no other. Raises ModelError, what the probe said of the plainest one, when there
     is none, or what is wrong with the one that was asked for.
     """
     if asked != "auto":
         _set_this(model, asked, device, document_mask=document_mask)
-        return asked
-    for name in AUTO if device.type == "cpu" and not _is_windowed(model.config) else AUTO[1:]:  # type: ignore[arg-type]
+        return Chosen(asked)
+    passed_over: dict[str, str] = {}
+    for name in AUTO.get(device.type, AUTO["cpu"][1:]):
         try:
+            _check_candidate(name, model, device, document_mask=document_mask)
             use_attention(model, name)
             probe(model, document_mask=document_mask)
-            return str(model.config._attn_implementation)  # type: ignore[union-attr]
+            return Chosen(str(model.config._attn_implementation), passed_over)  # type: ignore[union-attr]
         except (ModelError, ValueError, KeyError, ImportError) as error:
             refusal = error
+            passed_over[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if isinstance(refusal, ModelError):
         raise refusal
     raise not_runnable(model, refusal) from refusal
+
+
+def _check_candidate(name: str, model: nn.Module, device: torch.device, *, document_mask: bool) -> None:
+    """Raises ModelError for one of ours that is not for this model, or does not run on this device."""
+    if name not in (PER_DOCUMENT, FLEX):
+        return
+    if _is_windowed(model.config):  # type: ignore[arg-type]
+        raise ModelError("layers of this model see a window, which is left to transformers' masks")
+    if name == FLEX:
+        if not document_mask:
+            raise ModelError("every row is one document, for which SDPA's own causal kernel is faster")
+        if getattr(model.config, "kv_lora_rank", None):
+            raise ModelError("keys and values of this model have different widths")
+        check_flex(model.config, device)
 
 
 def check_attention(name: str, device_type: str, *, on_worker: bool = False) -> None:
@@ -118,8 +148,9 @@ def _on(device: torch.device, model: nn.Module) -> Iterator[None]:
 
 def use_attention(model: nn.Module, name: str) -> None:
     """Give the bare `model` this attention, unprobed."""
-    AttentionInterface.register(PER_DOCUMENT, per_document_attention)
-    AttentionMaskInterface.register(PER_DOCUMENT, no_mask)
+    for own, function in ((PER_DOCUMENT, per_document_attention), (FLEX, flex_attention_forward)):
+        AttentionInterface.register(own, function)
+        AttentionMaskInterface.register(own, no_mask)
     model.set_attn_implementation(name)  # type: ignore[operator]
     give_documents(model, name)
 

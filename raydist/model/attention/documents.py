@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from raydist.errors import ModelError
+from raydist.model.attention.flex import BLOCK_MASK, FLEX, block_mask
 from raydist.model.attention.per_document import PER_DOCUMENT
 from raydist.model.loss import DOCUMENTS, Documents
 
@@ -33,7 +34,7 @@ def _hand_over(
     """A forward pre-hook: in place of document_lengths what `attention` needs; nothing, if that is a mask."""
     documents: Documents | None = inputs.get(DOCUMENTS)
     inputs = {name: value for name, value in inputs.items() if name != DOCUMENTS}
-    if attention not in (PER_DOCUMENT, FLASH):
+    if attention not in (PER_DOCUMENT, FLASH, FLEX):
         return args, inputs
     if documents is None:
         raise ModelError(
@@ -43,6 +44,8 @@ def _hand_over(
         )
     if attention == FLASH:
         return args, inputs | flash_arguments(documents, inputs["input_ids"].device)
+    if attention == FLEX:
+        return args, inputs | {BLOCK_MASK: block_mask(documents, inputs["input_ids"].device)}
     return args, {**inputs, DOCUMENTS: documents}
 
 

@@ -32,7 +32,7 @@ def make_run(storage: Path, name: str, state: str, steps: int = 3, **status: Any
 def records(steps: int) -> list[dict[str, Any]]:
     figures = {"tokens_per_second": 10.0, "step_seconds": 1.0, "data_wait_seconds": 0.0, "mfu": None}
     figures |= {"memory_bytes": 1e9, "learning_rate": 1e-3}
-    start = {"kind": "start", "step": 0, "steps": 4, "world_size": 2, "attempt": 1}
+    start = {"kind": "start", "step": 0, "steps": 4, "world_size": 2, "attempt": 1, "attention": "sdpa"}
     evaluations = [
         {"kind": "eval", "step": step, "source": "web", "perplexity": perplexity, "attempt": 1}
         for step, perplexity in ((0, 800.0), (steps, 40.0))
@@ -76,6 +76,7 @@ def test_status_says_how_a_run_stands(tmp_path: Path) -> None:
         "step         3/4",
         "tokens       300",
         "web: 800 -> 40",
+        "attention    sdpa\n",
         "checkpoints  step 2\n",
         str(folder.path),
     ):

@@ -172,7 +172,7 @@ def test_probe_refuses_a_model_without_positions_of_its_own() -> None:
 def test_packed_logits_of_the_real_model(real: Path) -> None:
     path = real / "smollm2-135m"
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-    assert set_attention(model, CPU, document_mask=True) == PER_DOCUMENT
+    assert set_attention(model, CPU, document_mask=True).name == PER_DOCUMENT
     assert worst_difference(model, 49_152, (70, 1, 150, 35)) < 1e-5
 
 
@@ -283,7 +283,7 @@ def test_a_model_that_passes_nothing_on_falls_back_to_masks_and_is_not_given_len
 
     model, expected = make("llama", "eager"), make("llama")
     model.__class__ = Closed
-    assert set_attention(model, CPU, document_mask=True) == "sdpa"
+    assert set_attention(model, CPU, document_mask=True).name == "sdpa"
     block = packed(LENGTHS, 99)
     assert (logits_of(model, block) - logits_of(expected, block)).abs().max() < 1e-4
 

@@ -129,6 +129,20 @@ def test_resumed_anywhere_it_ends_bit_identical(tmp_path: Path) -> None:
     assert ledger_total(cut.run) == ledger_total(whole.run)
 
 
+def test_the_start_says_which_attention_was_taken_and_why_not_a_faster_one(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, train={"max_steps": 1}, run="plain")
+    train(spec)
+    start = read_jsonl(spec.run / "metrics.jsonl")[0]
+    assert (start["attention"], start["attention_passed_over"]) == ("raydist_per_document", {})
+    assert start["logits"] == "in parts if they are many"
+    windowed = {**LLAMA, "model_type": "mistral", "sliding_window": 8}
+    spec = make_spec(tmp_path, train={"max_steps": 1}, run="windowed", model={"config": windowed})
+    train(spec)
+    start = read_jsonl(spec.run / "metrics.jsonl")[0]
+    assert start["attention"] == "sdpa"
+    assert "see a window" in start["attention_passed_over"]["raydist_per_document"]
+
+
 def ledger_total(run: Path) -> dict[str, int]:
     """Tokens of the ledger lines that lead to the newest commit, as an auditor would add them."""
     lines = {line["id"]: line for line in read_jsonl(run / "ledger.jsonl")}
