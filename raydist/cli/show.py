@@ -110,6 +110,9 @@ def _table(rows: list[list[str]]) -> None:
 
 def run(known: dict[str, Any]) -> None:
     """How a run stands, a fact a line; what is not known is left out."""
+    from raydist.track.humanize import phases
+
+    rate, mfu = known.get("tokens_per_second"), known.get("mfu")
     facts = [
         ("", f"{known['name']}: {known['state']} since {_date(known)}"),
         ("error", known.get("error")),
@@ -117,10 +120,12 @@ def run(known: dict[str, Any]) -> None:
         ("step", _step(known)),
         ("tokens", f"{known['tokens']:,}" if known.get("tokens") else None),
         ("loss", _figure(known.get("loss"))),
+        ("tokens/s", rate and f"{rate:,.0f}" + (f", MFU {100 * mfu:.0f}%" if mfu else "")),
         *(
             ("perplexity", f"{name}: {_figure(of['first'])} -> {_figure(of['last'])}")
             for name, of in known.get("perplexity", {}).items()
         ),
+        ("time", phases(known.get("seconds", {}))),
         ("attempts", known.get("attempts")),
         ("attention", known.get("attention")),
         ("checkpoints", ", ".join(f"step {step:,}" for step in known.get("checkpoints", ()))),
@@ -147,14 +152,15 @@ def _date(known: dict[str, Any]) -> str:
 
 
 def result(result: RunResult) -> None:
-    """Perplexity before and after, where every token went, a sample, and where things are."""
+    """Perplexity before and after, where every token and second went, a sample, and where things are."""
     from raydist.folder import RunFolder
-    from raydist.track.records import effective, evaluations
+    from raydist.track.humanize import phases
+    from raydist.track.records import evaluations, phase_seconds, read_metrics, supersede
 
     folder = RunFolder(result.folder)
-    data = folder.data()
+    data, written = folder.data(), read_metrics(folder)
     click.echo()
-    for name, of_source in evaluations(effective(folder)).items():
+    for name, of_source in evaluations(supersede(written)).items():
         first, last = of_source[0], of_source[-1]
         click.echo(
             f"held-out perplexity  {name}: {first['perplexity']:,.2f} -> {last['perplexity']:,.2f}"
@@ -169,6 +175,8 @@ def result(result: RunResult) -> None:
         )
         if audit["n_repeated"]:
             click.echo(f"  in addition, {audit['n_repeated']:,} tokens were trained again in later epochs")
+    if spent := phase_seconds(written):
+        click.echo(f"time  {phases(spent)}")
     if sample := data.get("sample"):
         click.echo(f"prompt        {sample['prompt']!r}\ncontinuation  {sample['continuation']!r}")
     click.echo(f"model   {folder.model}\nreport  {folder.report}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raydist.folder import RunFolder
-from raydist.track.records import evaluations, read_metrics, redact, supersede
+from raydist.track.records import evaluations, phase_seconds, read_metrics, redact, supersede
 
 
 def summary(folder: RunFolder) -> dict[str, Any]:
@@ -28,6 +28,9 @@ def summary(folder: RunFolder) -> dict[str, Any]:
             name: {"first": of[0]["perplexity"], "last": of[-1]["perplexity"]}
             for name, of in evaluations(records).items()
         },
+        "tokens_per_second": step.get("tokens_per_second"),
+        "mfu": step.get("mfu"),
+        "seconds": phase_seconds(recorded),
         "attempts": len(begun),
         "attention": begun[-1].get("attention") if begun else None,
         "checkpoints": folder.committed_steps(),

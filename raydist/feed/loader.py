@@ -11,16 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from raydist.corpus.log import Ints
 from raydist.feed.packing import IGNORED, Batch
-
-if TYPE_CHECKING:
-    from raydist.feed.stage import Stage
+from raydist.feed.stage import Counts, Stage
 
 Tensors = dict[str, torch.Tensor]
 
@@ -34,7 +31,8 @@ class Step:
     micro_batches: dicts of tensors, input_ids, labels, position_ids, int64 [B, T], document_lengths, int32
     [B, T], and sample, int64 [B] (see `Blocks.empty`). Every rank has the same number of them, in the same
     shapes, filled up with samples -1, which the counts leave out: their sums over the ranks do not depend on
-    the world size. wait_seconds: how long the consumer waited for this step.
+    the world size. wait_seconds: how long the consumer waited for this step. documents: int64, the lengths of
+    this rank's documents, without padding (with attention across documents: of its rows).
     """
 
     start: int
@@ -44,6 +42,7 @@ class Step:
     n_eos: int
     n_padding: int
     n_labels: int
+    documents: Ints
     wait_seconds: float = 0.0
 
 
@@ -82,12 +81,30 @@ def read_step(
 ) -> Step:
     """One rank's part of a global batch. collate: called on each micro batch; labels are counted after it."""
     batch, counts = stage.read(rank_samples(start, stop, rank, world_size))
-    step = Step(start, stop, list(micro_batches(batch, micro_batch_size)), *counts.sum(axis=0).tolist())
+    step = Step(
+        start,
+        stop,
+        list(micro_batches(batch, micro_batch_size)),
+        **Counts(*counts.sum(axis=0).tolist())._asdict(),
+        documents=documents_of(batch, counts),
+    )
     if collate is None:
         return step
     made = [collate(micro_batch) for micro_batch in step.micro_batches]
     n_labels = sum(int((micro_batch["labels"] != IGNORED).sum()) for micro_batch in made)
     return replace(step, micro_batches=made, n_labels=n_labels)
+
+
+def documents_of(batch: Batch, counts: Ints) -> Ints:
+    """The lengths of a batch's documents, int64, without padding, which is the end of a row's last one.
+
+    counts: int64 [B, 4], the Counts of each row.
+    """
+    rows = np.flatnonzero(batch["sample"] >= 0)
+    lengths = batch["document_lengths"][rows].astype(np.int64)
+    last = np.count_nonzero(lengths, axis=1) - 1
+    lengths[np.arange(len(rows)), last] -= counts[rows, Counts._fields.index("n_padding")]
+    return lengths[lengths > 0]
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[Tensors]:

@@ -13,6 +13,7 @@ loss           the loss of (model, batch), summed over labels; a model's own ext
 head           the loss of a large vocabulary without its logits, and what a model does behind its head
 cross_entropy  a summed loss and its gradient, some rows of logits at a time
 adapter        LoRA by peft
+work           how many operations a step takes
 quantization   a frozen base in 4 or 8 bits by bitsandbytes
 export         a Hugging Face folder: written, loaded again, sampled from, merged
 """

@@ -52,9 +52,17 @@ def train(
     life.listener.phase("training")
     found: int | None = folder.data().get("micro_batch_tokens")
     while True:
+        life.phases.begin("start")
         nodes = node_resources()
         plan = plan_attempt(job, samples_per_epoch, nodes, found)
-        spec = attempt_spec(prepared, folder, plan, folder.next_attempt(), profile=profile)
+        spec = attempt_spec(
+            prepared,
+            folder,
+            plan,
+            folder.next_attempt(),
+            profile=profile,
+            driver_seconds=life.phases.take(),
+        )
         try:
             return _watch(spec, folder, rest, life.listener)
         except OutOfMemory as error:
@@ -115,9 +123,18 @@ def halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMe
 
 
 def attempt_spec(
-    prepared: Prepared, folder: RunFolder, plan: Plan, attempt: int, *, profile: Path | None = None
+    prepared: Prepared,
+    folder: RunFolder,
+    plan: Plan,
+    attempt: int,
+    *,
+    profile: Path | None = None,
+    driver_seconds: dict[str, float] | None = None,
 ) -> AttemptSpec:
-    """Paths are absolute: a worker's working directory is another one."""
+    """An attempt that is about to be given away. Paths are absolute: a worker's working directory is another.
+
+    driver_seconds: see AttemptSpec.
+    """
     from raydist.model.build import base_path
     from raydist.training.attempt_spec import AttemptSpec
 
@@ -135,6 +152,8 @@ def attempt_spec(
         attempt=attempt,
         growing=not prepared.complete,
         profile=profile,
+        driver_seconds=driver_seconds or {},
+        sent=time.time(),
     )
 
 

@@ -24,6 +24,7 @@ from raydist.job.identity import differences
 from raydist.job.load import job_yaml, load_job
 from raydist.job.schema import Job
 from raydist.track.listener import Listener
+from raydist.training.phases import Phases
 
 
 def folder_of(job: Job) -> RunFolder:
@@ -36,6 +37,7 @@ class Life:
     def __init__(self, job: Job, kind: Kind, listener: Listener) -> None:
         self.job, self.kind, self.listener = job, kind, listener
         self.folder = folder_of(job)
+        self.phases = Phases("plan")
         self._changed: list[str] = []
         self._known = False
 
@@ -72,6 +74,7 @@ class Life:
     def on_ray(self, address: str | None) -> Iterator[None]:
         """On the cluster at `address`, or on a Ray of this process's own with room for the job's workers."""
         scaling = self.job.scaling
+        self.phases.begin("start")
         with (
             ray_session(scaling.num_workers, scaling.cpus_per_worker, address),
             self._stop_signals(),  # again: joining a cluster puts Ray's own handlers in place
@@ -80,6 +83,7 @@ class Life:
 
     def preparing(self) -> None:
         self.folder.set_status("preparing")
+        self.phases.begin("prepare")
 
     def training(self) -> None:
         self.folder.set_status("training")

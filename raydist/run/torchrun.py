@@ -86,7 +86,8 @@ class _Lead:
         plan = make_plan(self.job, self.world.world_size, feed.samples_per_epoch, tokens)
         number = folder.next_attempt()
         folder.attempt(number).mkdir(parents=True)
-        spec = attempt_spec(prepared, folder, plan, number, profile=self.profile)
+        spent = life.phases.take()
+        spec = attempt_spec(prepared, folder, plan, number, profile=self.profile, driver_seconds=spent)
         self._share = None
         _from_main(spec, self.world)
         life.training()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -45,6 +46,11 @@ def duration(seconds: float) -> str:
     if hours >= 24:
         return f"{hours // 24} d {hours % 24:02}:{minute:02}"
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def phases(seconds: Mapping[str, float]) -> str:
+    """start 5.2 s, first step 0.4 s, ..."""
+    return ", ".join(f"{name.replace('_', ' ')} {spent:,.1f} s" for name, spent in seconds.items())
 
 
 def date(seconds: float | None) -> str:

@@ -1,6 +1,7 @@
 """Read a run's records: while they are written (`Tail`), and as one history of all attempts (`effective`).
 
-`figures` and `flatten` turn a record and a job into the names and values that trackers show.
+`phase_seconds` adds up where a run's time went. `figures` and `flatten` turn a record and a job into the
+names and values that trackers show.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import orjson
 
 from raydist.folder import RunFolder
+from raydist.training.phases import PHASES
 
 Record = dict[str, Any]
 
@@ -83,6 +85,20 @@ def evaluations(records: Iterable[Record]) -> dict[str, list[Record]]:
         if record["kind"] == "eval":
             by_source.setdefault(record["source"], []).append(record)
     return by_source
+
+
+def phase_seconds(written: Iterable[Record]) -> dict[str, float]:
+    """Seconds by phase over all attempts, lost ones too; {} where none is recorded. written: all records.
+
+    An attempt that was killed recorded none.
+    """
+    total: dict[str, float] = {}
+    for record in written:
+        if record["kind"] == "phases":
+            for name, spent in record["seconds"].items():
+                total[name] = total.get(name, 0.0) + spent
+    order = {name: place for place, name in enumerate(PHASES)}
+    return dict(sorted(total.items(), key=lambda item: order.get(item[0], len(order))))
 
 
 def figures(record: Record) -> dict[str, float]:

@@ -12,7 +12,15 @@ from raydist import files
 from raydist.folder import RunFolder
 from raydist.track.humanize import date, duration, number, short, shown, size, workers
 from raydist.track.plots import Curve, draw, smoothed
-from raydist.track.records import HISTORY, Record, evaluations, read_metrics, redact, supersede
+from raydist.track.records import (
+    HISTORY,
+    Record,
+    evaluations,
+    phase_seconds,
+    read_metrics,
+    redact,
+    supersede,
+)
 
 MOST_POINTS = 2000
 
@@ -35,6 +43,8 @@ def render(run: RunFolder, *, state: str = "", error: str = "") -> str:
         error=error or status.get("error", ""),
         train=train,
         tokens_per_second=statistics.median([r["tokens_per_second"] for r in train] or [0]),
+        mfu=statistics.median([r["mfu"] for r in train if r.get("mfu") is not None] or [0]),
+        phases=phase_seconds(written),
         seconds=wall_seconds(written) if written else None,
         evaluations=evaluations(records),
         plots=_plots(train, evaluations(records)),

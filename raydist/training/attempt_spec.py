@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +15,8 @@ class AttemptSpec:
     """run: the run's folder.  logs, eval_logs: token logs by source.  tokenizer: a Hugging Face folder.
 
     attempt counts from 1 over the life of the run.  growing: the logs to train on are still being made.
-    profile: a folder for a trace of a few steps; None for none.
+    profile: a folder for a trace of a few steps; None for none.  driver_seconds: what the driver spent until
+    then, by phase.  sent: when it gave the attempt away, as UNIX time; None where nobody waited.
     """
 
     job: Job
@@ -26,3 +28,12 @@ class AttemptSpec:
     eval_logs: dict[str, Path] = field(default_factory=dict)
     growing: bool = False
     profile: Path | None = None
+    driver_seconds: dict[str, float] = field(default_factory=dict)
+    sent: float | None = None
+
+    def seconds_before(self) -> dict[str, float]:
+        """Seconds by phase until now, where the attempt begins to run. Hosts' clocks may differ a little."""
+        seconds = dict(self.driver_seconds)
+        if self.sent is not None:
+            seconds["start"] = seconds.get("start", 0.0) + max(0.0, time.time() - self.sent)
+        return seconds

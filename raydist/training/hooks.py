@@ -33,6 +33,7 @@ class StepResult:
     loss: mean over the labels of the global batch, in nats; None but at the steps that are recorded (every
     `logging_steps`, and the attempt's first), since reading it makes a GPU wait.  grad_norm: before clipping.
     learning_rate: of this step.  counts: inputs of the global batch.  wait_seconds: for its data, here.
+    flops: what this rank's part of the batch takes to compute (raydist/model/work.py).
     figures: what else the record of the step holds; hooks may add numbers by names of their own.
     """
 
@@ -41,6 +42,7 @@ class StepResult:
     learning_rate: float
     counts: Counts
     wait_seconds: float
+    flops: float = 0.0
     figures: dict[str, Any] = field(default_factory=dict)
 
 

@@ -17,6 +17,7 @@ from raydist.errors import TrainingError
 from raydist.folder import RunFolder
 from raydist.model.build import fitted_of, n_parameters
 from raydist.model.loss import to_device
+from raydist.model.work import work_of
 from raydist.parallel.build import build_on_ranks, make_strategy
 from raydist.parallel.world import World, contact
 from raydist.training.attempt_spec import AttemptSpec
@@ -27,6 +28,7 @@ from raydist.training.evaluate import evaluate
 from raydist.training.export import export
 from raydist.training.hooks import Hook, KeepBest, MemoryFigures, StepResult, StopOnRequest, load_hooks
 from raydist.training.memory import memory_watched
+from raydist.training.phases import Phases
 from raydist.training.profiler import Profile
 from raydist.training.records import Records
 from raydist.training.schedule import learning_rate
@@ -55,13 +57,17 @@ def train(
     already. hooks: called after all others, on every rank. data: opened from the spec by default.
     Raises WorkerLost when the other ranks cannot be reached, OutOfMemory when a micro batch does not fit.
     """
-    world = world or World()
+    world, phases = world or World(), Phases("load", spec.seconds_before())
     writer = RunFolder(spec.run).writer() if world.is_main else contextlib.nullcontext()
     with contact(world.rank), memory_watched(spec.plan.micro_batches), writer:
-        attempt = Attempt(spec, world, data or open_data(spec), hooks)
-        stopped = attempt.fit()
-        if not stopped:
-            export(attempt)
+        attempt = Attempt(spec, world, data or open_data(spec), phases, hooks)
+        try:
+            stopped = attempt.fit()
+            if not stopped:
+                phases.begin("export")
+                export(attempt)
+        finally:
+            attempt.record("phases", seconds={name: round(spent, 3) for name, spent in phases.take().items()})
         at = attempt.position
         return TrainResult(stopped, at.step, at.samples, at.seen.tokens, at.evals)
 
@@ -69,13 +75,16 @@ def train(
 class Attempt:
     """One rank between two steps: what is trained, how far it is, and what hooks asked for."""
 
-    def __init__(self, spec: AttemptSpec, world: World, data: Data, hooks: Sequence[Hook] = ()) -> None:
+    def __init__(
+        self, spec: AttemptSpec, world: World, data: Data, phases: Phases, hooks: Sequence[Hook] = ()
+    ) -> None:
         self.spec, self.job, self.plan, self.folder = spec, spec.job, spec.plan, RunFolder(spec.run)
-        self.world, self.data = world, data
+        self.world, self.data, self.phases = world, data, phases
         self.collate = make_collator(self.job.train.collator)
         model = build_on_ranks(self.job, spec.tokenizer, world)
         self.fitted = fitted_of(model)
         self.n_parameters, self.n_trainable = n_parameters(model), n_parameters(model, trainable=True)
+        self.work = work_of(model)
         self.strategy = make_strategy(model, self.job, world, self.plan.accumulation_steps)
         self.position = Position()
         self.checkpoints = Checkpoints(
@@ -120,15 +129,18 @@ class Attempt:
             hook.on_start(self)
         if self.step == 0:
             self._evaluate()
+        self.phases.begin("first_step")
         for batch in self._batches():
             n_labels, counts, stop = self._agree(batch)
             lr = learning_rate(self.step, self.plan.steps, self.job.train)
             loss = self._forward_backward(batch, n_labels)
             norm = self._update(loss, lr)
             self._advance(batch, counts)
-            result = StepResult(self._logged(loss), norm, lr, counts, batch.wait_seconds)
+            flops = self.work.flops(batch.n_tokens + batch.n_eos, batch.documents)
+            result = StepResult(self._logged(loss), norm, lr, counts, batch.wait_seconds, flops)
             for hook in self.hooks:
                 hook.on_step(self, result)
+            self.phases.begin("steps")
             if self._due(self.job.eval.eval_steps):
                 self._evaluate()
             if self._due(self.job.checkpoint.save_steps) or stop or self._commit_asked:
@@ -223,19 +235,20 @@ class Attempt:
     # --- evaluations and checkpoints ---------------------------------------------------------------
 
     def _evaluate(self) -> None:
-        if not self._held_out_is_known():
-            return
-        results = evaluate(
-            self.strategy.model,
-            self.data.eval_sets,
-            self.world,
-            self.plan.stages[-1].micro_batch_size,
-            self.job.train.mixed_precision,
-        )
-        evals = {result.source: result.to_json() for result in results}
-        self.position = Position(step=self.step, samples=self.samples, seen=self.seen, evals=evals)
-        for hook in self.hooks:
-            hook.on_evaluate(self, evals)
+        with self.phases.during("evaluation"):
+            if not self._held_out_is_known():
+                return
+            results = evaluate(
+                self.strategy.model,
+                self.data.eval_sets,
+                self.world,
+                self.plan.stages[-1].micro_batch_size,
+                self.job.train.mixed_precision,
+            )
+            evals = {result.source: result.to_json() for result in results}
+            self.position = Position(step=self.step, samples=self.samples, seen=self.seen, evals=evals)
+            for hook in self.hooks:
+                hook.on_evaluate(self, evals)
 
     def _held_out_is_known(self) -> bool:
         """The held-out documents of lowest hash are known once the log is whole; the last step waits."""
@@ -259,12 +272,14 @@ class Attempt:
             raise TrainingError(f"the run is {state}: its token logs do not grow any more")
 
     def _save(self) -> None:
-        self._commit_written(wait=True)
-        self.checkpoints.save(self.position)
-        self._commit_asked = False
+        with self.phases.during("checkpoint"):
+            self._commit_written(wait=True)
+            self.checkpoints.save(self.position)
+            self._commit_asked = False
 
     def _commit_written(self, *, wait: bool = False) -> None:
         """Commit the checkpoint that is being written, if it is written by now, or once it is."""
-        if commit := self.checkpoints.finish() if wait else self.checkpoints.poll():
-            for hook in self.hooks:
-                hook.on_commit(self, commit)
+        with self.phases.during("checkpoint"):
+            if commit := self.checkpoints.finish() if wait else self.checkpoints.poll():
+                for hook in self.hooks:
+                    hook.on_commit(self, commit)

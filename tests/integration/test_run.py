@@ -90,6 +90,9 @@ def test_a_run_from_raw_files_to_a_model(undisturbed: tuple[RunFolder, str]) -> 
 
     folder, output = undisturbed
     assert "no cluster configured" in output and "held-out perplexity  words:" in output
+    (time,) = re.findall(r"^time  (.*)$", output, re.MULTILINE)
+    phases = "plan prepare start load first_step steps evaluation checkpoint export"
+    assert re.sub(r" [\d.,]+ s", "", time).replace(" ", "_").split(",_") == phases.split()
     assert folder.status()["state"] == "finished"
     evaluations = [r for r in effective(folder) if r["kind"] == "eval"]
     assert [r["step"] for r in evaluations] == [0, 20, STEPS]

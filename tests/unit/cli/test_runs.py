@@ -41,7 +41,9 @@ def records(steps: int) -> list[dict[str, Any]]:
         {"kind": "train", "step": n, "loss": 7.0 - n, "tokens_seen": 100 * n, "attempt": 1, **figures}
         for n in range(1, steps + 1)
     ]
-    return [start, evaluations[0], *train, evaluations[1]]
+    seconds = {"start": 5.25, "first_step": 0.5, "steps": 1234.5}
+    phases = {"kind": "phases", "step": steps, "attempt": 1, "seconds": seconds}
+    return [start, evaluations[0], *train, evaluations[1], phases]
 
 
 def run(*arguments: str) -> Result:
@@ -77,12 +79,15 @@ def test_status_says_how_a_run_stands(tmp_path: Path) -> None:
         "tokens       300",
         "web: 800 -> 40",
         "attention    sdpa\n",
+        "tokens/s     10\n",
+        "time         start 5.2 s, first step 0.5 s, steps 1,234.5 s\n",
         "checkpoints  step 2\n",
         str(folder.path),
     ):
         assert fact in told, told
     known = orjson.loads(run("status", str(folder.path), "--json").output)
     assert known["perplexity"] == {"web": {"first": 800.0, "last": 40.0}}
+    assert known["seconds"]["first_step"] == 0.5 and known["mfu"] is None
     assert (known["attempts"], known["checkpoints"], known["model"]) == (1, [2], None)
 
 
@@ -101,7 +106,7 @@ def test_logs_end_with_the_status_of_the_run(tmp_path: Path) -> None:
 
 def test_logs_follow_a_run_to_its_end(tmp_path: Path) -> None:
     folder = make_run(tmp_path, "live", "training", steps=2)
-    last = records(3)[-2]
+    last = records(3)[-3]
 
     def end() -> None:
         files.append_json(folder.metrics_file, last)

@@ -65,6 +65,26 @@ def test_ranks_run_equal_micro_batches_and_their_counts_add_up(feed, world_size,
             assert step.n_labels == sum(int((batch["labels"] != -100).sum()) for batch in step.micro_batches)
 
 
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_documents_are_counted_without_padding(make_log, document_mask):
+    packing = Packing(block_size=16, window_shards=2, document_mask=document_mask)
+    feed = Feed([FeedSource("a", make_log(SHARDS))], packing, 0, 0.05)
+    padded = 0
+    for own in all_ranks(feed, 3, 2, stop=feed.samples_per_epoch):
+        counts = feed.counts(own[0].start, own[0].stop)
+        lengths = [length for step in own for length in step.documents.tolist()]
+        assert all(lengths) and sum(lengths) == counts.n_tokens + counts.n_eos
+        padded += counts.n_padding
+        if not document_mask:
+            assert len(lengths) == own[0].stop - own[0].start
+        for step in own:
+            rows = [row for batch in step.micro_batches for row in zip(*batch.values(), strict=True)]
+            whole = [dict(zip(step.micro_batches[0], row, strict=True)) for row in rows]
+            apart = sum(int((row["document_lengths"] > 0).sum()) for row in whole if row["sample"] >= 0)
+            assert apart - len(whole) <= len(step.documents) <= apart
+    assert padded > 0
+
+
 def test_a_resumed_loader_goes_on_with_the_next_sample_over_an_epochs_end(feed):
     n = feed.samples_per_epoch
     whole = [rows(own) for own in all_ranks(feed, 2, 2, stop=2 * n + 5)]

@@ -3,7 +3,8 @@ from pathlib import Path
 from typing import Any
 
 from raydist.folder import RunFolder
-from raydist.track.records import Tail, effective, redact, supersede
+from raydist.track.humanize import phases
+from raydist.track.records import Tail, effective, figures, phase_seconds, redact, supersede
 
 
 def train(step: int, attempt: int, **more: Any) -> dict[str, Any]:
@@ -62,6 +63,24 @@ def test_the_newest_attempt_wins_in_whatever_order_records_arrive(tmp_path: Path
 def test_sources_of_one_step_are_kept_apart() -> None:
     both = [{"kind": "eval", "step": 5, "source": name, "attempt": 1} for name in ("a", "b")]
     assert supersede([*both, both[0]]) == [both[1], both[0]]
+
+
+def test_phases_of_all_attempts_add_up_in_their_order() -> None:
+    first = {"prepare": 5.0, "thinking": 0.5, "steps": 1000.0, "load": 1.0}
+    second = {"load": 1.5, "first_step": 2.0, "steps": 500.25, "export": 1.0}
+    written = [
+        train(1, 1),
+        {"kind": "phases", "step": 40, "attempt": 1, "seconds": first},
+        {"kind": "resume", "step": 30, "attempt": 2},
+        {"kind": "phases", "step": 60, "attempt": 2, "seconds": second},
+    ]
+    total = phase_seconds(written)
+    assert list(total) == ["prepare", "load", "first_step", "steps", "export", "thinking"]
+    assert phases(total) == (
+        "prepare 5.0 s, load 2.5 s, first step 2.0 s, steps 1,500.2 s, export 1.0 s, thinking 0.5 s"
+    )
+    assert phase_seconds(written[:1]) == {} and phases({}) == ""
+    assert figures(written[1]) == {}  # trackers have no use for it
 
 
 def test_credentials_are_blanked_out() -> None:

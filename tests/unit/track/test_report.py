@@ -23,6 +23,9 @@ def run_folder(run: Path, steps: int = 60) -> Path:
             records.append(_train(step, attempt, begin + step - first))
         for step in range(first, last + 1, 20):
             records.append(_eval(step, attempt, begin + step - first))
+    for attempt in (1, 2):
+        seconds = {"load": 2.5, "first_step": 1.25, "steps": 700.0 * attempt}
+        records.append({"kind": "phases", "step": 40, "attempt": attempt, "seconds": seconds})
     records.append({"kind": "incident", "what": "a <worker> was lost", "attempt": 1, "time": 1e9 + 1500})
     (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     (run / "raydist-job.yaml").write_text(
@@ -94,9 +97,17 @@ def test_the_page_tells_the_whole_run(run: Path) -> None:
         "97.50 % of the documents are unique",
     ):
         assert part in told
+    assert "Where the time went load first step steps 5.0 s 2.5 s 2,100.0 s" in told
+    assert "MFU" not in told  # it is not known
     assert "Attempt 2 resumed at step 30 with 2 workers" in told
     assert "790 blocks of 256 tokens, 1.23 % of them padding" in told
     assert page.count("<svg") == 6
+
+
+def test_a_known_mfu_is_shown(run: Path) -> None:
+    text = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(text.replace('"mfu": null', '"mfu": 0.456'))
+    assert "MFU 46 % of the devices&#39; peak, median" in text_of(render(RunFolder(run)))
 
 
 def test_only_the_winning_attempt_is_drawn(run: Path) -> None:

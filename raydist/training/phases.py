@@ -1,0 +1,77 @@
+"""Where the seconds of an attempt go: each counts for one phase.
+
+    plan ─▶ prepare ─▶ start ─▶ load ─▶ compile ─▶ first_step ─▶ steps ─▶ export
+    └────── the driver ─────┘  └─────────────────── rank 0, with evaluation and checkpoint within ────────┘
+
+plan        the job checked, before Ray is joined
+prepare     token logs made; where training begins early, until it can
+start       Ray started or joined; from an attempt's plan until rank 0 runs, waiting for nodes included
+load        token logs opened; the model built, its attention chosen, spread over ranks; a checkpoint read
+first_step  the attempt's first optimizer step, with the wait for its data
+steps       all others
+evaluation, checkpoint    whenever they happen; a checkpoint as long as training waits for it
+export      model/ written
+
+A new phase needs no more than `with attempt.phases.during("name")`. Seconds are those of the host: a GPU's
+pending work counts for the phase that waits for it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+PHASES = (
+    "plan", "prepare", "start", "load", "compile", "first_step", "steps", "evaluation", "checkpoint",
+    "export",
+)  # fmt: skip
+"""In the order in which they are shown; others follow them."""
+
+
+class Phases:
+    """A clock that runs for one phase at a time, `first` to begin with. spent: seconds counted before."""
+
+    def __init__(
+        self,
+        first: str,
+        spent: Mapping[str, float] | None = None,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._clock, self._seconds = clock, dict(spent or {})
+        self._running: str | None = first
+        self._since = clock()
+
+    def begin(self, name: str) -> None:
+        """The phase that runs ends, and this one does; also again, after others."""
+        self._count()
+        self._running = name
+
+    @contextmanager
+    def during(self, name: str) -> Iterator[None]:
+        """A phase within the one that runs, which stands still meanwhile."""
+        outer = self._running
+        self.begin(name)
+        try:
+            yield
+        finally:
+            self._count()
+            self._running = outer
+
+    def of(self, *names: str) -> float:
+        """Seconds of these phases up to now."""
+        self._count()
+        return sum(self._seconds.get(name, 0.0) for name in names)
+
+    def take(self) -> dict[str, float]:
+        """Seconds by phase, which are forgotten here. The clock stands still until the next `begin`."""
+        self._count()
+        self._running, taken, self._seconds = None, self._seconds, {}
+        return taken
+
+    def _count(self) -> None:
+        now = self._clock()
+        if self._running is not None:
+            self._seconds[self._running] = self._seconds.get(self._running, 0.0) + now - self._since
+        self._since = now
