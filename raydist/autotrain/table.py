@@ -82,7 +82,7 @@ TABLE: dict[str, Parameter] = {
     ),
     "optimizer": Parameter(
         TEXT, "adamw_torch", "", "AdamW in fp32", {"adamw_torch": None, "adamw_torch_fused": None},
-        "is not supported: the optimizer is AdamW",
+        "is not supported; others are train.optimizer in the job: --print-job > job.yaml",
     ),
     "weight_decay": Parameter(REAL, 0.0, "train.weight_decay", "on matrices only, not on norms and biases"),
     "max_grad_norm": Parameter(

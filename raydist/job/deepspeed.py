@@ -29,7 +29,7 @@ DECIDED_BY = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.global_batch_size",
     "gradient_clipping": "train.max_grad_norm",
-    "optimizer": "train.lr and train.weight_decay",
+    "optimizer": "train.optimizer, train.lr and train.weight_decay",
     "scheduler": "train.scheduler",
     "bf16": "train.mixed_precision",
     "fp16": "train.mixed_precision",

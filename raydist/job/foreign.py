@@ -35,8 +35,7 @@ _SPLIT = "a share of the documents, chosen by hash"
 _DECAYS = "the job has min_lr_ratio and decay_ratio next to it"
 _SHARE = "a share of the steps, not a number of them"
 _RESUME = Foreign((), "the same command resumes the run of that name; it needs no key")
-_ADAMW = Foreign((), "the optimizer is AdamW, set by train.lr and train.weight_decay")
-_BETAS = Foreign((), "AdamW's betas and epsilon are fixed")
+_OPTIMIZER = "adamw, adamw_8bit, adafactor or muon"
 _PARALLEL = Foreign((), "the model is not split over workers this way; see strategy")
 _HUB = Foreign((), "a run uploads nothing: the trained model is in <storage>/<name>/model")
 _LOADER = Foreign((), "batches are read from prepared token logs; the loader has no settings")
@@ -150,8 +149,15 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
         "train.gradient_checkpointing", "true or false"
     ),
     ("data_collator", "collate_fn"): _one("train.collator"),
-    ("optim", "optimizer", "optimizer_name", "optim_args", "optim_target_modules"): _ADAMW,
-    ("adam_beta1", "adam_beta2", "adam_epsilon", "beta1", "beta2", "eps"): _BETAS,
+    ("optim", "optimizer", "optimizer_name", "optimizer_type", "optim_args"): _one(
+        "train.optimizer", _OPTIMIZER
+    ),
+    ("use_muon", "use_adafactor", "adafactor"): _one("train.optimizer", _OPTIMIZER),
+    ("optim_target_modules",): _one(
+        "train.optimizer.name", "muon takes the matrices of the layers by itself"
+    ),
+    ("adam_beta1", "adam_beta2", "beta1", "beta2"): _one("train.optimizer.betas", "both, as [0.9, 0.999]"),
+    ("adam_epsilon", "epsilon", "eps"): _one("train.optimizer.eps"),
     ("torch_compile", "compile"): Foreign((), "the model is not compiled"),
     # --- adapters and quantization
     ("peft", "lora", "finetuning_type", "use_peft", "adapter_type", "lora_config", "peft_config"): _one(

@@ -20,6 +20,7 @@ IDENTITY = ("seed", "model", "corpus", "packing", "train", "stages", "adapter", 
 def identity(job: Job) -> dict[str, Any]:
     """{dotted key: value} of every key that decides the trained weights, up to rounding."""
     values = job.model_dump(mode="json", include=set(IDENTITY))
+    values["train"]["optimizer"] |= job.train.optimizer.options  # null is the value that it stands for
     return {key: value for key, value in dotted_items(values) if key not in NOT_IDENTITY}
 
 

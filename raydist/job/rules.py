@@ -164,6 +164,34 @@ def _deepspeed_config_agrees(
     return ""
 
 
+# --- optimizer
+
+_FLAT = "DeepSpeed steps parts of flattened weights"
+NOT_SHARDED = {
+    ("adafactor", "fsdp"): "torch's Adafactor cannot take the norms of sharded columns; take ddp",
+    ("adafactor", "zero"): f"{_FLAT}, which have no rows and columns; take ddp",
+    ("adamw_8bit", "fsdp"): "bitsandbytes' kernels take no sharded weights; take ddp",
+    (
+        "adamw_8bit",
+        "zero",
+    ): f"{_FLAT}, where 256 values of several weights share a scale, so that no checkpoint"
+    " could be resumed with another number of workers; take ddp",
+    ("muon", "zero"): f"{_FLAT}, and Muon needs whole matrices; take ddp or fsdp",
+}
+"""(optimizer, strategy) -> why they do not work together, and what to do."""
+
+
+def _can_be_sharded(optimizer: Any, strategy: str) -> str:
+    reason = NOT_SHARDED.get((optimizer.name, strategy))
+    return f"{optimizer.name} does not work under strategy {strategy}: {reason}" if reason else ""
+
+
+def _adafactor_has_no(key: str, value: Any, optimizer: str) -> str:
+    if optimizer == "adafactor" and value is not None:
+        return f"adafactor has no {key}; only adamw, adamw_8bit and muon have"
+    return ""
+
+
 # --- a sweep
 
 NOT_SEARCHED = {
@@ -281,6 +309,9 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
         ),
         _deepspeed_config_agrees,
     ),
+    (("train.optimizer", "strategy.name"), _can_be_sharded),
+    (("train.optimizer.betas", "train.optimizer.name"), partial(_adafactor_has_no, "betas")),
+    (("train.optimizer.eps", "train.optimizer.name"), partial(_adafactor_has_no, "eps")),
     (("tune.search.<each>",), _one_distribution),
     (("tune.search.<each>",), _range_has_width),
     (("tune.search.<each>",), _positive_on_a_log_scale),

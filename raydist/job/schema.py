@@ -18,6 +18,7 @@ from raydist.job.section import Section
 from raydist.job.tune import Tune
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainTokenizer(Section):
@@ -103,6 +104,32 @@ class Packing(Section):
     window_shards: PositiveInt = Field(16, description="shards whose blocks are shuffled together")
 
 
+class Optimizer(Section):
+    name: Literal["adamw", "adamw_8bit", "adafactor", "muon"] = Field(
+        "adamw",
+        description="train.optimizer: NAME is short for it; fsdp takes adamw and muon, zero adamw alone",
+    )
+    betas: tuple[Beta, Beta] | None = Field(
+        None,
+        description="decay of AdamW's means of the gradient and of its square; null: [0.9, 0.999];"
+        " muon: of the AdamW that steps the rest; adafactor has none",
+    )
+    eps: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="added to AdamW's denominator; null: 1e-8; muon, adafactor: as betas"
+    )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """betas and eps as they are used; {} for an optimizer that has neither."""
+        if self.name == "adafactor":
+            return {}
+        return {"betas": self.betas or (0.9, 0.999), "eps": self.eps or 1e-8}
+
+
+def _read_optimizer(given: Any) -> Any:
+    return {"name": given} if isinstance(given, str) else given
+
+
 class Train(Section):
     max_steps: PositiveInt | None = Field(None, description="optimizer steps")
     max_tokens: Annotated[float, Field(gt=0)] | None = Field(
@@ -133,6 +160,7 @@ class Train(Section):
     weight_decay: Annotated[float, Field(ge=0)] = Field(
         0.0, description="on matrices only, not on norms and biases"
     )
+    optimizer: Annotated[Optimizer, BeforeValidator(_read_optimizer)] = Optimizer()
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="gradients are clipped to this norm; null: no clipping"
     )

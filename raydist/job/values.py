@@ -24,7 +24,8 @@ def put(values: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     """Set the value at a path of keys, and create the sections that are missing."""
     for key in keys[:-1]:
         if not isinstance(values.get(key), dict):
-            values[key] = {}
+            short = key == "optimizer" and isinstance(values.get(key), str)  # optimizer: muon
+            values[key] = {"name": values[key]} if short else {}
         values = values[key]
     values[keys[-1]] = value
 

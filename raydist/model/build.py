@@ -53,7 +53,8 @@ def quietly() -> Iterator[None]:
 class Sizes:
     """total, trainable: numbers of parameters.  weight_bytes: of all weights while training.
 
-    vocabulary: rows of the embedding.  layers, hidden: number of layers, width.
+    vocabulary: rows of the embedding.  layers, hidden: number of layers, width.  model: the one that was
+    counted, on meta, with its adapter.
     """
 
     total: int
@@ -62,6 +63,7 @@ class Sizes:
     vocabulary: int
     layers: int
     hidden: int
+    model: nn.Module
 
 
 def load_config(job: Job, vocab_size: int | None = None) -> PretrainedConfig:
@@ -339,7 +341,7 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
         model = model if job.adapter is None else add_lora(model, job.adapter)
     total, trainable = n_parameters(model), n_parameters(model, trainable=True)
     held = 4 * total if job.adapter is None else base_bytes + 4 * trainable
-    return Sizes(total, trainable, held, rows, config.num_hidden_layers, config.hidden_size)
+    return Sizes(total, trainable, held, rows, config.num_hidden_layers, config.hidden_size, model)
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:

@@ -1,40 +1,156 @@
 """The optimizer, chosen here alone, and what every strategy does with gradients before its step.
 
-A further optimizer is a branch in `make_optimizer` and one in `state_bytes_per_weight`. Its class must accept
-its own parameter groups as its only argument, as those of torch and bitsandbytes do, and keep its state as
-`parallel/state.py` says.
+A further optimizer is a name in `job/schema.py:Optimizer` and a branch in `_class_of` and `_bytes`, and in
+`_kinds` if it steps only some of the weights. Its class must accept its own parameter groups as its only
+argument, as those of torch and bitsandbytes do, and keep its state as `parallel/state.py` says. A strategy
+that it does not work under is a line in `job/rules.py:NOT_SHARDED`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim import Adafactor, AdamW, Muon, Optimizer
 
-from raydist.errors import TrainingError
+from raydist.errors import ModelError, TrainingError
 from raydist.job.schema import Train
+from raydist.model.layers import layers_of
 
 NORM_CHUNK = 512
+FP32 = torch.float32.itemsize
+LEAST_8BIT, BLOCK_8BIT, MAP_8BIT = 4096, 256, 256
+"""bitsandbytes: elements from which state is quantized, values to a scale, entries of a codebook."""
 
 
 def make_optimizer(model: nn.Module, train: Train) -> Optimizer:
-    """AdamW over the trainable weights, with torch's betas and epsilon.
+    """The job's optimizer over the trainable weights. The learning rate is set at each step.
 
-    The learning rate is set at each step. Matrices decay; vectors (norms, biases) do not.
+    Matrices decay; vectors (norms, biases) do not. Raises ModelError where muon finds no matrix.
     """
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [w for w in weights if w.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [w for w in weights if w.ndim < 2], "weight_decay": 0.0},
-    ]
-    return AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
+    groups = _groups(model, train)
+    if {group["kind"] for group in groups} == {train.optimizer.name}:
+        plain = [{key: value for key, value in group.items() if key != "kind"} for group in groups]
+        return _class_of(train.optimizer.name)(plain)
+    return Mixed(groups)
 
 
-def state_bytes_per_weight(train: Train) -> int:
-    """Bytes that the job's optimizer keeps for each trainable weight, in memory and in a checkpoint."""
-    return 2 * torch.float32.itemsize  # AdamW: the means of the gradient and of its square
+def state_bytes(model: nn.Module, train: Train) -> int:
+    """Bytes that the job's optimizer keeps for the trainable weights, in memory and in a checkpoint.
+
+    The model may be on meta. Raises ModelError where muon finds no matrix.
+    """
+    groups = _groups(model, train)
+    return sum(_bytes(group["kind"], weight.shape) for group in groups for weight in group["params"])
+
+
+class Mixed(Optimizer):
+    """Steps each group by the optimizer that its `kind` names; the groups and the state of all are here."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        super().__init__(groups, {})
+        self._steppers = []
+        for kind in dict.fromkeys(group["kind"] for group in self.param_groups):
+            stepper = _class_of(kind)([group for group in self.param_groups if group["kind"] == kind])
+            stepper.state = self.state
+            self._steppers.append(stepper)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for stepper in self._steppers:
+            stepper.step()
+
+
+class GatheredMuon(Muon):
+    """torch's Muon, which also steps weights that are sharded over the ranks, with one gather for a matrix.
+
+    torch's own needs 11 to 16 collectives for one, and fails for one with fewer rows than there are ranks.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        if not any(isinstance(w, DTensor) for group in self.param_groups for w in group["params"]):
+            super().step()  # type: ignore[no-untyped-call]
+            return
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self._step_sharded(weight, weight.grad, group)
+
+    def _step_sharded(self, weight: DTensor, gradient: DTensor, group: dict[str, Any]) -> None:
+        """The momentum is kept in shards; each rank makes the step of the whole matrix and takes its rows."""
+        state = self.state[weight]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        direction: Any = gradient.lerp(state["momentum_buffer"], group["momentum"])  # Nesterov's
+        whole: Tensor = direction.full_tensor()
+        step = nn.Parameter(torch.zeros_like(whole))
+        step.grad = whole
+        only = {**group, "params": [step], "momentum": 0.0, "nesterov": False, "weight_decay": 0.0}
+        Muon([only]).step()
+        rows = distribute_tensor(step.detach(), weight.device_mesh, weight.placements, src_data_rank=None)
+        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(rows)
+
+
+def _groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
+    """Parameter groups, each with its `kind`, the optimizer that steps it: at most two for each kind."""
+    kinds = _kinds(model, train.optimizer.name)
+    groups = []
+    for kind in dict.fromkeys(kinds.values()):
+        # muon's steps are scaled to about the length of AdamW's: one lr and one weight_decay serve both
+        options = {"adjust_lr_fn": "match_rms_adamw"} if kind == "muon" else train.optimizer.options
+        for decay, decays in ((train.weight_decay, True), (0.0, False)):
+            params = [w for w, of in kinds.items() if of == kind and (w.ndim >= 2) == decays]
+            group = {"params": params, "weight_decay": decay, "lr": 0.0, **options, "kind": kind}
+            groups += [group] if params else []
+    return groups
+
+
+def _kinds(model: nn.Module, name: str) -> dict[nn.Parameter, str]:
+    """The optimizer of each trainable weight: the job's, or AdamW where that does not fit the weight.
+
+    bitsandbytes advises 32 bits for embeddings, whose gradients are uneven, as Hugging Face's Trainer has it.
+    """
+    others: set[nn.Parameter] = set()
+    if name == "muon":
+        matrices = {w for layer in layers_of(model) for w in layer.parameters() if w.ndim == 2}
+        others = {*model.parameters()} - matrices
+    elif name == "adamw_8bit":
+        others = {w for m in model.modules() if isinstance(m, nn.Embedding) for w in m.parameters()}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    if name == "muon" and others.issuperset(trained):
+        raise ModelError(
+            "muon finds no matrix to step",
+            where="train.optimizer",
+            why="it steps the trainable matrices of the layers, and the model's class names no such layers",
+            fix="take train.optimizer: adamw",
+        )
+    return {weight: "adamw" if weight in others else name for weight in trained}
+
+
+def _class_of(kind: str) -> Callable[[list[dict[str, Any]]], Optimizer]:
+    if kind == "adamw_8bit":
+        from bitsandbytes.optim.adamw import AdamW8bit
+
+        return AdamW8bit
+    if kind == "muon":
+        return GatheredMuon
+    return Adafactor if kind == "adafactor" else partial(AdamW, fused=True)
+
+
+def _bytes(kind: str, shape: torch.Size) -> int:
+    """Of the state of one weight."""
+    n = shape.numel()
+    if kind == "adafactor" and len(shape) >= 2:  # a value for each row and each column
+        return FP32 * (n // shape[-1] + n // shape[-2])
+    if kind == "adamw_8bit" and n >= LEAST_8BIT:  # two of: a byte each, the scales, the codebook
+        return 2 * (n + FP32 * (math.ceil(n / BLOCK_8BIT) + MAP_8BIT))
+    return FP32 * n * (1 if kind in ("muon", "adafactor") else 2)
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:

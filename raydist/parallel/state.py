@@ -35,7 +35,18 @@ def write_state(folder: Path, state: Mapping[str, Tensor]) -> None:
     """Collective. state: this rank's tensors; DTensors, or whole ones that this or every rank has."""
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _alone_is_fine():
-        state_dict_saver.save(dict(state), storage_writer=writer)
+        state_dict_saver.save(_each_its_own(state), storage_writer=writer)
+
+
+def _each_its_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """safetensors refuses tensors that share memory, as the codebooks of bitsandbytes' 8-bit state do."""
+    seen: set[int] = set()
+    own = {}
+    for key, tensor in state.items():
+        address = 0 if isinstance(tensor, DTensor) else tensor.untyped_storage().data_ptr()
+        own[key] = tensor.clone() if address in seen else tensor
+        seen |= {address} - {0}
+    return own
 
 
 def read_state(folder: Path, into: Mapping[str, Tensor]) -> None:

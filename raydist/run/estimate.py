@@ -11,7 +11,7 @@ from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Pla
 from raydist.job.schema import Job
 from raydist.model.build import Sizes, check_fits, load_config, model_sizes
 from raydist.model.head import rows_at_once
-from raydist.parallel.optimizer import state_bytes_per_weight
+from raydist.parallel.optimizer import state_bytes
 from raydist.storage import Storage
 
 FP32, BF16 = 4, 2
@@ -96,9 +96,9 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
     tokens = plan.micro_batch_tokens
     kept = 2 if job.train.gradient_checkpointing else 34 // 2
     strategy, sharded = job.strategy, 3 if job.strategy.name == "fsdp" else job.strategy.stage or 0
-    stepped = state_bytes_per_weight(job.train)
+    stepped = state_bytes(sizes.model, job.train)
     if strategy.name == "zero":
-        stepped += FP32  # DeepSpeed steps a copy of the weights
+        stepped += sizes.trainable * FP32  # DeepSpeed steps a copy of the weights
     host = "_in_host_memory" if strategy.offload == "cpu" else ""
 
     def share(n_bytes: int, stage: int) -> int:
@@ -108,7 +108,7 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
     parts = {
         f"weights{host if sharded == 3 else ''}": share(sizes.weight_bytes, 3),
         "gradients": share(sizes.trainable * FP32, 2),
-        f"optimizer{host}": share(sizes.trainable * stepped, 1),
+        f"optimizer{host}": share(stepped, 1),
         "activations": tokens * sizes.layers * sizes.hidden * kept * compute,
         "logits": 2 * rows_at_once(tokens, sizes.vocabulary) * sizes.vocabulary * FP32,
     }
@@ -119,7 +119,7 @@ def _disk(job: Job, sizes: Sizes, tokens: int) -> dict[str, int]:
     kept = job.checkpoint.save_total_limit + 2  # the best one, and the one being written
     parts = {
         "token_log": tokens * (2 if sizes.vocabulary <= 2**16 else 4),
-        "checkpoints": kept * sizes.trainable * (FP32 + state_bytes_per_weight(job.train)),
+        "checkpoints": kept * (sizes.trainable * FP32 + state_bytes(sizes.model, job.train)),
         "model": sizes.total * FP32,
     }
     return {**parts, "total": sum(parts.values())}

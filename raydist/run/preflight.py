@@ -9,6 +9,7 @@ from raydist.job.schema import Job
 from raydist.model import quantization
 from raydist.model.attention.choose import check_attention
 from raydist.model.build import check_base, check_fits, load_config, model_sizes, quietly
+from raydist.parallel.optimizer import state_bytes
 from raydist.parallel.zero import check_deepspeed
 from raydist.track.start import check_trackers
 from raydist.training.collate import make_collator
@@ -23,8 +24,8 @@ def check_job(job: Job) -> None:
     check_fits(config, job)
     if job.quantization is not None:
         quantization.check_bitsandbytes(torch.device("cpu"))
-    if job.adapter is not None:
-        model_sizes(config, job)
+    if job.adapter is not None or job.train.optimizer.name != "adamw":
+        state_bytes(model_sizes(config, job).model, job.train)
     if job.strategy.name == "zero":
         check_deepspeed(job)
     make_collator(job.train.collator)

@@ -307,7 +307,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "optimizer": (
         {"optimizer": "adafactor"},
-        "optimizer: adafactor is not supported: the optimizer is AdamW",
+        "optimizer: adafactor is not supported; others are train.optimizer in the job: --print-job",
     ),
     "scheduler": (
         {"scheduler": "polynomial"},

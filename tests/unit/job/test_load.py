@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ import yaml
 from raydist.errors import JobError
 from raydist.job.identity import differences
 from raydist.job.load import build_job, job_yaml, load_job
+from raydist.job.schema import Job
 
 MINIMAL = """\
 name: small
@@ -116,6 +118,22 @@ def test_identity_is_what_decides_the_weights() -> None:
     other = build_job({**values, "train": {**values["train"], "lr": 1.0}})
     assert differences(job, same) == []
     assert differences(job, other) == ["train.lr: 5e-05 -> 1.0"]
+
+
+def test_an_optimizers_defaults_written_out_are_the_same_run() -> None:
+    values = yaml.safe_load(MINIMAL.replace("5e-5", "5.0e-5"))
+
+    def with_optimizer(optimizer: Any) -> Job:
+        return build_job({**values, "train": {**values["train"], "optimizer": optimizer}})
+
+    adamw = build_job(values)
+    written = {"name": "adamw", "betas": [0.9, 0.999], "eps": 1e-8}
+    assert differences(adamw, with_optimizer(written)) == []
+    assert differences(adamw, build_job(yaml.safe_load(job_yaml(with_optimizer("adamw"))))) == []
+    assert differences(adamw, with_optimizer({"betas": [0.9, 0.95]})) == [
+        "train.optimizer.betas: (0.9, 0.999) -> (0.9, 0.95)"
+    ]
+    assert differences(adamw, with_optimizer("muon")) == ["train.optimizer.name: 'adamw' -> 'muon'"]
 
 
 def test_an_end_of_an_epoch_needs_epochs(tmp_path: Path) -> None:

@@ -82,6 +82,18 @@ CASES: list[tuple[tuple[str, ...], str]] = [
         (*ZERO, "strategy.config={fp16: {enabled: true}}"),
         "--set strategy.config: strategy.config: the DeepSpeed config contradicts the job",
     ),
+    (
+        ("train.optimizer=muon", *ZERO),
+        "--set train.optimizer: train.optimizer: muon does not work under strategy zero: DeepSpeed steps",
+    ),
+    (
+        ("train.optimizer={name: adafactor, betas: [0.9, 0.99]}",),
+        "--set train.optimizer: train.optimizer.betas: adafactor has no betas",
+    ),
+    (
+        ("train.optimizer=adafactor", "train.optimizer.eps=1e-6"),
+        "--set train.optimizer.eps: train.optimizer.eps: adafactor has no eps",
+    ),
     ((searched("train.lr", "{choice: [1], grid: [1]}"),), f"{SEARCH}train.lr: give exactly one of"),
     (
         (searched("train.lr", "{uniform: [1, 1]}"),),
@@ -240,6 +252,36 @@ def test_an_override_is_the_place_of_all_that_it_writes(tmp_path: Path) -> None:
     assert told.startswith("--set packing.strategie: packing.strategie: unknown key; did you mean strategy?")
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "strategy"),
+    [(name, s) for name in ("adamw_8bit", "adafactor", "muon") for s in ("fsdp", "zero")],
+)
+def test_an_optimizer_that_a_strategy_cannot_shard_is_refused(
+    tmp_path: Path, optimizer: str, strategy: str
+) -> None:
+    stage = ("strategy.stage=1",) if strategy == "zero" else ()
+    overrides = (f"train.optimizer.name={optimizer}", f"strategy.name={strategy}", *stage)
+    path = write(tmp_path, MINIMAL)
+    if (optimizer, strategy) == ("muon", "fsdp"):
+        assert load_job(path, overrides).train.optimizer.name == "muon"
+    else:
+        (told,) = problems(path, *overrides)
+        assert f"{optimizer} does not work under strategy {strategy}: " in told and "; take ddp" in told
+
+
+def test_an_optimizer_may_be_given_by_its_name_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL.replace("1000", "1000, optimizer: muon"))
+    more = "train.optimizer.betas=[0.9, 0.95]"
+    optimizer = load_job(path, (more,)).train.optimizer
+    assert (optimizer.name, optimizer.betas) == ("muon", (0.9, 0.95))
+    (told,) = problems(path, "train.optimizer=adamw_torch")
+    assert told.startswith("--set train.optimizer: train.optimizer: Input should be 'adamw', 'adamw_8bit'")
+    (told,) = problems(path, "train.optimizer.betas=[0.9, 1]")
+    assert told.startswith(
+        "--set train.optimizer.betas: train.optimizer.betas.1: Input should be less than 1"
+    )
+
+
 # --- from Python
 
 
@@ -306,6 +348,9 @@ def test_a_foreign_key_names_a_key_of_the_job() -> None:
         ("max_steps=10", "it belongs at train.max_steps"),
         ("report_to=[wandb]", "tracking.mlflow or tracking.tensorboard or tracking.wandb"),
         ("load_in_4bit=true", "its name in a job is quantization (int4 or int8"),
+        ("optim=adamw_torch", "its name in a job is train.optimizer (adamw, adamw_8bit, adafactor or muon)"),
+        ("train.adam_beta2=0.95", "its name in a job is train.optimizer.betas (both, as [0.9, 0.999])"),
+        ("train.eps=1e-6", "its name in a job is train.optimizer.eps"),
     ],
 )
 def test_a_key_of_another_trainer_gets_its_name_here(written: str, said: str, tmp_path: Path) -> None:
