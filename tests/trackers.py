@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,16 +30,25 @@ def read_tensorboard(run: Path) -> Points:
     return points
 
 
-def read_wandb(run: Path) -> tuple[Points, dict[str, Any], Any]:
-    """The points, the config and what else W&B knows of the run: run_id, project, run_group, ..."""
-    from wandb.proto.wandb_internal_pb2 import Record, RunRecord
+def read_wandb(run: Path, *, rows: int = 0) -> tuple[Points, dict[str, Any], Any]:
+    """The points, the config and what else W&B knows of the run: run_id, project, run_group, ...
+
+    W&B's service may still write after it has said that the run is finished: this waits for the record of its
+    end. rows: and for so many of history, where drivers before the last have left such a record.
+    """
+    from wandb.proto.wandb_internal_pb2 import RunRecord
 
     points: Points = {}
     config: dict[str, Any] = {}
     about, last = RunRecord(), -1
     (path,) = run.glob("wandb/*run-*/run-*.wandb")
-    for raw in _wandb_records(path.read_bytes()):
-        record = Record.FromString(raw)
+    deadline = time.monotonic() + 60
+    found = _read_whole(path)
+    while not _is_whole(found, rows):
+        assert time.monotonic() < deadline, f"{path} has no record of the end"
+        time.sleep(0.1)
+        found = _read_whole(path)
+    for record in found:
         if record.HasField("run"):
             about = record.run
             config |= {item.key: json.loads(item.value_json) for item in record.run.config.update}
@@ -49,6 +59,21 @@ def read_wandb(run: Path) -> tuple[Points, dict[str, Any], Any]:
             for name in row.keys() - {"step"}:
                 points.setdefault(name, []).append((row["step"], row[name]))
     return points, config, about
+
+
+def _is_whole(records: list[Any], rows: int) -> bool:
+    history = sum(record.HasField("history") for record in records)
+    return history >= rows and any(record.HasField("exit") for record in records)
+
+
+def _read_whole(path: Path) -> list[Any]:
+    """The records of a .wandb file; none while its end is being written."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    try:
+        return [Record.FromString(raw) for raw in _wandb_records(path.read_bytes())]
+    except (AssertionError, struct.error):
+        return []
 
 
 def _tfrecords(content: bytes) -> Iterator[bytes]:

@@ -218,7 +218,7 @@ def test_files_hold_the_history_across_lost_workers_and_a_killed_driver(
     assert sum(path.stat().st_size > 0 for path in (run / "tensorboard").iterdir()) == 1
     assert points["loss"] == [(1, 9.0), (2, 8.0), (3, -3.5)]
     assert points["eval/my web/perplexity"] == [(3, 20.5)] and points["eval/my web/loss"] == [(3, 3.0)]
-    points, config, about = read_wandb(run)
+    points, config, about = read_wandb(run, rows=6)
     assert about.run_id == first_id and about.project == "my-project"
     assert points["loss"] == [(1, 9.0), (2, 8.0), (3, 7.0), (4, 6.0), (3, -3.0), (3, -3.5)]
     assert points["eval/my web/perplexity"] == [(3, 20.5)] and points["_timestamp"][0] == (1, 1e9)
