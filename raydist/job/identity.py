@@ -10,6 +10,7 @@ from raydist.job.schema import Job
 NOT_IDENTITY = {
     "corpus.on_error",
     "model.attn_implementation",
+    "train.compile",
     "train.hooks",
     "train.logging_steps",
     "train.micro_batch_size",

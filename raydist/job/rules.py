@@ -186,6 +186,15 @@ def _can_be_sharded(optimizer: Any, strategy: str) -> str:
     return f"{optimizer.name} does not work under strategy {strategy}: {reason}" if reason else ""
 
 
+def _can_be_compiled(asked: Any, strategy: str) -> str:
+    if asked is True and strategy == "zero":
+        return (
+            "layers are not compiled under strategy zero: DeepSpeed gathers weights by hooks within them,"
+            " which a compiler cannot see; take train.compile: auto, or fsdp"
+        )
+    return ""
+
+
 def _adafactor_has_no(key: str, value: Any, optimizer: str) -> str:
     if optimizer == "adafactor" and value is not None:
         return f"adafactor has no {key}; only adamw, adamw_8bit and muon have"
@@ -310,6 +319,7 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
         _deepspeed_config_agrees,
     ),
     (("train.optimizer", "strategy.name"), _can_be_sharded),
+    (("train.compile", "strategy.name"), _can_be_compiled),
     (("train.optimizer.betas", "train.optimizer.name"), partial(_adafactor_has_no, "betas")),
     (("train.optimizer.eps", "train.optimizer.name"), partial(_adafactor_has_no, "eps")),
     (("tune.search.<each>",), _one_distribution),

@@ -170,6 +170,10 @@ class Train(Section):
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: slower, with less memory"
     )
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="compile each layer by torch.compile; auto: on GPUs that have a compiler; not for zero",
+    )
     collator: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")] | None = Field(
         None,
         description="module:function, called on each micro batch: may mask labels and add keys;"

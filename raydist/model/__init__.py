@@ -12,6 +12,7 @@ layers         the decoder layers of any architecture
 loss           the loss of (model, batch), summed over labels; a model's own extra terms belong here too
 head           the loss of a large vocabulary without its logits, and what a model does behind its head
 cross_entropy  a summed loss and its gradient, some rows of logits at a time
+compiled       layers compiled in place by torch.compile
 adapter        LoRA by peft
 work           how many operations a step takes
 quantization   a frozen base in 4 or 8 bits by bitsandbytes

@@ -22,6 +22,7 @@ from raydist.errors import JobError, ModelError
 from raydist.job.schema import Job
 from raydist.model import quantization
 from raydist.model.base import SAFE, check_stored, load_base
+from raydist.model.compiled import compile_layers, why_not_compiled
 from raydist.model.head import Head, find_head, use_chunked_head
 
 if TYPE_CHECKING:
@@ -213,6 +214,8 @@ def build_model(
     model = model.to(place)
     if job.train.gradient_checkpointing:
         _save_activation_memory(model)
+    if not fitted_of(model).uncompiled:
+        compile_layers(model, must=job.train.compile is True)
     return model.train()
 
 
@@ -229,16 +232,22 @@ def _bare(config: PretrainedConfig, job: Job, tokenizer_folder: Path, place: tor
 
 @dataclass(frozen=True)
 class Fitted:
-    """What was found by trying the bare model. head: None where its logits are made whole."""
+    """What was found by trying the bare model. head: None where its logits are made whole.
+
+    uncompiled: why its layers are not compiled; empty where they are.
+    """
 
     attention: Chosen
     head: Head | None
+    uncompiled: str
 
     def to_json(self) -> dict[str, Any]:
         """For the record of an attempt's start."""
         return {
             "attention": self.attention.name,
             "attention_passed_over": self.attention.passed_over,
+            "compiled": not self.uncompiled,
+            "uncompiled": self.uncompiled,
             "logits": "whole" if self.head is None else "in parts if they are many",
         }
 
@@ -248,9 +257,15 @@ def fit_model(model: nn.Module, job: Job, device: torch.device) -> Fitted:
     from raydist.model.attention.choose import set_attention
 
     head = find_head(model)  # while attention is eager, which runs on every device
-    asked = job.model.attn_implementation
-    attention = set_attention(model, device, document_mask=job.packing.document_mask, asked=asked)
-    fitted = Fitted(attention, head)
+    uncompiled = why_not_compiled(job.train.compile, device, job.strategy.name)
+    attention = set_attention(
+        model,
+        device,
+        document_mask=job.packing.document_mask,
+        asked=job.model.attn_implementation,
+        compiled=not uncompiled,
+    )
+    fitted = Fitted(attention, head, uncompiled)
     take_fitted(model, fitted)
     return fitted
 

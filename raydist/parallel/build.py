@@ -11,6 +11,7 @@ from raydist.errors import JobError
 from raydist.job.schema import Job
 from raydist.model.attention.choose import NAMES, Chosen, use_attention
 from raydist.model.build import Fitted, build_model, fit_model, take_fitted
+from raydist.model.compiled import why_not_compiled
 from raydist.model.head import Head
 from raydist.parallel.strategy import Strategy
 from raydist.parallel.world import World
@@ -27,12 +28,13 @@ def build_on_ranks(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
         return build_model(job, tokenizer_folder, world.device)
 
     def fit(model: nn.Module) -> None:
+        uncompiled = why_not_compiled(job.train.compile, world.device, job.strategy.name)
         fitted = fit_model(model, job, world.device) if world.is_main else None
         name = NAMES[world.from_main(NAMES.index(fitted.attention.name) if fitted else 0)]
         head = _head_from_main(fitted.head if fitted else None, world)
         if fitted is None:
             use_attention(model, name)
-            take_fitted(model, Fitted(Chosen(name), head))
+            take_fitted(model, Fitted(Chosen(name), head, uncompiled))
 
     place = torch.device("cpu" if world.is_main else "meta")
     return build_model(job, tokenizer_folder, world.device, place=place, fit=fit)

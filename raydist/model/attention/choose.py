@@ -40,12 +40,17 @@ class Chosen:
 
 
 def set_attention(
-    model: nn.Module, device: torch.device, *, document_mask: bool, asked: str = "auto"
+    model: nn.Module,
+    device: torch.device,
+    *,
+    document_mask: bool,
+    asked: str = "auto",
+    compiled: bool = False,
 ) -> Chosen:
     """Give `model` the fastest attention for `device` with which it passes the probe.
 
-    asked: that one and no other. Raises ModelError, what the probe said of the plainest one, when there
-    is none, or what is wrong with the one that was asked for.
+    asked: that one and no other. compiled: the layers will be. Raises ModelError, what the probe said of the
+    plainest one, when there is none, or what is wrong with the one that was asked for.
     """
     if asked != "auto":
         _set_this(model, asked, device, document_mask=document_mask)
@@ -53,7 +58,7 @@ def set_attention(
     passed_over: dict[str, str] = {}
     for name in AUTO.get(device.type, AUTO["cpu"][1:]):
         try:
-            _check_candidate(name, model, device, document_mask=document_mask)
+            _check_candidate(name, model, device, document_mask=document_mask, compiled=compiled)
             use_attention(model, name)
             probe(model, document_mask=document_mask)
             return Chosen(str(model.config._attn_implementation), passed_over)  # type: ignore[union-attr]
@@ -65,12 +70,16 @@ def set_attention(
     raise not_runnable(model, refusal) from refusal
 
 
-def _check_candidate(name: str, model: nn.Module, device: torch.device, *, document_mask: bool) -> None:
+def _check_candidate(
+    name: str, model: nn.Module, device: torch.device, *, document_mask: bool, compiled: bool = False
+) -> None:
     """Raises ModelError for one of ours that is not for this model, or does not run on this device."""
     if name not in (PER_DOCUMENT, FLEX):
         return
     if _is_windowed(model.config):  # type: ignore[arg-type]
         raise ModelError("layers of this model see a window, which is left to transformers' masks")
+    if name == PER_DOCUMENT and compiled:
+        raise ModelError("compiled layers would be compiled again for each batch, whose documents differ")
     if name == FLEX:
         if not document_mask:
             raise ModelError("every row is one document, for which SDPA's own causal kernel is faster")

@@ -87,6 +87,10 @@ CASES: list[tuple[tuple[str, ...], str]] = [
         "--set train.optimizer: train.optimizer: muon does not work under strategy zero: DeepSpeed steps",
     ),
     (
+        ("train.compile=true", *ZERO),
+        "--set train.compile: train.compile: layers are not compiled under strategy zero: DeepSpeed gathers",
+    ),
+    (
         ("train.optimizer={name: adafactor, betas: [0.9, 0.99]}",),
         "--set train.optimizer: train.optimizer.betas: adafactor has no betas",
     ),
