@@ -45,6 +45,10 @@ test: install  ## the tests (about 8 minutes on 2 cores)
 test-all: install  ## these and the long ones
 	$(BIN)/python -m pytest $(TWO) $(ARGS)
 
+.PHONY: test-gpu
+test-gpu: install  ## those that need a GPU, which `make test` leaves out
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
 .PHONY: check
 check: install  ## style, types, and who imports whom
 	$(BIN)/ruff check
@@ -53,9 +57,13 @@ check: install  ## style, types, and who imports whom
 	$(BIN)/lint-imports --no-cache
 
 .PHONY: bench
-bench: install  ## raydist against bare programs on the same work
+bench: install  ## raydist against bare programs and Hugging Face's Trainer on the same work
 	$(BIN)/python benchmarks/train_loop.py $(ARGS)
 	$(BIN)/python benchmarks/prepare.py $(ARGS)
+
+.PHONY: bench-gpu
+bench-gpu: install  ## raydist, the Trainer and a bare compiled loop on a GPU (ARGS=--quick: four minutes)
+	$(BIN)/python benchmarks/gpu.py $(ARGS)
 
 .PHONY: docs
 docs: install  ## write docs/job.md from the schema, docs/support.md from the tests
