@@ -46,6 +46,12 @@ UNIT = Path(__file__).parent / "unit"
 OBJECT_STORE_BYTES = 200 * 2**20
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """`-m gpu`, as `make test-gpu` says, is for DeepSpeed on the GPU; it takes one device per process."""
+    if config.option.markexpr == "gpu":
+        os.environ["DS_ACCELERATOR"] = "cuda"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Warnings are errors in unit tests; elsewhere Ray and what stands on it warn of their own affairs."""
     items.sort(key=lambda item: item.path.name in LAST)

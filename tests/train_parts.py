@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 import xxhash
 
 from raydist.corpus.log import Documents, SliceWriter
@@ -17,8 +19,10 @@ from raydist.corpus.log_folder import LogFolder
 from raydist.files import read_jsonl, write_json
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
+from raydist.parallel.world import World
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.data import open_data
+from raydist.training.schedule import learning_rate
 from tests.fork_server import Rank
 
 VOCABULARY = 64
@@ -172,14 +176,49 @@ def training_blocks(spec: AttemptSpec) -> Any:
     return open_data(spec).feed
 
 
-def stopped_and_resumed(storage: Path, after: int, **sections: Any) -> tuple[Path, Path]:
+def plain_losses(spec: AttemptSpec, device: str | torch.device = "cpu") -> list[float]:
+    """What anyone would write: stock masked attention, mean loss of the global batch, clip, AdamW."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    job, feed = spec.job, open_data(spec).feed
+    torch.manual_seed(job.seed)
+    given = job.model.config or {}
+    options = {key: value for key, value in given.items() if key != "model_type"}
+    config = AutoConfig.for_model("llama", **options, vocab_size=VOCABULARY)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").to(device)
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    groups = [
+        {"params": decayed, "weight_decay": job.train.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer, size, found = torch.optim.AdamW(groups), spec.plan.global_batch_size, []
+    for step in range(spec.plan.steps):
+        samples = range(step * size, min((step + 1) * size, spec.plan.samples))
+        batch = {
+            name: torch.from_numpy(array).to(device) for name, array in feed.batch(list(samples)).items()
+        }
+        logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), job.train.max_grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, spec.plan.steps, job.train)
+        optimizer.step()
+        found.append(loss.item())
+    return found
+
+
+def stopped_and_resumed(
+    storage: Path, after: int, world: World | None = None, **sections: Any
+) -> tuple[Path, Path]:
     """Two runs of one rank: undisturbed, and stopped after that many steps and resumed."""
     from raydist.training.hooks import StopOnRequest
     from raydist.training.loop import train
 
     whole, cut = (make_spec(storage, run=run, **sections) for run in ("whole", "cut"))
-    train(whole)
+    train(whole, world)
     asked = iter([False] * (after - 1) + [True])
-    assert train(cut, hooks=[StopOnRequest(lambda: next(asked))]).stopped
-    train(replace(cut, attempt=2))
+    assert train(cut, world, hooks=[StopOnRequest(lambda: next(asked))]).stopped
+    train(replace(cut, attempt=2), world)
     return whole.run, cut.run

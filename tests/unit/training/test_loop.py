@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import CheckpointError, TrainingError
 from raydist.files import read_jsonl
@@ -23,14 +21,13 @@ from raydist.training.checkpoint import Commit
 from raydist.training.data import Data, open_data
 from raydist.training.hooks import Hook, StopOnRequest
 from raydist.training.loop import Attempt, train
-from raydist.training.schedule import learning_rate
 from tests.train_parts import (
-    LLAMA,
     VOCABULARY,
     finish,
     losses,
     make_job,
     make_spec,
+    plain_losses,
     run_ranks,
     start_ranks,
 )
@@ -42,34 +39,6 @@ ROOT = Path(__file__).resolve().parents[3]
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-def plain_losses(spec: AttemptSpec) -> list[float]:
-    """What anyone would write: stock masked attention, mean loss of the global batch, clip, AdamW."""
-    job, feed = spec.job, open_data(spec).feed
-    torch.manual_seed(job.seed)
-    options = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    config = AutoConfig.for_model("llama", **options, vocab_size=VOCABULARY)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    groups = [
-        {"params": decayed, "weight_decay": job.train.weight_decay},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    optimizer, size, found = torch.optim.AdamW(groups), spec.plan.global_batch_size, []
-    for step in range(spec.plan.steps):
-        samples = range(step * size, min((step + 1) * size, spec.plan.samples))
-        batch = {name: torch.from_numpy(array) for name, array in feed.batch(list(samples)).items()}
-        logits = model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), job.train.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, spec.plan.steps, job.train)
-        optimizer.step()
-        found.append(loss.item())
-    return found
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
