@@ -65,7 +65,7 @@ from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.data import open_data
 from raydist.training.hooks import Hook, StepResult
 from raydist.training.loop import Attempt, train
-from raydist.training.records import PEAK_BF16_FLOPS
+from raydist.training.peak import peak_by_name
 
 Figures = dict[str, Any]
 
@@ -639,7 +639,7 @@ def card_side(work: Work) -> Figures:
     found: Figures = {"device": name if work.tiny else torch.cuda.get_device_name(device)}
     if not work.tiny:
         found |= {"memory_bytes": torch.cuda.get_device_properties(device).total_memory}
-    peak = next((flops for part, flops in PEAK_BF16_FLOPS.items() if part in found["device"]), None)
+    peak = peak_by_name(found["device"])
     return {
         **found,
         "peak_bf16_flops": None if work.tiny else peak,

@@ -11,8 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import ModelError
 from raydist.job.schema import Job
-from raydist.model.attention import NAMES, PER_DOCUMENT, set_attention, use_attention
-from raydist.model.build import build_model
+from raydist.model.attention.choose import NAMES, Chosen, set_attention, use_attention
+from raydist.model.attention.per_document import PER_DOCUMENT
+from raydist.model.build import Fitted, build_model, take_fitted
 from raydist.model.loss import autocast, loss_of, to_device
 from raydist.parallel.world import World
 from raydist.training.loop import train
@@ -87,7 +88,11 @@ def test_attention_of_mixed_documents_is_eager_attention(tmp_path: Path, world: 
     precision = "bf16" if name.startswith("flash") else "fp32"
 
     def gradients(choose: Any) -> tuple[float, torch.Tensor]:
-        model = build_model(spec.job, spec.tokenizer, world.device, choose=choose)
+        def fit(model: torch.nn.Module) -> None:
+            choose(model)
+            take_fitted(model, Fitted(Chosen(name), head=None, uncompiled="attention alone is compared"))
+
+        model = build_model(spec.job, spec.tokenizer, world.device, fit=fit)
         with torch.no_grad():  # as trained: at their initial scale attention hardly matters
             for parameter in model.parameters():
                 parameter.mul_(4 if parameter.ndim > 1 else 1)

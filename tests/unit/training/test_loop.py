@@ -22,6 +22,7 @@ from raydist.training.data import Data, open_data
 from raydist.training.hooks import Hook, StopOnRequest
 from raydist.training.loop import Attempt, train
 from tests.train_parts import (
+    LLAMA,
     VOCABULARY,
     finish,
     losses,
