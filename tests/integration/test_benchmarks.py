@@ -16,6 +16,7 @@ def run(repository: Path, *arguments: str | Path) -> subprocess.CompletedProcess
     return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_the_gpu_benchmark_runs_every_side_of_a_row(repository: Path, tmp_path: Path) -> None:
     done = run(repository, "--tiny", "--row", "8b-lora", "--json", tmp_path / "found.json")

@@ -32,7 +32,11 @@ def options(**more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "more",
-    [{}, {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}],
+    [
+        {},
+        {"gradient_checkpointing": True},
+        pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.slow),
+    ],
     ids=["fp32", "checkpointing", "bf16"],
 )
 def test_it_trains_as_without_a_compiler_and_resumes_bit_identical(
@@ -50,7 +54,7 @@ def test_it_trains_as_without_a_compiler_and_resumes_bit_identical(
     assert "auto compiles on GPUs" in read_jsonl(plain.run / "metrics.jsonl")[0]["uncompiled"]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_train_as_without_a_compiler(strategy: str, tmp_path: Path) -> None:
     plain = make_spec(tmp_path, run="plain", train={"max_steps": 6})
     train(plain)

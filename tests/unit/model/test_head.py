@@ -217,7 +217,7 @@ def test_a_large_vocabulary_takes_a_tenth_of_the_memory() -> None:
 CASES = [
     ({"name": "ddp"}, False),
     ({"name": "fsdp"}, True),
-    ({"name": "zero", "stage": 2}, False),
+    pytest.param({"name": "zero", "stage": 2}, False, marks=pytest.mark.slow),
     ({"name": "zero", "stage": 3}, True),
 ]
 

@@ -119,7 +119,12 @@ def test_the_loss_falls_and_a_resumed_run_is_bit_identical(alone: Callable[[str]
 
 @pytest.mark.parametrize(
     ("name", "strategy"),
-    [("adamw_8bit", "ddp"), ("adafactor", "ddp"), ("muon", "ddp"), ("muon", "fsdp")],
+    [
+        ("adamw_8bit", "ddp"),
+        pytest.param("adafactor", "ddp", marks=pytest.mark.slow),
+        pytest.param("muon", "ddp", marks=pytest.mark.slow),
+        ("muon", "fsdp"),
+    ],
 )
 def test_two_ranks_go_as_one_and_resume_bit_identical(
     alone: Callable[[str], Path], name: str, strategy: str
