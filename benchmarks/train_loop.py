@@ -38,7 +38,8 @@ from raydist.folder import RunFolder
 from raydist.job.load import load_job
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
-from raydist.model.build import build_model, load_tokenizer
+from raydist.model.attention.choose import Chosen
+from raydist.model.build import Fitted, build_model, load_tokenizer, take_fitted
 from raydist.model.loss import logits_of
 from raydist.run.attempts import attempt_spec
 from raydist.run.dataset import Prepared
@@ -202,7 +203,7 @@ def trainer_steps(prepared: Prepared, clock: Clock, *, ragged: bool) -> list[Ste
         disable_tqdm=True,
         report_to="none",
     )
-    model = build_model(job, Path(prepared.tokenizer.folder), CPU, choose=use_sdpa)
+    model = build_model(job, Path(prepared.tokenizer.folder), CPU, fit=use_sdpa)
     trainer = Trainer(model, arguments, data_collator=collate, train_dataset=samples, callbacks=[Ends()])
     with contextlib.redirect_stdout(io.StringIO()):  # it prints its losses
         trainer.train()
@@ -212,6 +213,7 @@ def trainer_steps(prepared: Prepared, clock: Clock, *, ragged: bool) -> list[Ste
 
 def use_sdpa(model: torch.nn.Module) -> None:
     model.set_attn_implementation("sdpa")  # type: ignore[operator]
+    take_fitted(model, Fitted(Chosen("sdpa"), head=None, uncompiled="the peer is as its users run it"))
 
 
 def steps_of(prepared: Prepared) -> list[Step]:

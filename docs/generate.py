@@ -99,8 +99,13 @@ another strategy and with another number of workers; the change from DDP to each
 in fp32, runs under `ddp`, `fsdp` and `zero` 1 to 3 are killed with SIGKILL and, resumed, end with the weights of an
 undisturbed run; 20 steps with accumulation, clipping and tied embeddings agree with DDP's within 1e-5.
 
-`zero` runs bf16 as autocast over fp32 weights: DeepSpeed's own bf16 mode would round the weights and the rotary
-frequencies at the start. Under `fsdp`, and under `zero` stage 3 without quantization, only rank 0 reads the model, and
+fp16 needs a GPU and is refused on CPU. Past that refusal the tests train all weights in it under each strategy, and
+LoRA under `ddp`: first steps that overflow are skipped, and a resumed run ends as the undisturbed one, its loss scale
+being part of the checkpoint. Under `fsdp` the activations between layers are fp16 too, which large models may
+overflow whatever the scale is.
+
+`zero` runs bf16 and fp16 as autocast over fp32 weights: DeepSpeed's own modes would round the weights and the rotary
+frequencies at the start. The scale of fp16 is raydist's; DeepSpeed's own for autocast clips by the scaled norm. Under `fsdp`, and under `zero` stage 3 without quantization, only rank 0 reads the model, and
 the others receive their shards from it. Every worker reads quantized weights whole before stage 3 shards them.
 
 The tests run on CPU over gloo. On GPUs the same code uses NCCL; it has not been run there yet.

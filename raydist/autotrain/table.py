@@ -117,8 +117,8 @@ TABLE: dict[str, Parameter] = {
     ),
     "mixed_precision": Parameter(
         TEXT, None, "train.mixed_precision", "precision of forward and backward passes; none: fp32",
-        {None: "fp32", "bf16": "bf16"},
-        "is not supported: fp16 needs its loss scaled, which raydist does not do, and bf16 does not",
+        {None: "fp32", "bf16": "bf16", "fp16": "fp16"},
+        "is not supported",
     ),
     "gradient_checkpointing": Parameter(
         FLAG, False, "train.gradient_checkpointing", "recompute activations: slower, with less memory"

@@ -46,7 +46,7 @@ DECIDED_BY = {
 
 
 def deepspeed_config(
-    stage: int, offload: str, own: Config, *, bf16: bool, max_grad_norm: float | None
+    stage: int, offload: str, own: Config, *, precision: str, max_grad_norm: float | None
 ) -> Config:
     """The job's configuration, merged with the user's `own` keys.
 
@@ -58,17 +58,24 @@ def deepspeed_config(
         zero["offload_param"] = {"device": offload}
     config: Config = {
         "zero_optimization": zero,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": precision == "bf16"},
         "gradient_clipping": max_grad_norm or 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own CPU Adam needs a compiler
         "steps_per_print": 2**31,
     }
+    if precision == "fp16":
+        config["fp16"] = {"enabled": True}
     problems = [*_merge(config, own, "")]
     if problems:
         raise ValueError("the DeepSpeed config contradicts the job:\n    " + "\n    ".join(problems))
-    # DeepSpeed's own bf16 mode would round the weights and the rotary frequencies at the start
-    config["torch_autocast"] = {**config.pop("bf16"), "dtype": "bfloat16"}
+    # DeepSpeed's own modes would round the weights and the rotary frequencies at the start
+    for name in ("bf16", "fp16"):
+        config.pop(name, None)
+    config["torch_autocast"] = {"enabled": precision != "fp32", "dtype": "bfloat16"}
+    if precision == "fp16":
+        # without such modules gradients are summed in fp32, where scaled ones do not overflow
+        config["torch_autocast"] |= {"dtype": "float16", "lower_precision_safe_modules": []}
     return config
 
 

@@ -139,14 +139,14 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
         "train.max_grad_norm"
     ),
     ("bf16", "fp16", "tf32", "float16", "bfloat16", "pure_bf16", "fp16_full_eval"): _one(
-        "train.mixed_precision", "bf16 or fp32"
+        "train.mixed_precision", "bf16, fp16 or fp32"
     ),
-    ("dtype", "torch_dtype", "precision"): _one("train.mixed_precision", "bf16 or fp32"),
+    ("dtype", "torch_dtype", "precision"): _one("train.mixed_precision", "bf16, fp16 or fp32"),
     ("activation_checkpoint", "activation_checkpointing", "disable_gradient_checkpointing"): _one(
-        "train.gradient_checkpointing", "true or false"
+        "train.gradient_checkpointing", "true, false, selective, or n for every n-th layer"
     ),
     ("gradient_checkpointing_kwargs", "use_gradient_checkpointing", "ac_mode"): _one(
-        "train.gradient_checkpointing", "true or false"
+        "train.gradient_checkpointing", "true, false, selective, or n for every n-th layer"
     ),
     ("data_collator", "collate_fn"): _one("train.collator"),
     ("optim", "optimizer", "optimizer_name", "optimizer_type", "optim_args"): _one(

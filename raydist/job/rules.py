@@ -60,9 +60,9 @@ def _config_needs_tokenizer(config: Any, tokenizer: Any, base: str | None) -> st
     return ""
 
 
-def _flash_needs_bf16(attention: str, precision: str) -> str:
-    if attention == "flash_attention_2" and precision != "bf16":
-        return "flash_attention_2 computes in 16 bits only; set train.mixed_precision: bf16"
+def _flash_needs_16_bits(attention: str, precision: str) -> str:
+    if attention == "flash_attention_2" and precision == "fp32":
+        return "flash_attention_2 computes in 16 bits only; set train.mixed_precision: bf16 (or fp16)"
     return ""
 
 
@@ -152,13 +152,22 @@ def _zero_has_a_stage(strategy: str, stage: int | None) -> str:
     return "name: zero needs stage: 1, 2 or 3" if strategy == "zero" and stage is None else ""
 
 
+def _selective_not_under_stage_3(recomputed: bool | int | str, stage: int | None) -> str:
+    if recomputed == "selective" and stage == 3:
+        return (
+            "selective does not work under zero stage 3: DeepSpeed gathers weights within the recomputation,"
+            " by operations that the forward pass did not have; take true or a number, or fsdp"
+        )
+    return ""
+
+
 def _deepspeed_config_agrees(
     own: dict[str, Any], strategy: str, stage: int | None, offload: str, precision: str, norm: float | None
 ) -> str:
     if strategy != "zero" or stage is None:
         return ""
     try:
-        deepspeed_config(stage, offload, own, bf16=precision == "bf16", max_grad_norm=norm)
+        deepspeed_config(stage, offload, own, precision=precision, max_grad_norm=norm)
     except ValueError as error:
         return str(error)
     return ""
@@ -294,7 +303,7 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("model.base", "model.config"), _base_or_config),
     (("model.config",), _has_model_type),
     (("model.config", "model.tokenizer", "model.base"), _config_needs_tokenizer),
-    (("model.attn_implementation", "train.mixed_precision"), _flash_needs_bf16),
+    (("model.attn_implementation", "train.mixed_precision"), _flash_needs_16_bits),
     (("corpus.sources.*.weight",), _weights_for_all_or_none),
     (("corpus.sources.*.weight",), _weights_add_up),
     (("train.epochs", "corpus.sources.*.weight"), _no_epochs_with_weights),
@@ -311,6 +320,7 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("strategy.offload", "strategy.name"), partial(_only_for_zero, "offload")),
     (("strategy.config", "strategy.name"), partial(_only_for_zero, "config")),
     (("strategy.name", "strategy.stage"), _zero_has_a_stage),
+    (("train.gradient_checkpointing", "strategy.stage"), _selective_not_under_stage_3),
     (
         (
             *("strategy.config", "strategy.name", "strategy.stage", "strategy.offload"),

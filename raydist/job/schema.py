@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveInt, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, ValidationInfo, model_validator
 
 from raydist.job.check import Places, require_valid
 from raydist.job.deepspeed import deepspeed_config
@@ -130,6 +130,20 @@ def _read_optimizer(given: Any) -> Any:
     return {"name": given} if isinstance(given, str) else given
 
 
+Precision = Annotated[
+    Literal["bf16", "fp16", "fp32", "no"], AfterValidator(lambda given: "fp32" if given == "no" else given)
+]
+
+
+def _known_recomputed(given: Any) -> Any:
+    if isinstance(given, bool) or given == "selective" or (isinstance(given, int) and given >= 2):
+        return given
+    raise ValueError(f"true, false, selective, or n from 2 on for every n-th layer, not {given!r}")
+
+
+Recomputed = Annotated[bool | int | Literal["selective"], BeforeValidator(_known_recomputed)]
+
+
 class Train(Section):
     max_steps: PositiveInt | None = Field(None, description="optimizer steps")
     max_tokens: Annotated[float, Field(gt=0)] | None = Field(
@@ -164,11 +178,16 @@ class Train(Section):
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="gradients are clipped to this norm; null: no clipping"
     )
-    mixed_precision: Literal["bf16", "fp32"] = Field(
-        "bf16", description="forward and backward passes; weights are updated in fp32 either way"
+    mixed_precision: Precision = Field(
+        "bf16",
+        description="forward and backward passes; weights are updated in fp32 whatever it is."
+        " fp16: for GPUs without bf16, its loss is scaled; fp32: exact, without TF32; no: fp32",
     )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: slower, with less memory"
+    gradient_checkpointing: Recomputed = Field(
+        False,
+        description="recompute activations in the backward pass: slower, with less memory. true: all layers;"
+        " n, from 2: every n-th layer; selective: all but matrix products and attention (not under zero"
+        " stage 3)",
     )
     compile: bool | Literal["auto"] = Field(
         "auto",
@@ -345,7 +364,7 @@ class Fields(Section):
             self.strategy.stage,
             self.strategy.offload,
             self.strategy.config,
-            bf16=self.train.mixed_precision == "bf16",
+            precision=self.train.mixed_precision,
             max_grad_norm=self.train.max_grad_norm,
         )
 

@@ -24,6 +24,7 @@ from raydist.model import quantization
 from raydist.model.base import SAFE, check_stored, load_base
 from raydist.model.compiled import compile_layers, why_not_compiled
 from raydist.model.head import Head, find_head, use_chunked_head
+from raydist.model.precision import check_precision, exact_fp32
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -199,7 +200,10 @@ def build_model(
     """
     from raydist.model.adapter import add_lora
     from raydist.model.attention.choose import check_attention
+    from raydist.model.recompute import checkpoint_layers
 
+    exact_fp32()
+    check_precision(job.train.mixed_precision, device.type, on_worker=True)
     check_attention(job.model.attn_implementation, device.type, on_worker=True)
     config = load_config(job, len(load_tokenizer(tokenizer_folder)))
     check_fits(config, job)
@@ -212,8 +216,7 @@ def build_model(
         fit(model) if fit else fit_model(model, job, device)
         model = model if job.adapter is None else add_lora(model, job.adapter)
     model = model.to(place)
-    if job.train.gradient_checkpointing:
-        _save_activation_memory(model)
+    checkpoint_layers(model, job.train.gradient_checkpointing)
     if not fitted_of(model).uncompiled:
         compile_layers(model, must=job.train.compile is True)
     return model.train()
@@ -294,12 +297,6 @@ def _no_such_model(kind: str, error: Exception) -> JobError:
         why=" ".join(str(error).split()),
         fix="check the types and sizes: heads divide hidden_size, key-value heads divide heads",
     )
-
-
-def _save_activation_memory(model: nn.Module) -> None:
-    """transformers renamed it in 5.23 and warns about the old name."""
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})  # type: ignore[operator]
 
 
 def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:

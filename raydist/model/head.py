@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raydist.model.cross_entropy import loss_and_gradient
+from raydist.model.cross_entropy import loss_and_gradient, summed_cross_entropy
 
 LABELS = "raydist_labels"
 """Given to the forward pass of a model that `use_chunked_head` has seen: it returns the summed loss then."""
@@ -126,6 +126,8 @@ def use_chunked_head(model: nn.Module, head: Head) -> None:
             return own(*args, **kwargs)
         hidden = model.base_model(*args, **kwargs).last_hidden_state  # type: ignore[operator]
         last = model.get_output_embeddings()  # type: ignore[operator]
+        if _compute_dtype(hidden) == torch.float16:  # too small for a gradient that is not scaled yet
+            return summed_cross_entropy(head(last(hidden)), labels)
         if last is linear:  # called as a module: ZeRO 3 gathers its weight then
             return last(hidden, labels)
         return _AdaptedHeadLoss.apply(hidden.flatten(0, 1), labels.flatten(), last, head, *_trainable(last))  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from raydist.model.cross_entropy import summed_cross_entropy
 from raydist.model.head import LABELS, has_chunked_head
+from raydist.model.precision import DTYPES
 
 DOCUMENTS = "document_lengths"
 Documents = list[list[int]]
@@ -21,8 +22,9 @@ _KNOWN = {"input_ids", "position_ids", "labels", "sample", DOCUMENTS}
 
 
 def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
-    """bf16 compute over the weights as they are, or nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=mixed_precision == "bf16")
+    """Compute in 16 bits over the weights as they are, or nothing."""
+    enabled = mixed_precision != "fp32"
+    return torch.autocast(device.type, DTYPES[mixed_precision] if enabled else None, enabled=enabled)
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

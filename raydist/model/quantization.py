@@ -22,6 +22,7 @@ from raydist.errors import JobError, ModelError
 from raydist.job.schema import Job
 from raydist.model.adapter import is_linear
 from raydist.model.base import load_base
+from raydist.model.precision import DTYPES
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -63,7 +64,7 @@ def quantization_config(job: Job) -> dict[str, Any]:
     """Arguments of transformers' BitsAndBytesConfig: NF4 with its scales in 8 bits, or int8."""
     if job.quantization == "int8":
         return {"load_in_8bit": True}
-    compute = "bfloat16" if job.train.mixed_precision == "bf16" else "float32"
+    compute = str(DTYPES[job.train.mixed_precision]).removeprefix("torch.")
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     return {"load_in_4bit": True, **nf4, "bnb_4bit_compute_dtype": compute}
 

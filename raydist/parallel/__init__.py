@@ -9,6 +9,7 @@ strategy    the protocol, and the handle of a checkpoint that is being written
 build       from a job to a model on every rank, and the strategy that the job names
 world       this rank among the others, and the sums they take
 weights     from rank 0's weights to shards, without a whole copy on each rank
+loss_scale  what fp16 needs: a factor of the loss, and steps that are skipped
 optimizer   which optimizer a job has, and its step: norm, clipping, learning rate
 state       weights and optimizer state by name in safetensors, one format for every strategy
 """

@@ -39,7 +39,7 @@ class DdpOnCpu(Ddp):
 
     def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
         loss = self._loss(batch, n_labels)
-        loss.backward()
+        self._scaled(loss).backward()
         if last:
             self.world.sum_(self._flat)
         return loss.detach()
@@ -63,7 +63,7 @@ class DdpOnGpu(Ddp):
         ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
         with ddp.no_sync() if ddp is not None and not last else contextlib.nullcontext():
             loss = self._loss(batch, n_labels)
-            (loss * self.world.world_size).backward()
+            self._scaled(loss * self.world.world_size).backward()
         return loss.detach()
 
     def update(self, lr: float, max_grad_norm: float | None) -> float:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from raydist.job.schema import Job
 from raydist.model.layers import layers_of
 from raydist.model.loss import loss_of
+from raydist.model.precision import DTYPES
 from raydist.parallel.optimizer import gradient_norm
 from raydist.parallel.own_optimizer import OwnOptimizer
 from raydist.parallel.weights import broadcast_weights, materialize
@@ -25,14 +26,15 @@ from raydist.parallel.world import World
 
 
 class Fsdp(OwnOptimizer):
-    """The weights are DTensors of fp32, sharded by rows; `mixed_precision: bf16` gathers them in bf16."""
+    """The weights are DTensors of fp32, sharded by rows; bf16 and fp16 gather them in 16 bits."""
 
     def __init__(self, model: nn.Module, job: Job, world: World) -> None:
         world.ensure_group()
         materialize(model)
         mesh = init_device_mesh(world.device.type, (world.world_size,))
-        bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        policy = bf16 if job.train.mixed_precision == "bf16" else MixedPrecisionPolicy()
+        compute = DTYPES[job.train.mixed_precision]
+        narrow = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
+        policy = MixedPrecisionPolicy() if compute == torch.float32 else narrow
         for module in [*layers_of(model), model]:
             broadcast_weights(module)
             _sum_gradients(fully_shard(module, mesh=mesh, mp_policy=policy))
@@ -40,7 +42,7 @@ class Fsdp(OwnOptimizer):
 
     def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
         loss = loss_of(self.model, batch) / n_labels
-        loss.backward()
+        self._scaled(loss).backward()
         return loss.detach()
 
     def update(self, lr: float, max_grad_norm: float | None) -> float:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from raydist.job.schema import Job
+from raydist.parallel.loss_scale import loss_scale_for
 from raydist.parallel.optimizer import clip_, make_optimizer, refuse_non_finite, set_learning_rate
 from raydist.parallel.state import load_state, state_by_name, write_state
 from raydist.parallel.strategy import Saved, SaveHandle
@@ -25,8 +27,20 @@ class OwnOptimizer:
         self.model: nn.Module = model
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(model, job.train)
+        self.loss_scale = loss_scale_for(job.train.mixed_precision)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        """What the backward pass begins with."""
+        return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
     def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: float) -> float:
+        """gradients, norm: as the backward passes left them, scaled."""
+        if self.loss_scale is not None:
+            scale = self.loss_scale.scale
+            norm /= scale
+            if not self.loss_scale.accepts(norm):
+                return norm
+            torch._foreach_mul_(gradients, 1 / scale)
         clip_(gradients, refuse_non_finite(norm), max_grad_norm)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
@@ -34,9 +48,14 @@ class OwnOptimizer:
 
     def save(self, folder: Path) -> SaveHandle:
         write_state(folder, state_by_name(self.trainable, self.optimizer))
+        if self.loss_scale is not None and self.world.is_main:
+            self.loss_scale.save(folder)
         return Saved()
 
     def load(self, folder: Path, step: int | None) -> None:
+        if self.loss_scale is not None and step is not None:
+            self.loss_scale.load(folder)
+            step -= self.loss_scale.skipped
         load_state(folder, self.trainable, self.optimizer, step)
 
     def gather_full(self, parameter: nn.Parameter) -> Tensor:

@@ -7,6 +7,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
+from raydist.parallel.loss_scale import LossScale
+
 
 class SaveHandle(Protocol):
     """State that is being written by this rank. A checkpoint is committed when every rank is done."""
@@ -32,10 +34,12 @@ class Strategy(Protocol):
     """A model, its optimizer and the ranks. All methods are called by all ranks alike.
 
     model: what a forward pass calls, also for evaluation.  module: the bare one, with its own names.
+    loss_scale: of fp16, else None; part of what is saved.
     """
 
     model: nn.Module
     module: nn.Module
+    loss_scale: LossScale | None
 
     def forward_backward(self, batch: dict[str, Tensor], n_labels: int, *, last: bool) -> Tensor:
         """Add a micro batch to the step's gradient; scalar: its share of the step's loss, detached.
@@ -47,7 +51,9 @@ class Strategy(Protocol):
     def update(self, lr: float, max_grad_norm: float | None) -> float:
         """Clip and take the optimizer step; the global gradient norm before clipping.
 
-        Raises TrainingError when the norm is not finite; the attempt must then end.
+        In fp16 a step whose norm is not finite is not taken, and the norm is returned as it is.
+        Raises TrainingError for such a norm in bf16 and fp32, and for too many in a row in fp16; the attempt
+        must then end.
         """
 
     def save(self, folder: Path) -> SaveHandle:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 from raydist.errors import JobError
 from raydist.job.schema import Job
 from raydist.model.loss import loss_of
+from raydist.parallel.loss_scale import loss_scale_for
 from raydist.parallel.optimizer import make_optimizer, refuse_non_finite, set_learning_rate
 from raydist.parallel.state import check_fits, chunks, fresh_state, read_state, slots_of, write_state
 from raydist.parallel.strategy import Saved, SaveHandle
@@ -55,6 +56,11 @@ class Zero:
             model=model, optimizer=optimizer, config=config, dist_init_required=False
         )[0]
         self.model: nn.Module = self.engine
+        self.loss_scale = loss_scale_for(job.train.mixed_precision)
+        if self.loss_scale is not None:
+            # DeepSpeed's own scaler for autocast clips by the scaled norm, and is updated once for each group
+            self.engine.optimizer.torch_autocast_gradscaler = None
+            self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
 
     def _partition(self, deepspeed: Any, config: dict[str, Any]) -> None:
         """One parameter at a time; `initialize` alone would first move the whole model to the device."""
@@ -73,18 +79,24 @@ class Zero:
         return loss.detach()
 
     def update(self, lr: float, max_grad_norm: float | None) -> float:
-        """DeepSpeed clips to the job's norm within its step: a bad norm is found after it.
+        """DeepSpeed unscales and clips within its step, and skips it when the norm is bad.
 
-        Nothing of that step is kept: the error ends the attempt.
+        Such a step is an error but in fp16; nothing of it is kept then, since the error ends the attempt.
         """
         set_learning_rate(self.engine.optimizer, lr)
         self.engine.step()
-        return refuse_non_finite(float(self.engine.get_global_grad_norm()))
+        norm = float(self.engine.get_global_grad_norm())
+        if self.loss_scale is None:
+            return refuse_non_finite(norm)
+        self.loss_scale.accepts(norm)
+        self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
+        return norm
 
     def save(self, folder: Path) -> SaveHandle:
         """Gathered a tensor at a time; each rank keeps and writes its share of them."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        self._fill_state(0)  # if every step so far was skipped
         self._link_slots()
         state = {}
         for index, (name, parameter) in enumerate(self.trainable.items()):
@@ -93,16 +105,21 @@ class Zero:
             if index % self.world.world_size == self.world.rank:
                 state.update({key: tensor.view(self.shapes[name]).cpu() for key, tensor in whole.items()})
         write_state(folder, state)
+        if self.loss_scale is not None and self.world.is_main:
+            self.loss_scale.save(folder)
         return Saved()
 
     def load(self, folder: Path, step: int | None) -> None:
         slots = self.slots if step is not None else ()
         state = {f"{slot}.{name}": shape for name, shape in self.shapes.items() for slot in slots}
         check_fits(folder, self.shapes, state if step is not None else None)
+        if self.loss_scale is not None and step is not None:
+            self.loss_scale.load(folder)
+            self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
+            step -= self.loss_scale.skipped
         if step is not None:
-            inner = self.engine.optimizer.optimizer
-            for flat, group in zip(self._flat_partitions(), self._groups(), strict=True):
-                inner.state[flat] = fresh_state(inner, group, flat, step)
+            self.engine.optimizer.optimizer.state.clear()
+            self._fill_state(step)
             self._link_slots()
         for names in chunks(self.shapes, LOAD_ELEMENTS):
             keys = [(slot, name) for slot in (None, *slots) for name in names]
@@ -157,6 +174,13 @@ class Zero:
         if not self.sharded:
             return groups
         return [groups[optimizer.sub_group_to_group_id[i]] for i in range(len(self._flat_partitions()))]
+
+    def _fill_state(self, step: int) -> None:
+        """The optimizer's state after `step` steps, where there is none."""
+        inner = self.engine.optimizer.optimizer
+        for flat, group in zip(self._flat_partitions(), self._groups(), strict=True):
+            if not inner.state.get(flat):
+                inner.state[flat] = fresh_state(inner, group, flat, step)
 
     def _link_slots(self) -> None:
         """Stages 1 and 2 find a parameter's state only after this; on its own DeepSpeed 0.19 does it

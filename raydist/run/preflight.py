@@ -9,6 +9,7 @@ from raydist.job.schema import Job
 from raydist.model import quantization
 from raydist.model.attention.choose import check_attention
 from raydist.model.build import check_base, check_fits, load_config, model_sizes, quietly
+from raydist.model.precision import check_precision
 from raydist.parallel.optimizer import state_bytes
 from raydist.parallel.zero import check_deepspeed
 from raydist.track.start import check_trackers
@@ -35,5 +36,7 @@ def check_job(job: Job) -> None:
 
 
 def check_on_cluster(job: Job) -> None:
-    """Raises ModelError for an attention that does not run on the devices of the Ray that was joined."""
-    check_attention(job.model.attn_implementation, "cuda" if job.scaling.on_gpus(gpus()) else "cpu")
+    """Raises ModelError or JobError for an attention or a precision that the workers' devices do not have."""
+    device_type = "cuda" if job.scaling.on_gpus(gpus()) else "cpu"
+    check_attention(job.model.attn_implementation, device_type)
+    check_precision(job.train.mixed_precision, device_type)

@@ -31,8 +31,9 @@ class StepResult:
     """An optimizer step that was taken. The attempt's step and samples are already those after it.
 
     loss: mean over the labels of the global batch, in nats; None but at the steps that are recorded (every
-    `logging_steps`, and the attempt's first), since reading it makes a GPU wait.  grad_norm: before clipping.
-    learning_rate: of this step.  counts: inputs of the global batch.  wait_seconds: for its data, here.
+    `logging_steps`, and the attempt's first), since reading it makes a GPU wait.  grad_norm: before clipping;
+    not finite where fp16 skipped the step.  learning_rate: of this step.  counts: inputs of the global batch.
+    wait_seconds: for its data, here.
     flops: what this rank's part of the batch takes to compute (raydist/model/work.py).
     figures: what else the record of the step holds; hooks may add numbers by names of their own.
     """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import TYPE_CHECKING, Any
 
+from raydist.model.precision import uses_tf32
 from raydist.training.checkpoint import Commit
 from raydist.training.hooks import Hook, StepResult
 from raydist.training.peak import peak_flops
@@ -30,6 +31,8 @@ class Records(Hook):
             n_parameters=attempt.n_parameters,
             n_trainable=attempt.n_trainable,
             device=str(attempt.world.device.type),
+            mixed_precision=attempt.job.train.mixed_precision,
+            tf32=uses_tf32(),
             **attempt.fitted.to_json(),
         )
         if not attempt.data.feed.complete:
@@ -42,6 +45,14 @@ class Records(Hook):
     def on_step(self, attempt: Attempt, result: StepResult) -> None:
         self._steps, self._tokens = self._steps + 1, self._tokens + result.counts.tokens
         self._wait_seconds, self._flops = self._wait_seconds + result.wait_seconds, self._flops + result.flops
+        if (scale := attempt.strategy.loss_scale) is not None:
+            result.figures.update(loss_scale=scale.scale, skipped_steps=scale.skipped)
+            if scale.bad:
+                attempt.record(
+                    "incident",
+                    what=f"step {attempt.step} was skipped: its gradients left the range of fp16;"
+                    f" the loss scale is {scale.scale:g} now",
+                )
         if result.loss is not None:
             self._record_step(attempt, result)
         self._record_stage(attempt)

@@ -118,6 +118,8 @@ def test_what_cannot_be_used_is_told_before_anything_is_prepared(job: dict[str, 
     flash = change(job, model={"attn_implementation": "flash_attention_2"}, train={"mixed_precision": "bf16"})
     with pytest.raises(ModelError, match="runs on GPUs"):
         run_job(build_job(flash))
+    with pytest.raises(JobError, match="fp16 needs GPUs"):
+        run_job(build_job(change(job, train={"mixed_precision": "fp16"})))
     with pytest.raises(JobError, match=r"cannot import tests.integration.test_memory:misspelt"):
         run_job(build_job(change(job, train={"collator": f"{__name__}:misspelt"})))
     assert not Path(job["storage"], "tokens").exists()

@@ -301,10 +301,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"backend": "spaces-a10g-large"},
         "backend: spaces-a10g-large is not supported: for a cluster",
     ),
-    "fp16": (
-        {"mixed_precision": "fp16"},
-        "mixed_precision: fp16 is not supported: fp16 needs its loss scaled",
-    ),
+    "fp8": ({"mixed_precision": "fp8"}, "mixed_precision: fp8 is not supported; known: bf16, fp16"),
     "optimizer": (
         {"optimizer": "adafactor"},
         "optimizer: adafactor is not supported; others are train.optimizer in the job: --print-job",

@@ -40,6 +40,13 @@ def test_numbers_and_words_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     assert job.storage == "no"
 
 
+def test_no_mixed_precision_is_fp32(tmp_path: Path) -> None:
+    """As users of Hugging Face write it; the job, and so a run's identity, has one name for it."""
+    jobs = [load_job(write(tmp_path, MINIMAL), [f"train.mixed_precision={p}"]) for p in ("no", "fp32")]
+    assert [job.train.mixed_precision for job in jobs] == ["fp32", "fp32"]
+    assert differences(*jobs) == []
+
+
 def test_defaults_are_written_out_and_load_again(tmp_path: Path) -> None:
     job = load_job(write(tmp_path, MINIMAL))
     resolved = job_yaml(job)

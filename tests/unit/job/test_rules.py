@@ -79,6 +79,10 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("strategy.config={a: 1}",), "--set strategy.config: strategy.config: name: ddp has no config"),
     (("strategy.name=zero",), "--set strategy.name: strategy.name: name: zero needs stage: 1, 2 or 3"),
     (
+        (*ZERO, "train.gradient_checkpointing=selective"),
+        "--set train.gradient_checkpointing: train.gradient_checkpointing: selective does not work under",
+    ),
+    (
         (*ZERO, "strategy.config={fp16: {enabled: true}}"),
         "--set strategy.config: strategy.config: the DeepSpeed config contradicts the job",
     ),

@@ -23,8 +23,9 @@ from raydist.model.attention.choose import (
 from raydist.model.attention.documents import FLASH, flash_arguments, give_documents
 from raydist.model.attention.per_document import PER_DOCUMENT
 from raydist.model.attention.probe import probe
-from raydist.model.build import _save_activation_memory, build_model, quietly
+from raydist.model.build import build_model, quietly
 from raydist.model.loss import logits_of
+from raydist.model.recompute import checkpoint_layers
 from raydist.training.loop import train
 from tests.train_parts import LLAMA, losses, make_job, make_spec
 
@@ -308,7 +309,7 @@ def test_documents_reach_the_attention_of_a_model_with_an_adapter(attention: str
 
 def test_checkpointed_layers_attend_to_the_same_documents_again() -> None:
     plain, saving, block = make("llama").train(), make("llama").train(), packed(LENGTHS, 99)
-    _save_activation_memory(saving)
+    checkpoint_layers(saving, True)
     for model in (plain, saving):
         logits_of(model, block).square().sum().backward()
     for one, other in zip(plain.parameters(), saving.parameters(), strict=True):

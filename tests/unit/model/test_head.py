@@ -170,6 +170,19 @@ def test_logits_of_a_small_vocabulary_are_whole_and_of_a_large_one_a_part(
     assert rows_at_once(10**6, 131_072) == 2048  # a gibibyte in fp32
 
 
+def test_in_fp16_small_gradients_are_not_lost_before_they_are_scaled() -> None:
+    model, batch = make("llama"), a_batch()
+    found = find_head(model)
+    assert found is not None
+    set_attention(model, CPU, document_mask=True)
+    exact = gradients(model, whole_loss(model, batch))["lm_head.weight"]
+    use_chunked_head(model, found)
+    with torch.autocast("cpu", torch.float16):
+        scaled = loss_of(model, batch) * 2.0**10
+    ours = gradients(model, scaled)["lm_head.weight"] / 2.0**10
+    assert (ours - exact).norm() < 0.02 * exact.norm()
+
+
 class Live(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive at once, but for `known`."""
 

@@ -75,6 +75,12 @@ def name_of(case: tuple[str, str, str]) -> str:
     return "_".join(case)
 
 
+def recomputed(strategy: str, method: str) -> bool | int | str:
+    """Each way of gradient checkpointing with every strategy that has it."""
+    selective = 2 if strategy.startswith("zero-3") else "selective"
+    return {"full": False, "lora": selective, "int4": True, "int8": 2}[method]
+
+
 def sections(case: tuple[str, str, str], base: Path) -> dict[str, Any]:
     strategy, method, precision = case
     return {
@@ -84,7 +90,7 @@ def sections(case: tuple[str, str, str], base: Path) -> dict[str, Any]:
             "max_steps": STEPS,
             "global_batch_size": 5,
             "mixed_precision": precision,
-            "gradient_checkpointing": method == "int4",
+            "gradient_checkpointing": recomputed(strategy, method),
         },
         "checkpoint": {"save_steps": STEPS // 2},
         "eval": {"eval_steps": 100, "max_tokens": 400},
@@ -146,11 +152,15 @@ def alone(case: tuple[str, str, str], folder: Path) -> None:
 
 def run_matrix(folder: Path, part: str) -> None:
     """One rank of part "quick" or "rest"."""
+    run_cases(folder, QUICK if part == "quick" else [case for case in CASES if case not in QUICK])
+
+
+def run_cases(folder: Path, cases: list[tuple[str, str, str]]) -> None:
     torch.set_num_threads(1)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo")
-    for case in QUICK if part == "quick" else [case for case in CASES if case not in QUICK]:
+    for case in cases:
         with told(folder / name_of(case)):
             with_two(case, folder, rank) if world_size > 1 else alone(case, folder)
     if dist.is_initialized():

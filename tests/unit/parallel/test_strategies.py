@@ -181,6 +181,16 @@ def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def matrix(folder: Path, part: str) -> Path:
     """Run once for all: on two ranks in forked processes, then alone from what the two had saved."""
+    parts(folder)
+    work = folder / "work.pickle"
+    work.write_bytes(pickle.dumps(functools.partial(run_matrix, folder, part)))
+    for n_ranks in (2, 1):
+        finish(fork_ranks(work, n_ranks), seconds=800)
+    return folder
+
+
+def parts(folder: Path) -> Path:
+    """The token log, tokenizer and base of `spec_of`."""
     write_log(folder / "tokens" / "log")
     write_tokenizer(folder / "words")
     torch.manual_seed(1)
@@ -188,10 +198,6 @@ def matrix(folder: Path, part: str) -> Path:
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config, vocab_size=VOCABULARY))
     model.save_pretrained(folder / "base")
     write_tokenizer(folder / "base")
-    work = folder / "work.pickle"
-    work.write_bytes(pickle.dumps(functools.partial(run_matrix, folder, part)))
-    for n_ranks in (2, 1):
-        finish(fork_ranks(work, n_ranks), seconds=800)
     return folder
 
 
@@ -300,6 +306,20 @@ def test_a_strategy_that_does_not_exist_is_refused(values: dict[str, Any], said:
 def test_a_deepspeed_key_that_contradicts_the_job_is_refused_by_name(own: dict[str, Any], said: str) -> None:
     with pytest.raises(JobError, match=said):
         strategy(name="zero", stage=2, config=own)
+
+
+def test_deepspeed_gets_fp16_as_autocast_and_leaves_its_scale_to_raydist() -> None:
+    half = {"train": {"mixed_precision": "fp16"}, "strategy": {"name": "zero", "stage": 2}}
+    given = make_job(Path("runs"), **half).deepspeed()
+    assert given["torch_autocast"] == {
+        "enabled": True,
+        "dtype": "float16",
+        "lower_precision_safe_modules": [],
+    }
+    assert "fp16" not in given
+    half["strategy"]["config"] = {"fp16": {"enabled": True, "loss_scale": 128}}
+    with pytest.raises(JobError, match=r"fp16\.loss_scale: 128, but the job decides this by"):
+        make_job(Path("runs"), **half)
 
 
 def test_a_deepspeed_file_is_merged_where_it_does_not_fight(tmp_path: Path) -> None:

@@ -1,0 +1,35 @@
+"""fp16 on CPU, past the refusal: each strategy on two ranks, its first steps skipped, cut and resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from raydist.model import build
+from raydist.parallel import own_optimizer, zero
+from raydist.parallel.loss_scale import LossScale
+from tests.unit.parallel.matrix import STRATEGIES, run_cases
+
+CASES = [(strategy, "full", "fp16") for strategy in STRATEGIES] + [("ddp", "lora", "fp16")]
+SKIPPED, FITS = 2, 2.0**14
+
+
+class Hurried(LossScale):
+    """Too large for the first steps, then small enough for every strategy, each of which has its limit."""
+
+    def accepts(self, norm: float) -> bool:
+        taken = super().accepts(norm)
+        if self.skipped == SKIPPED:
+            self.scale = FITS
+        return taken
+
+
+def past_the_refusal() -> None:
+    """In this process fp16 runs on CPU, and the first steps overflow."""
+    build.check_precision = lambda *_, **__: None
+    for module in (own_optimizer, zero):
+        module.loss_scale_for = lambda precision: Hurried(2.0**40) if precision == "fp16" else None
+
+
+def run_half(folder: Path) -> None:
+    past_the_refusal()
+    run_cases(folder, CASES)
