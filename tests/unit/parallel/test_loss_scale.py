@@ -17,7 +17,7 @@ from raydist.folder import RunFolder
 from raydist.model.build import build_model
 from raydist.model.precision import check_precision, exact_fp32, uses_tf32
 from raydist.parallel import loss_scale
-from raydist.parallel.build import make_strategy
+from raydist.parallel.ddp import Ddp, DdpOnCpu, DdpOnGpu
 from raydist.parallel.loss_scale import LossScale
 from raydist.parallel.world import World
 from tests.train_parts import finish, fork_ranks, losses, make_job, make_spec
@@ -54,14 +54,17 @@ def test_twenty_steps_in_a_row_end_the_run() -> None:
     assert "20 steps in a row" in str(told.value)
 
 
-def test_a_step_in_fp16_is_that_of_fp32_to_rounding_and_is_skipped_when_it_overflows(tmp_path: Path) -> None:
-    """The strategy itself, past the refusal."""
+@pytest.mark.parametrize("kind", [DdpOnCpu, DdpOnGpu])
+def test_a_step_in_fp16_is_that_of_fp32_to_rounding_and_is_skipped_when_it_overflows(
+    kind: type[Ddp], tmp_path: Path
+) -> None:
+    """The strategy itself, past the refusal; that of GPUs needs none for this."""
     spec = make_spec(tmp_path)
     half = make_job(tmp_path, train={"mixed_precision": "fp16"})
     batch = next(iter(spec_batches(spec)))
     found: dict[str, Any] = {}
     for name, job in (("fp32", spec.job), ("fp16", half)):
-        strategy = make_strategy(build_model(spec.job, spec.tokenizer, torch.device("cpu")), job, World(), 1)
+        strategy = kind(build_model(spec.job, spec.tokenizer, torch.device("cpu")), job, World())
         loss = strategy.forward_backward(batch, 100, last=True)
         found[name] = loss.item(), strategy.update(1e-3, 1.0), strategy
     assert found["fp16"][0] == pytest.approx(found["fp32"][0], rel=2e-3)
