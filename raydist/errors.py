@@ -45,6 +45,11 @@ class RaydistError(Exception):
         return _rebuild, (type(self), self.what, self.where, self.why, self.fix)
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's exception says in its first line; its type where it says nothing."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def _rebuild(kind: type[RaydistError], what: str, where: str, why: str, fix: str) -> RaydistError:
     return kind(what, where=where, why=why, fix=fix)
 

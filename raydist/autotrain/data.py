@@ -10,7 +10,7 @@ from typing import Any
 
 from raydist.corpus.formats import is_known
 from raydist.corpus.locations import is_uri
-from raydist.errors import JobError
+from raydist.errors import JobError, first_line
 
 FindData = Callable[[str | list[str], str, str | None], tuple[list[str], list[str]]]
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
@@ -100,7 +100,7 @@ def _folders(path: str, place: str) -> list[str]:
     except Exception as error:  # errors of the hub or of its HTTP client, or OSError
         raise JobError(
             f"{place} is no local file or folder, and no parquet data set of the hub", where="data_path",
-            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            why=first_line(error),
             fix="correct the path; or download the data set, and give its folder",
         ) from error  # fmt: skip
     return sorted(e["name"].rpartition("/")[2] for e in entries if e["type"] == "directory")

@@ -158,7 +158,7 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
     ),
     ("adam_beta1", "adam_beta2", "beta1", "beta2"): _one("train.optimizer.betas", "both, as [0.9, 0.999]"),
     ("adam_epsilon", "epsilon", "eps"): _one("train.optimizer.eps"),
-    ("torch_compile", "compile"): Foreign((), "the model is not compiled"),
+    ("torch_compile", "compile"): _one("train.compile", "auto, true or false"),
     # --- adapters and quantization
     ("peft", "lora", "finetuning_type", "use_peft", "adapter_type", "lora_config", "peft_config"): _one(
         "adapter", "adapter: {r: 16} trains a LoRA adapter; null trains all weights"

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from raydist.errors import JobError, ModelError
+from raydist.errors import JobError, ModelError, first_line
 from raydist.job.schema import Job
 from raydist.model import quantization
 from raydist.model.base import SAFE, check_stored, load_base
 from raydist.model.compiled import compile_layers, why_not_compiled
 from raydist.model.head import Head, find_head, use_chunked_head
+from raydist.model.layers import bare_of
 from raydist.model.precision import check_precision, exact_fp32
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def _usable(job: Job) -> Iterator[None]:
         raise ModelError(
             f"the base model {job.model.base} cannot be used",
             where="model.base",
-            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            why=first_line(error),
             fix="give a hub id that this machine can reach, or a folder with config.json and *.safetensors",
         ) from error
 
@@ -282,8 +283,7 @@ def take_fitted(model: nn.Module, fitted: Fitted) -> None:
 
 def fitted_of(model: nn.Module) -> Fitted:
     """What the model, bare or with an adapter, was given when it was built."""
-    base = getattr(model, "get_base_model", None)
-    fitted: Fitted = (model if base is None else base()).__dict__[_FITTED]
+    fitted: Fitted = bare_of(model).__dict__[_FITTED]
     return fitted
 
 

@@ -8,12 +8,18 @@ from typing import Literal
 import torch
 from torch import nn
 
-from raydist.errors import ModelError
+from raydist.errors import ModelError, first_line
 from raydist.model.layers import layers_of
 
 Compile = bool | Literal["auto"]
 RECOMPILE_LIMIT = 64
-"""Shapes and modes (training, evaluation, stages of other block sizes) of a layer; torch gives up after 8."""
+"""Shapes and modes (training, evaluation, stages of other block sizes) of a function."""
+
+
+def allow_recompiling() -> None:
+    """From now on for as many shapes as a run has: torch gives up after 8, and runs uncompiled then."""
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
 
 
 def why_not_compiled(asked: Compile, device: torch.device, strategy: str) -> str:
@@ -49,7 +55,7 @@ def _compiler_problem(device: torch.device) -> str:
     try:
         torch.compile(bend, dynamic=False)(x).backward()
     except Exception as error:  # noqa: BLE001 - a compiler fails in many ways, all of which mean the same here
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return ""
 
 
@@ -68,8 +74,7 @@ def compile_layers(model: nn.Module, *, must: bool) -> None:
             why="transformers does not say which modules are its layers",
             fix="set train.compile: false",
         )
-    config = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
-    config.suppress_errors = not must
+    allow_recompiling()
+    torch._dynamo.config.suppress_errors = not must
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raydist import files
-from raydist.errors import ModelError
+from raydist.errors import ModelError, first_line
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.model import quantization
@@ -178,7 +178,7 @@ def merge_adapter(run: RunFolder, base: Path | None = None) -> Path:
         raise ModelError(
             f"the adapter cannot be merged into {name}",
             where=str(source),
-            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            why=first_line(error),
             fix="put the base back there" + ("" if quantized else ", or give a copy of it: --base FOLDER"),
         ) from error
     with replacing(target) as temporary:

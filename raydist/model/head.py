@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydist.model.cross_entropy import loss_and_gradient, summed_cross_entropy
+from raydist.model.layers import bare_of
 
 LABELS = "raydist_labels"
 """Given to the forward pass of a model that `use_chunked_head` has seen: it returns the summed loss then."""
@@ -143,10 +144,7 @@ def use_chunked_head(model: nn.Module, head: Head) -> None:
 
 def has_chunked_head(model: nn.Module, n_rows: int) -> bool:
     """Whether `model`, bare or wrapped, is to make the loss of so many rows a chunk at a time."""
-    while isinstance(inner := getattr(model, "module", None), nn.Module):
-        model = inner
-    base = getattr(model, "get_base_model", None)
-    bare: Any = model if base is None else base()
+    bare: Any = bare_of(model)
     linear: nn.Linear | None = bare.__dict__.get(_HEAD)
     if linear is None or n_rows * linear.out_features <= WORTH_ELEMENTS:
         return False

@@ -1,8 +1,17 @@
-"""The layers of a model, as its own class names them."""
+"""The parts of a model: within what wraps it, and its layers, as its own class names them."""
 
 from __future__ import annotations
 
 from torch import nn
+
+
+def bare_of(model: nn.Module) -> nn.Module:
+    """The model as transformers made it, within what trains it (DDP, DeepSpeed's engine) and its adapter."""
+    while isinstance(inner := getattr(model, "module", None), nn.Module):
+        model = inner
+    base = getattr(model, "get_base_model", None)
+    bare: nn.Module = model if base is None else base()
+    return bare
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

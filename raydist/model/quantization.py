@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydist import files
-from raydist.errors import JobError, ModelError
+from raydist.errors import JobError, ModelError, first_line
 from raydist.job.schema import Job
 from raydist.model.adapter import is_linear
 from raydist.model.base import load_base
@@ -55,7 +55,7 @@ def check_bitsandbytes(device: torch.device) -> None:
         raise ModelError(
             f"bitsandbytes cannot quantize on {device} here",
             where="quantization",
-            why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+            why=first_line(error),
             fix="install bitsandbytes>=0.50 and see what python -m bitsandbytes says; or quantization: null",
         ) from error
 

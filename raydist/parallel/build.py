@@ -28,11 +28,11 @@ def build_on_ranks(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
         return build_model(job, tokenizer_folder, world.device)
 
     def fit(model: nn.Module) -> None:
-        uncompiled = why_not_compiled(job.train.compile, world.device, job.strategy.name)
         fitted = fit_model(model, job, world.device) if world.is_main else None
         name = NAMES[world.from_main(NAMES.index(fitted.attention.name) if fitted else 0)]
         head = _head_from_main(fitted.head if fitted else None, world)
         if fitted is None:
+            uncompiled = why_not_compiled(job.train.compile, world.device, job.strategy.name)
             use_attention(model, name)
             take_fitted(model, Fitted(Chosen(name), head, uncompiled))
 

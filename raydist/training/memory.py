@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from raydist.errors import OutOfMemory
+from raydist.errors import OutOfMemory, first_line
 
 FIX = (
     "train.micro_batch_size: auto finds one that fits; else take a smaller block size,"
@@ -33,8 +33,7 @@ def memory_watched(micro_batches: str) -> Iterator[None]:
 
 
 def out_of_memory(what: str, cause: Exception) -> OutOfMemory:
-    reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-    return OutOfMemory(f"out of memory {what}", why=reason, fix=FIX)
+    return OutOfMemory(f"out of memory {what}", why=first_line(cause), fix=FIX)
 
 
 def _ran_out(error: Exception) -> bool:

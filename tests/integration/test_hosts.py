@@ -26,7 +26,7 @@ from raydist.run.dataset import find_prepared
 from raydist.track.records import read_metrics
 from raydist.training.loop import train
 from tests.hosts import Host, Hosts, can_run
-from tests.whole_run import CONFIG, losses, reached, write_corpus
+from tests.whole_run import losses, reached, whole_job, write_corpus
 
 pytestmark = pytest.mark.skipif(bool(can_run()), reason=can_run())
 
@@ -57,29 +57,13 @@ def job(tmp_path: Path) -> dict[str, Any]:
     write_corpus(tmp_path / "text.jsonl")
     (tmp_path / "marks").mkdir()
     (tmp_path / "of_mine.py").write_text(MARKS.format(folder=str(tmp_path / "marks")))
+    whole = whole_job(tmp_path / "text.jsonl", tmp_path / "runs")
     return {
+        **whole,
         "name": "hosts",
-        "storage": str(tmp_path / "runs"),
-        "model": {"config": CONFIG, "tokenizer": {"train": {"vocab_size": 512}}},
-        "corpus": {
-            "sources": {"words": {"path": str(tmp_path / "text.jsonl")}},
-            "clean": ["of_mine:mark"],
-            "slice_bytes": 10000,
-            "holdout": 0.05,
-        },
-        "packing": {"block_size": 128},
-        "train": {
-            "max_steps": STEPS,
-            "global_batch_size": 12,
-            "micro_batch_size": 2,
-            "lr": 3e-3,
-            "mixed_precision": "fp32",
-            "logging_steps": 1,
-        },
-        "scaling": {"num_workers": 2},
-        "checkpoint": {"save_steps": 8},
-        "eval": {"eval_steps": STEPS, "max_tokens": 2000},
-        "tracking": {"mlflow": False},
+        "corpus": {**whole["corpus"], "clean": ["of_mine:mark"], "slice_bytes": 10000},
+        "train": {**whole["train"], "max_steps": STEPS, "global_batch_size": 12},
+        "eval": {**whole["eval"], "eval_steps": STEPS},
     }
 
 

@@ -17,10 +17,11 @@ from transformers import (
 )
 from transformers.utils.import_utils import is_flash_attn_2_available
 
-from raydist.errors import ModelError
+from raydist.errors import ModelError, first_line
 from raydist.model.attention.documents import FLASH, give_documents
 from raydist.model.attention.flex import FLEX, check_flex, flex_attention_forward
-from raydist.model.attention.per_document import PER_DOCUMENT, no_mask, per_document_attention
+from raydist.model.attention.function import no_mask
+from raydist.model.attention.per_document import PER_DOCUMENT, per_document_attention
 from raydist.model.attention.probe import not_runnable, probe
 from raydist.model.layers import layers_of
 
@@ -64,7 +65,7 @@ def set_attention(
             return Chosen(str(model.config._attn_implementation), passed_over)  # type: ignore[union-attr]
         except (ModelError, ValueError, KeyError, ImportError) as error:
             refusal = error
-            passed_over[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            passed_over[name] = first_line(error)
     if isinstance(refusal, ModelError):
         raise refusal
     raise not_runnable(model, refusal) from refusal

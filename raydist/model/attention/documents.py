@@ -11,6 +11,7 @@ from torch import nn
 
 from raydist.errors import ModelError
 from raydist.model.attention.flex import BLOCK_MASK, FLEX, block_mask
+from raydist.model.attention.function import copied
 from raydist.model.attention.per_document import PER_DOCUMENT
 from raydist.model.loss import DOCUMENTS, Documents
 
@@ -55,11 +56,9 @@ def flash_arguments(documents: Documents, device: torch.device) -> dict[str, Any
     cu_seq_lens: int32, (documents + 1,). max_length: T, an upper bound of every batch alike. The zeros behind
     a row's documents are left out: the kernel takes sequences of no length, but starts thread blocks for each
     (65,535 at most, which B times T exceeds) and keeps 128 rows of gradient for each. That is why lengths are
-    kept on the host. What is made of them is copied from pinned memory, which waits for nothing.
+    kept on the host.
     """
-    edges = torch.tensor([0, *accumulate(chain.from_iterable(documents))], dtype=torch.int32)
-    if device.type == "cuda":
-        edges = edges.pin_memory().to(device, non_blocking=True)
+    edges = copied(torch.tensor([0, *accumulate(chain.from_iterable(documents))], dtype=torch.int32), device)
     longest = sum(documents[0])
     return {
         "cu_seq_lens_q": edges,

@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from raydist.errors import ModelError
+from raydist.errors import ModelError, first_line
+from raydist.model.attention.function import copied, require_plain
+from raydist.model.compiled import allow_recompiling
 from raydist.model.loss import Documents
 
 FLEX = "raydist_flex"
@@ -28,7 +30,6 @@ BLOCK = 128
 BLOCK_MASK = "raydist_block_mask"
 TOLERANCE = 5e-2
 """Of the largest value: bf16 in another order of sums. A wrong mask differs by the order of 1."""
-_UNSUPPORTED = ("sliding_window", "s_aux", "position_bias", "cache")
 
 Blocks = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 """Of each row and block of queries: how many blocks of keys, (B, n), and which come first, (B, n, n)."""
@@ -38,14 +39,14 @@ def block_mask(documents: Documents, device: torch.device) -> BlockMask:
     """Causal within each document. Rows are of one length T; a shorter last block is padded by the kernel."""
     length = sum(documents[0])
     numbers = np.stack([np.repeat(np.arange(len(row), dtype=np.int32), row) for row in documents])
-    some, full = _blocks(documents, numbers)
-    of = _to_device(numbers, device)
+    some, full = _blocks(numbers)
+    of = _tensor(numbers, device)
 
     def same_document(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
         return (of[b, q] == of[b, kv]) & (q >= kv)
 
     some_count, some_first, full_count, full_first = (
-        _to_device(each, device).unsqueeze(1) for each in (*some, *full)
+        _tensor(each, device).unsqueeze(1) for each in (*some, *full)
     )
     return BlockMask.from_kv_blocks(
         some_count,
@@ -58,11 +59,11 @@ def block_mask(documents: Documents, device: torch.device) -> BlockMask:
     )
 
 
-def _blocks(documents: Documents, numbers: npt.NDArray[np.int32]) -> tuple[Blocks, Blocks]:
-    """Those of which some pairs are masked, and those of which none is.
+def _blocks(numbers: npt.NDArray[np.int32]) -> tuple[Blocks, Blocks]:
+    """Blocks in which the mask hides some pairs, and blocks in which it hides no pair.
 
-    numbers (B, T): the document of each token. Documents are in order, so block j of keys is seen by block i
-    of queries, j <= i, where the last key's document is not before the first query's.
+    numbers (B, T): the document of each token. Documents are in order. So queries of block i see keys of
+    block j, j <= i, if the document of the last key is not before that of the first query.
     """
     length = numbers.shape[1]
     n = -(-length // BLOCK)
@@ -81,9 +82,8 @@ def _listed(chosen: npt.NDArray[np.bool_]) -> Blocks:
     return chosen.sum(-1, dtype=np.int32), order
 
 
-def _to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
-    tensor = torch.from_numpy(np.ascontiguousarray(array))  # the compiled kernels take no other layout
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+def _tensor(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    return copied(torch.from_numpy(np.ascontiguousarray(array)), device)  # kernels take no other layout
 
 
 def flex_attention_forward(
@@ -100,16 +100,7 @@ def flex_attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D)."""
-    given = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if dropout:
-        given.append("dropout")
-    if given or raydist_block_mask is None or not getattr(module, "is_causal", True):
-        raise ModelError(
-            f"{type(module).__name__} does not attend as this function does",
-            why=f"it asks for {', '.join(given)}"
-            if given
-            else "it is not causal, or does not pass on what it does not know (**kwargs)",
-        )
+    mask = require_plain(module, {**kwargs, "dropout": dropout or None}, handed_over=raydist_block_mask)
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # which knows SDPA, but not this
         query, key, value = (each.to(torch.get_autocast_dtype(kind)) for each in (query, key, value))
@@ -119,7 +110,7 @@ def flex_attention_forward(
             key,
             value,
             score_mod=None if softcap is None else _capped(softcap),
-            block_mask=raydist_block_mask,
+            block_mask=mask,
             scale=scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
@@ -155,10 +146,8 @@ def check_flex(config: Any, device: torch.device) -> None:
         )
         worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
     except Exception as error:  # a compiler fails in many ways; each only means that another kind is taken
-        why = (str(error).strip().splitlines() or [""])[0]
-        raise ModelError(
-            f"FlexAttention does not run on this device: {type(error).__name__}: {why}"
-        ) from error
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"FlexAttention does not run on this device: {why}") from error
     if not worst < TOLERANCE:
         raise ModelError(f"FlexAttention differs from SDPA by {worst:.1e}, and {TOLERANCE:.1e} is allowed")
 
@@ -177,8 +166,8 @@ def _compiled() -> Any:
 
 @functools.cache
 def _compiled_alone() -> Callable[..., Tensor]:
-    """Compiled for each shape by itself. Beyond torch's limit of 8 it would hold whole score matrices."""
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    """Compiled for each shape by itself. Uncompiled it would hold whole score matrices."""
+    allow_recompiling()
     compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=False)
     return compiled
 

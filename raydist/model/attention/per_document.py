@@ -8,15 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from raydist.errors import ModelError
+from raydist.model.attention.function import require_plain
 from raydist.model.loss import Documents
 
 PER_DOCUMENT = "raydist_per_document"
-_UNSUPPORTED = ("sliding_window", "softcap", "s_aux", "position_bias", "cache")
-
-
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    return None
 
 
 def per_document_attention(
@@ -32,21 +27,14 @@ def per_document_attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal within each document. query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D)."""
-    given = [name for name in _UNSUPPORTED if kwargs.get(name) is not None]
-    if given or document_lengths is None or not getattr(module, "is_causal", True):
-        raise ModelError(
-            f"{type(module).__name__} does not attend as this function does",
-            why=f"it asks for {', '.join(given)}"
-            if given
-            else "it is not causal, or does not pass on what it does not know (**kwargs)",
-        )
+    documents = require_plain(module, kwargs, handed_over=document_lengths)
     options: dict[str, Any] = {"is_causal": True, "scale": scaling, "dropout_p": dropout}
     options["enable_gqa"] = query.shape[1] != key.shape[1]
-    if all(len(lengths) == 1 for lengths in document_lengths):
+    if all(len(lengths) == 1 for lengths in documents):
         return F.scaled_dot_product_attention(query, key, value, **options).transpose(1, 2).contiguous(), None
     out = [
         _attend_row(q, k, v, lengths, options)
-        for q, k, v, lengths in zip(query, key, value, document_lengths, strict=True)
+        for q, k, v, lengths in zip(query, key, value, documents, strict=True)
     ]
     return torch.stack(out), None
 

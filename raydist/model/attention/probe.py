@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from raydist.errors import ModelError
+from raydist.errors import ModelError, first_line
 from raydist.model.loss import DOCUMENTS, autocast, logits_of, to_device
 
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -42,7 +42,7 @@ def probe(model: nn.Module, *, document_mask: bool, bf16: bool = False) -> None:
 def not_runnable(model: nn.Module, error: Exception) -> ModelError:
     return ModelError(
         f"{type(model).__name__} does not take packed blocks",
-        why=(str(error).strip().splitlines() or [type(error).__name__])[0],
+        why=first_line(error),
         fix="use a decoder-only model that takes position_ids",
     )
 

@@ -358,6 +358,7 @@ def test_a_foreign_key_names_a_key_of_the_job() -> None:
         ("load_in_4bit=true", "its name in a job is quantization (int4 or int8"),
         ("optim=adamw_torch", "its name in a job is train.optimizer (adamw, adamw_8bit, adafactor or muon)"),
         ("train.adam_beta2=0.95", "its name in a job is train.optimizer.betas (both, as [0.9, 0.999])"),
+        ("torch_compile=true", "its name in a job is train.compile (auto, true or false)"),
         ("train.eps=1e-6", "its name in a job is train.optimizer.eps"),
     ],
 )

@@ -10,7 +10,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from raydist.errors import ModelError
 from raydist.model.attention.choose import _check_candidate, use_attention
-from raydist.model.attention.flex import FLEX, block_mask, check_flex
+from raydist.model.attention.flex import FLEX, _dense, block_mask, check_flex, flex_attention_forward
 from raydist.model.attention.probe import probe
 from raydist.model.loss import autocast, logits_of
 from tests.unit.model.test_attention import CPU, make, packed
@@ -57,6 +57,24 @@ def test_it_computes_what_eager_attention_does(kind: str, precision: str) -> Non
         expected, found = logits_of(eager, batch).float(), logits_of(ours, batch).float()
     limit = {"fp32": 1e-4, "bf16": 0.1}[precision]
     assert (found - expected).abs().max() < limit * expected.abs().max()
+
+
+def test_scores_are_capped_as_gemma_2_asks() -> None:
+    documents = [[200, 56], [256]]
+    query, key, value = (4 * torch.randn(2, 3, 256, 16) for _ in range(3))
+    found, _ = flex_attention_forward(
+        torch.nn.Module(),
+        query,
+        key,
+        value,
+        None,
+        scaling=0.25,
+        softcap=5.0,
+        raydist_block_mask=block_mask(documents, CPU),
+    )
+    scores = torch.tanh(query @ key.transpose(-1, -2) * 0.25 / 5.0) * 5.0
+    expected = scores.masked_fill(~_dense(documents, CPU), -torch.inf).softmax(-1) @ value
+    torch.testing.assert_close(found, expected.transpose(1, 2))
 
 
 def test_it_passes_the_probe() -> None:

@@ -68,6 +68,15 @@ def a_batch() -> dict[str, torch.Tensor]:
     return {**batch, "labels": labels}
 
 
+def a_llama(tied: bool | None = None) -> tuple[torch.nn.Module, dict[str, torch.Tensor], Head]:
+    """With its attention, a batch for it, and what was found of its head."""
+    model = make("llama", tied)
+    found = find_head(model)
+    assert found is not None
+    set_attention(model, CPU, document_mask=True)
+    return model, a_batch(), found
+
+
 def gradients(model: torch.nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad()
     (loss / 100).backward()
@@ -123,10 +132,7 @@ def test_a_head_that_does_something_else_is_left_alone() -> None:
     ids=["frozen head", "frozen and tied", "LoRA on the head"],
 )
 def test_under_lora(tied: bool, target: str | list[str]) -> None:
-    model, batch = make("llama", tied), a_batch()
-    found = find_head(model)
-    assert found is not None
-    set_attention(model, CPU, document_mask=True)
+    model, batch, found = a_llama(tied)
     use_chunked_head(model, found)
     with quietly():
         adapted = add_lora(model, Lora(r=4, dropout=0.0, target_modules=target))
@@ -145,10 +151,7 @@ def test_under_lora(tied: bool, target: str | list[str]) -> None:
 
 def test_under_autocast_the_sums_are_fp32() -> None:
     """The head computes in bf16, and is as near to fp32 as whole logits in bf16 are."""
-    model, batch = make("llama"), a_batch()
-    found = find_head(model)
-    assert found is not None
-    set_attention(model, CPU, document_mask=True)
+    model, batch, found = a_llama()
     exact = gradients(model, whole_loss(model, batch))["lm_head.weight"]
     with autocast(CPU, "bf16"):
         whole = gradients(model, summed_cross_entropy(logits_of(model, batch), batch["labels"]))
@@ -171,10 +174,7 @@ def test_logits_of_a_small_vocabulary_are_whole_and_of_a_large_one_a_part(
 
 
 def test_in_fp16_small_gradients_are_not_lost_before_they_are_scaled() -> None:
-    model, batch = make("llama"), a_batch()
-    found = find_head(model)
-    assert found is not None
-    set_attention(model, CPU, document_mask=True)
+    model, batch, found = a_llama()
     exact = gradients(model, whole_loss(model, batch))["lm_head.weight"]
     use_chunked_head(model, found)
     with torch.autocast("cpu", torch.float16):
