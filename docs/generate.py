@@ -97,7 +97,7 @@ are of the size of bf16's rounding error. Under `zero` stage 3 in bf16 a resumed
 A checkpoint holds whole tensors by name in safetensors, whatever the strategy. So a run may be resumed under
 another strategy and with another number of workers; the change from DDP to each of the others is tested in fp32. Also
 in fp32, runs under `ddp`, `fsdp` and `zero` 1 to 3 are killed with SIGKILL and, resumed, end with the weights of an
-undisturbed run; 20 steps with accumulation, clipping and tied embeddings agree with DDP's within 1e-5.
+undisturbed run; 12 steps with accumulation, clipping and tied embeddings agree with DDP's within 1e-5.
 
 fp16 needs a GPU and is refused on CPU. Past that refusal the tests train all weights in it under each strategy, and
 LoRA under `ddp`: first steps that overflow are skipped, and a resumed run ends as the undisturbed one, its loss scale
