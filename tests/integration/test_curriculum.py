@@ -64,6 +64,7 @@ def job(tmp_path: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow  # each part of it has unit tests
 def test_a_curriculum_over_several_corpora(
     job: dict[str, Any], tmp_path: Path, ray_local: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

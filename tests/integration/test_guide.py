@@ -97,13 +97,10 @@ def adapter(project: str) -> dict[str, Any]:
 # --- the commands
 
 
-def marked(number: int, words: list[str]) -> Any:
-    """The first is quick enough to be tested always."""
-    name = words[words.index("--project-name") + 1]
-    return pytest.param(words, id=name, marks=[pytest.mark.slow] if number else [])
-
-
-@pytest.mark.parametrize("words", [marked(number, words) for number, words in enumerate(COMMANDS)])
+@pytest.mark.slow  # the quick start takes the same way
+@pytest.mark.parametrize(
+    "words", COMMANDS, ids=[words[words.index("--project-name") + 1] for words in COMMANDS]
+)
 def test_a_command_of_the_guide(words: list[str], capfd: pytest.CaptureFixture[str]) -> None:
     project = words[words.index("--project-name") + 1]
     with pytest.raises(SystemExit) as ended:

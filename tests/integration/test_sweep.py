@@ -154,6 +154,7 @@ def test_a_killed_sweep_runs_no_finished_trial_twice(
     assert ended.value.code in (0, None) and RunFolder(Path(job["storage"], "killed-best")).model.exists()
 
 
+@pytest.mark.slow
 def test_a_trial_stopped_by_itself_is_told_as_such(
     job: dict[str, Any], ray_local: None, capfd: pytest.CaptureFixture[str]
 ) -> None:

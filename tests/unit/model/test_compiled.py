@@ -33,7 +33,7 @@ def options(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "more",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"gradient_checkpointing": True},
         pytest.param({"mixed_precision": "bf16"}, marks=pytest.mark.slow),
     ],
