@@ -29,7 +29,14 @@ def autocast(device: torch.device, mixed_precision: str) -> torch.autocast:
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """All on `device` but document_lengths, which are read on the host: a GPU is never waited for."""
-    return {name: tensor if name == DOCUMENTS else tensor.to(device) for name, tensor in batch.items()}
+    return {name: tensor if name == DOCUMENTS else copied(tensor, device) for name, tensor in batch.items()}
+
+
+def copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """On `device`; on a GPU a copy from pinned memory, which waits for nothing."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -7,7 +7,8 @@ hook on the model, once for all layers.
 choose        the fastest kind that a device and a model have, or the one that was asked for
 probe         the proof, on a small batch, that no token sees another document or the future
 documents     hands the lengths of documents to the attention, as that takes them
+layers        what the layers ask for: a window, sinks
 function      what attention functions of our own have in common
 per_document  on CPU: one causal call per document, which is faster than a mask
-flex          on GPUs: FlexAttention with a mask of blocks
+flex          on GPUs: FlexAttention with a mask of blocks, also for windows and sinks
 """

@@ -12,7 +12,6 @@ from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
-    AttentionMaskInterface,
     PretrainedConfig,
 )
 from transformers.utils.import_utils import is_flash_attn_2_available
@@ -20,7 +19,7 @@ from transformers.utils.import_utils import is_flash_attn_2_available
 from raydist.errors import ModelError, first_line
 from raydist.model.attention.documents import FLASH, give_documents
 from raydist.model.attention.flex import FLEX, check_flex, flex_attention_forward
-from raydist.model.attention.function import no_mask
+from raydist.model.attention.layers import asked_by_layers, windows_of
 from raydist.model.attention.per_document import PER_DOCUMENT, per_document_attention
 from raydist.model.attention.probe import not_runnable, probe
 from raydist.model.layers import layers_of
@@ -77,16 +76,22 @@ def _check_candidate(
     """Raises ModelError for one of ours that is not for this model, or does not run on this device."""
     if name not in (PER_DOCUMENT, FLEX):
         return
-    if _is_windowed(model.config):  # type: ignore[arg-type]
-        raise ModelError("layers of this model see a window, which is left to transformers' masks")
-    if name == PER_DOCUMENT and compiled:
-        raise ModelError("compiled layers would be compiled again for each batch, whose documents differ")
+    config: Any = model.config
+    windows = windows_of(config)
+    if name == PER_DOCUMENT:
+        if any(windows):
+            raise ModelError("layers of this model see a window, which is left to transformers' masks")
+        if compiled:
+            raise ModelError("compiled layers would be compiled again for each batch, whose documents differ")
     if name == FLEX:
-        if not document_mask:
+        if not document_mask and not any(windows):
             raise ModelError("every row is one document, for which SDPA's own causal kernel is faster")
-        if getattr(model.config, "kv_lora_rank", None):
+        if getattr(config, "kv_lora_rank", None):
             raise ModelError("keys and values of this model have different widths")
-        check_flex(model.config, device)
+        asked = asked_by_layers(model)
+        if list(asked.windows) != windows and (any(windows) or any(asked.windows)):
+            raise ModelError("layers of this model do not say which window they see")
+        check_flex(config, device, asked)
 
 
 def check_attention(name: str, device_type: str, *, on_worker: bool = False) -> None:
@@ -157,18 +162,12 @@ def _on(device: torch.device, model: nn.Module) -> Iterator[None]:
 
 
 def use_attention(model: nn.Module, name: str) -> None:
-    """Give the bare `model` this attention, unprobed."""
+    """Give the bare `model` this attention, unprobed.
+
+    transformers makes no mask for ours, which have none registered. With one that returns None it would
+    still look for documents in position_ids, and so wait for a GPU in every forward pass.
+    """
     for own, function in ((PER_DOCUMENT, per_document_attention), (FLEX, flex_attention_forward)):
         AttentionInterface.register(own, function)
-        AttentionMaskInterface.register(own, no_mask)
     model.set_attn_implementation(name)  # type: ignore[operator]
     give_documents(model, name)
-
-
-def _is_windowed(config: PretrainedConfig) -> bool:
-    """Layers that see less than the whole document need transformers' own masks."""
-    layers = getattr(config, "layer_types", None)
-    if layers is not None:
-        return any(layer != "full_attention" for layer in layers)
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
-    return window is not None and getattr(config, "use_sliding_window", True)

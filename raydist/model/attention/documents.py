@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from raydist.errors import ModelError
-from raydist.model.attention.flex import BLOCK_MASK, FLEX, block_mask
-from raydist.model.attention.function import copied
+from raydist.model.attention.flex import BLOCK_MASKS, FLEX, block_masks
+from raydist.model.attention.layers import windows_of
 from raydist.model.attention.per_document import PER_DOCUMENT
-from raydist.model.loss import DOCUMENTS, Documents
+from raydist.model.loss import DOCUMENTS, Documents, copied
 
 FLASH = "flash_attention_2"
 
@@ -46,7 +46,8 @@ def _hand_over(
     if attention == FLASH:
         return args, inputs | flash_arguments(documents, inputs["input_ids"].device)
     if attention == FLEX:
-        return args, inputs | {BLOCK_MASK: block_mask(documents, inputs["input_ids"].device)}
+        windows = set(windows_of(model.config))  # type: ignore[arg-type]
+        return args, inputs | {BLOCK_MASKS: block_masks(documents, inputs["input_ids"].device, windows)}
     return args, {**inputs, DOCUMENTS: documents}
 
 

@@ -10,40 +10,54 @@ ends bit-identical.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from raydist.errors import ModelError, first_line
-from raydist.model.attention.function import copied, require_plain
+from raydist.model.attention.function import require_plain
+from raydist.model.attention.layers import Asked, Window
 from raydist.model.compiled import allow_recompiling
-from raydist.model.loss import Documents
+from raydist.model.loss import Documents, copied
 
 FLEX = "raydist_flex"
 BLOCK = 128
-BLOCK_MASK = "raydist_block_mask"
+BLOCK_MASKS = "raydist_block_masks"
 TOLERANCE = 5e-2
 """Of the largest value: bf16 in another order of sums. A wrong mask differs by the order of 1."""
 
 Blocks = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
 """Of each row and block of queries: how many blocks of keys, (B, n), and which come first, (B, n, n)."""
 
+Masks = dict[Window, BlockMask]
 
-def block_mask(documents: Documents, device: torch.device) -> BlockMask:
+
+def block_masks(documents: Documents, device: torch.device, windows: Iterable[Window] = ()) -> Masks:
+    """A mask for each window, and for none. A window that is not shorter than a row is none."""
+    whole, length = block_mask(documents, device), sum(documents[0])
+    made: Masks = {None: whole}
+    for window in windows:
+        shorter = window is not None and window < length
+        made[window] = block_mask(documents, device, window) if shorter else whole
+    return made
+
+
+def block_mask(documents: Documents, device: torch.device, window: Window = None) -> BlockMask:
     """Causal within each document. Rows are of one length T; a shorter last block is padded by the kernel."""
     length = sum(documents[0])
     numbers = np.stack([np.repeat(np.arange(len(row), dtype=np.int32), row) for row in documents])
-    some, full = _blocks(numbers)
+    some, full = _blocks(numbers, window)
     of = _tensor(numbers, device)
 
     def same_document(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-        return (of[b, q] == of[b, kv]) & (q >= kv)
+        seen = (of[b, q] == of[b, kv]) & (q >= kv)
+        return seen if window is None else seen & (q - kv < window)
 
     some_count, some_first, full_count, full_first = (
         _tensor(each, device).unsqueeze(1) for each in (*some, *full)
@@ -59,11 +73,12 @@ def block_mask(documents: Documents, device: torch.device) -> BlockMask:
     )
 
 
-def _blocks(numbers: npt.NDArray[np.int32]) -> tuple[Blocks, Blocks]:
+def _blocks(numbers: npt.NDArray[np.int32], window: Window) -> tuple[Blocks, Blocks]:
     """Blocks in which the mask hides some pairs, and blocks in which it hides no pair.
 
     numbers (B, T): the document of each token. Documents are in order. So queries of block i see keys of
-    block j, j <= i, if the document of the last key is not before that of the first query.
+    block j, j <= i, if the document of the last key is not before that of the first query, and if the nearest
+    two of them are within the window. Of a block that is seen whole, the farthest two are.
     """
     length = numbers.shape[1]
     n = -(-length // BLOCK)
@@ -74,6 +89,9 @@ def _blocks(numbers: npt.NDArray[np.int32]) -> tuple[Blocks, Blocks]:
     seen = (j <= i) & (last[:, None, :] >= first[:, :, None])
     whole = (lasts - firsts + 1 == BLOCK)[:, None]
     full = (j < i) & whole & (first[:, None, :] == last[:, :, None])
+    if window is not None:
+        seen &= firsts[:, None] - lasts[None, :] < window
+        full &= lasts[:, None] - firsts[None, :] < window
     return _listed(seen & ~full), _listed(full)
 
 
@@ -96,31 +114,52 @@ def flex_attention_forward(
     scaling: float | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
-    raydist_block_mask: BlockMask | None = None,
+    sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
+    raydist_block_masks: Masks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D)."""
-    mask = require_plain(module, {**kwargs, "dropout": dropout or None}, handed_over=raydist_block_mask)
+    """query (B, H, T, D), key and value (B, H_kv, T, D) -> (B, T, H, D).
+
+    s_aux: (H,), the score of a sink, to which a query gives a part of its attention (gpt-oss).
+    """
+    masks = require_plain(module, {**kwargs, "dropout": dropout or None}, handed_over=raydist_block_masks)
     kind = query.device.type
     if torch.is_autocast_enabled(kind):  # which knows SDPA, but not this
         query, key, value = (each.to(torch.get_autocast_dtype(kind)) for each in (query, key, value))
     with torch.autocast(kind, enabled=False):  # or it would be compiled once more
-        out = _compiled()(
-            query,
-            key,
-            value,
-            score_mod=None if softcap is None else _capped(softcap),
-            block_mask=mask,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
+        out = attend(query, key, value, masks[sliding_window], scale=scaling, cap=softcap, sinks=s_aux)
     return out.transpose(1, 2).contiguous(), None
 
 
-def check_flex(config: Any, device: torch.device) -> None:
-    """Raises ModelError where this attention does not run on `device`, or is not what SDPA computes.
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BlockMask,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """query (B, H, T, D), key and value (B, H_kv, T, D), sinks (H,) -> (B, H, T, D)."""
+    options: dict[str, Any] = {
+        "block_mask": mask,
+        "scale": scale,
+        "enable_gqa": query.shape[1] != key.shape[1],
+    }
+    options["score_mod"] = None if cap is None else _capped(cap)
+    if sinks is None:
+        out: Tensor = _compiled()(query, key, value, **options)
+        return out
+    out, more = _compiled()(query, key, value, **options, return_aux=AuxRequest(lse=True))
+    return out * torch.sigmoid(more.lse - sinks.float().view(1, -1, 1)).unsqueeze(-1).to(out.dtype)
 
-    Forward and backward, of a few blocks with the heads of this model, in bf16.
+
+def check_flex(config: Any, device: torch.device, asked: Asked) -> None:
+    """Raises ModelError where this attention does not run on `device`, or is not what softmax computes.
+
+    Forward and backward, of a few blocks with the heads of this model, in bf16, for what its layers ask.
     """
     documents = [[200, 1, 99], [300]]
     try:
@@ -132,31 +171,48 @@ def check_flex(config: Any, device: torch.device) -> None:
             torch.randn(2, h, 300, width, device=device, dtype=torch.bfloat16, generator=generator)
             for h in (heads, kv_heads, kv_heads)
         )
-        inputs = (query.requires_grad_(), key.requires_grad_(), value.requires_grad_())
-        mask = block_mask(documents, device)
-        grouped = heads != kv_heads
-        ours = _compiled_alone()(query, key, value, block_mask=mask, enable_gqa=grouped)
-        dense = _dense(documents, device)
-        reference = F.scaled_dot_product_attention(query, key, value, dense, enable_gqa=grouped)
-        upstream = torch.randn(ours.shape, device=device, dtype=ours.dtype, generator=generator)
-        pairs = zip(
-            [ours, *torch.autograd.grad(ours, inputs, upstream)],
-            [reference, *torch.autograd.grad(reference, inputs, upstream)],
-            strict=True,
-        )
-        worst = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+        sinks = torch.randn(heads, device=device, dtype=torch.bfloat16, generator=generator)
+        inputs = [each.requires_grad_() for each in [query, key, value, *([sinks] if asked.sinks else [])]]
+        upstream = torch.randn(query.shape, device=device, dtype=query.dtype, generator=generator)
+        worst = 0.0
+        given = sinks if asked.sinks else None
+        for window in {window and min(window, 100) for window in asked.windows}:
+            mask, seen = block_mask(documents, device, window), _dense(documents, device, window)
+            ours = attend(query, key, value, mask, sinks=given)
+            reference = plain_attention(query, key, value, seen, given)
+            pairs = zip(
+                [ours, *torch.autograd.grad(ours, inputs, upstream)],
+                [reference, *torch.autograd.grad(reference, inputs, upstream)],
+                strict=True,
+            )
+            worst = max(worst, *(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs))
     except Exception as error:  # a compiler fails in many ways; each only means that another kind is taken
         why = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(f"FlexAttention does not run on this device: {why}") from error
     if not worst < TOLERANCE:
-        raise ModelError(f"FlexAttention differs from SDPA by {worst:.1e}, and {TOLERANCE:.1e} is allowed")
+        raise ModelError(f"FlexAttention differs from softmax by {worst:.1e}, and {TOLERANCE:.1e} is allowed")
 
 
-def _dense(documents: Documents, device: torch.device) -> Tensor:
+def plain_attention(
+    query: Tensor, key: Tensor, value: Tensor, seen: Tensor, sinks: Tensor | None = None
+) -> Tensor:
+    """What `attend` computes, by its definition. seen (B, 1, T, T)."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (each.repeat_interleave(groups, dim=1).float() for each in (key, value))
+    scores = (query.float() @ key.transpose(-1, -2)) / math.sqrt(query.shape[-1])
+    scores = scores.masked_fill(~seen, -math.inf)
+    if sinks is not None:
+        sink = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    return (scores.softmax(-1)[..., : key.shape[2]] @ value).to(query.dtype)
+
+
+def _dense(documents: Documents, device: torch.device, window: Window = None) -> Tensor:
     """(B, 1, T, T), true where a query sees a key."""
     numbers = torch.stack([torch.repeat_interleave(torch.tensor(row)) for row in documents])
     causal = torch.ones(numbers.shape[1], numbers.shape[1], dtype=torch.bool).tril()
-    return ((numbers[:, :, None] == numbers[:, None, :]) & causal).unsqueeze(1).to(device)
+    seen = causal if window is None else causal.triu(1 - window)
+    return ((numbers[:, :, None] == numbers[:, None, :]) & seen).unsqueeze(1).to(device)
 
 
 def _compiled() -> Any:

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from raydist.errors import ModelError
 
@@ -30,13 +29,3 @@ def require_plain(module: nn.Module, kwargs: Mapping[str, Any], *, handed_over: 
             else "it is not causal, or does not pass on what it does not know (**kwargs)",
         )
     return handed_over
-
-
-def no_mask(*args: Any, **kwargs: Any) -> None:
-    """For transformers, which makes a mask for an attention that does not say otherwise."""
-    return
-
-
-def copied(tensor: Tensor, device: torch.device) -> Tensor:
-    """On `device`; on a GPU a copy from pinned memory, which waits for nothing."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

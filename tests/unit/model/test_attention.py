@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -56,8 +57,8 @@ MODELS["gemma2"] = {**GROUPED, "head_dim": 8, "sliding_window": 8}
 LENGTHS = (13, 1, 30, 20)
 
 
-def make(kind: str, attention: str | None = None) -> torch.nn.Module:
-    config = AutoConfig.for_model(kind, **MODELS[kind])
+def make(kind: str, attention: str | None = None, **options: Any) -> torch.nn.Module:
+    config = AutoConfig.for_model(kind, **{**MODELS.get(kind, {}), **options})
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention or "eager")
     with torch.no_grad():  # as trained: at their initial scale attention hardly matters
