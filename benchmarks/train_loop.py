@@ -52,6 +52,7 @@ JOB = Path(__file__).resolve().parent.parent / "jobs" / "quickstart.yaml"
 PARAGRAPHS = "corpus.sources.stdlib.document=paragraph"
 """Documents that differ in length. Nearly all of quickstart's own, whole files, are longer than a block."""
 WARM_UP_STEPS = 3
+LEAST_STEPS = WARM_UP_STEPS + 2
 BARE, PACKED, RAGGED = "bare", "trainer_packed", "trainer_ragged"
 AIMS = {BARE: "at most 1.02", PACKED: "at least 1.0", RAGGED: "at least 1.5"}
 """Of raydist's seconds per step to the bare loop's, and of its useful tokens per second to the Trainer's."""
@@ -104,7 +105,12 @@ def parse() -> argparse.Namespace:
         help="count the CPU seconds of this process: for a machine that does other work, with --threads 1",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.steps < LEAST_STEPS:
+        parser.error(
+            f"--steps {options.steps} is too short, as warm-up steps do not count; give {LEAST_STEPS} or more"
+        )
+    return options
 
 
 def overrides(options: argparse.Namespace, folder: Path) -> list[str]:

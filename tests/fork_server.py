@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import ctypes
+import faulthandler
 import functools
 import gc
 import importlib
@@ -171,6 +172,7 @@ def become_rank(request: dict[str, Any], errors: int, parent: int) -> str:
     if os.getppid() != parent:
         os._exit(1)
     os.dup2(errors, sys.stderr.fileno())
+    faulthandler.enable()  # to the errors, where it is by SIGABRT that a rank ends
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import socket
+import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -162,7 +165,15 @@ def run_ranks(spec: AttemptSpec) -> None:
 
 
 def finish(processes: list[Rank], seconds: float = 120) -> None:
-    errors = [process.communicate(timeout=seconds)[1].decode() for process in processes]
+    """Raises with the processes' errors where one fails, and with all their stacks where one hangs."""
+    end = time.monotonic() + seconds
+    try:
+        for process in processes:
+            process.wait(max(0.0, end - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.send_signal(signal.SIGABRT)
+    errors = [process.communicate()[1].decode() for process in processes]
     if any(process.returncode for process in processes):
         raise AssertionError("\n".join(errors))
 

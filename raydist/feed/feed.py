@@ -163,11 +163,12 @@ class Feed:
         micro_batch_size: int | Sequence[int],
         while_waiting: Callable[[], None] = lambda: None,
         collate: Callable[[Tensors], Tensors] | None = None,
+        place: Callable[[Tensors], Tensors] | None = None,
     ) -> Iterator[Step]:
         """Steps (see `loader.Step`) of samples [start, stop) for one rank; without end if `stop` is None.
 
         Both sizes count sequences: one number for all stages, or one for each. Closing or dropping the
-        iterator ends its thread. while_waiting: see `grown`. collate: see `loader.read_step`.
+        iterator ends its thread. while_waiting: see `grown`. collate, place: see `loader.read_step`.
         """
         from raydist.feed.loader import global_batches, prefetch, read_step  # torch is needed only here
 
@@ -178,7 +179,7 @@ class Feed:
         def steps(feed: Feed) -> Iterator[Step]:
             for stage, lo, hi in global_batches([s.start for s in feed.stages], start, stop, batches):
                 feed = feed.grown(hi, while_waiting)
-                yield read_step(feed.stages[stage], lo, hi, rank, world_size, micro[stage], collate)
+                yield read_step(feed.stages[stage], lo, hi, rank, world_size, micro[stage], collate, place)
 
         return prefetch(steps(self))
 

@@ -78,8 +78,13 @@ def read_step(
     world_size: int,
     micro_batch_size: int,
     collate: Callable[[Tensors], Tensors] | None = None,
+    place: Callable[[Tensors], Tensors] | None = None,
 ) -> Step:
-    """One rank's part of a global batch. collate: called on each micro batch; labels are counted after it."""
+    """One rank's part of a global batch.
+
+    collate: called on each micro batch; labels are counted after it.  place: called last, to copy a micro
+    batch to where it is used.
+    """
     batch, counts = stage.read(rank_samples(start, stop, rank, world_size))
     step = Step(
         start,
@@ -88,11 +93,13 @@ def read_step(
         **Counts(*counts.sum(axis=0).tolist())._asdict(),
         documents=documents_of(batch, counts),
     )
-    if collate is None:
-        return step
-    made = [collate(micro_batch) for micro_batch in step.micro_batches]
-    n_labels = sum(int((micro_batch["labels"] != IGNORED).sum()) for micro_batch in made)
-    return replace(step, micro_batches=made, n_labels=n_labels)
+    if collate is not None:
+        made = [collate(micro_batch) for micro_batch in step.micro_batches]
+        n_labels = sum(int((micro_batch["labels"] != IGNORED).sum()) for micro_batch in made)
+        step = replace(step, micro_batches=made, n_labels=n_labels)
+    if place is not None:
+        step = replace(step, micro_batches=[place(micro_batch) for micro_batch in step.micro_batches])
+    return step
 
 
 def documents_of(batch: Batch, counts: Ints) -> Ints:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from raydist.errors import JobError
+from raydist.job.rules import NOT_SHARDED
 from raydist.job.schema import Job
 from raydist.model.attention.choose import NAMES, Chosen, use_attention
 from raydist.model.build import Fitted, build_model, fit_model, take_fitted
@@ -60,6 +61,23 @@ def make_strategy(model: nn.Module, job: Job, world: World, accumulation_steps: 
         from raydist.parallel.zero import Zero
 
         return Zero(model, job, world, accumulation_steps)
-    from raydist.parallel.ddp import DdpOnCpu, DdpOnGpu
+    if world.device.type == "cpu":
+        from raydist.parallel.ddp import DdpOnCpu
 
-    return (DdpOnCpu if world.device.type == "cpu" else DdpOnGpu)(model, job, world)
+        return DdpOnCpu(model, job, world)
+    if _keeps_16_bits(job):
+        from raydist.parallel.fsdp import Replicated
+
+        return Replicated(model, job, world)
+    from raydist.parallel.ddp import DdpOnGpu
+
+    return DdpOnGpu(model, job, world)
+
+
+def _keeps_16_bits(job: Job) -> bool:
+    """Whether ddp on GPUs casts a layer's weights together; under autocast they are cast where they are used.
+
+    A frozen base is in 16 bits already. The optimizer must take FSDP2's kind of weights.
+    """
+    whole = job.adapter is None and job.train.mixed_precision != "fp32"
+    return whole and (job.train.optimizer.name, "fsdp") not in NOT_SHARDED

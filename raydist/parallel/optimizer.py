@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Adafactor, AdamW, Muon, Optimizer
 
-from raydist.errors import ModelError, TrainingError
+from raydist.errors import ModelError
 from raydist.job.schema import Train
 from raydist.model.layers import layers_of
 
@@ -159,11 +159,14 @@ def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:
-    """Scalar fp64: the 2-norm of all together.
+    """Scalar fp64, on their device: the 2-norm of all together.
 
-    Chunks of 512 in fp32, their squares in fp64: within 1e-7, and as quick as fp32 alone, which
-    errs by 1e-3 over 28M elements on CPU. vector_norm in fp64 took 17 ms for 6M elements, this 0.2 ms.
+    On CPU chunks of 512 in fp32, their squares in fp64: within 1e-7, and as quick as fp32 alone, which
+    errs by 1e-3 over 28M elements there. vector_norm in fp64 took 17 ms for 6M elements, this 0.2 ms.
+    A GPU adds in a tree, which is as exact, and gets few kernels for many tensors.
     """
+    if gradients[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(gradients)).double().square_().sum().sqrt()
     squares = [part.double().square_().sum() for gradient in gradients for part in _chunk_norms(gradient)]
     return torch.stack(squares).sum().sqrt()
 
@@ -175,18 +178,11 @@ def _chunk_norms(gradient: Tensor) -> Iterator[Tensor]:
     yield torch.linalg.vector_norm(flat[whole:])
 
 
-def clip_(gradients: list[Tensor], norm: float, limit: float | None) -> None:
-    """Scale in place so that the norm, which is `norm` now, is at most `limit`."""
-    if limit is not None and norm > limit:
-        torch._foreach_mul_(gradients, limit / norm)
-
-
-def refuse_non_finite(norm: float) -> float:
-    """`norm`. Raises TrainingError before a step is taken with gradients that are not numbers."""
-    if not norm < float("inf"):
-        raise TrainingError(
-            f"the gradient norm is {norm}",
-            why="a step with it would destroy the weights, so none was taken",
-            fix="lower train.lr, raise train.warmup_ratio or set train.max_grad_norm",
-        )
-    return norm
+def clip_(gradients: list[Tensor], norm: Tensor, limit: float | None) -> None:
+    """Scale in place so that the norm, which is `norm` now, is at most `limit`. No GPU is waited for."""
+    if limit is None:
+        return
+    if norm.device.type != "cpu":
+        torch._foreach_mul_(gradients, (limit / norm).clamp_(max=1.0).float())
+    elif (now := norm.item()) > limit:
+        torch._foreach_mul_(gradients, limit / now)

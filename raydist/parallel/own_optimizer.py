@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raydist.job.schema import Job
 from raydist.parallel.loss_scale import loss_scale_for
-from raydist.parallel.optimizer import clip_, make_optimizer, refuse_non_finite, set_learning_rate
+from raydist.parallel.optimizer import clip_, make_optimizer, set_learning_rate
 from raydist.parallel.state import load_state, state_by_name, write_state
 from raydist.parallel.strategy import Saved, SaveHandle
 from raydist.parallel.world import World
@@ -33,15 +33,15 @@ class OwnOptimizer:
         """What the backward pass begins with."""
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
-    def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: float) -> float:
-        """gradients, norm: as the backward passes left them, scaled."""
+    def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: Tensor) -> Tensor:
+        """gradients, norm: as the backward passes left them, scaled. Only fp16 waits for the norm."""
         if self.loss_scale is not None:
             scale = self.loss_scale.scale
-            norm /= scale
-            if not self.loss_scale.accepts(norm):
+            norm = norm / scale
+            if not self.loss_scale.accepts(norm.item()):
                 return norm
             torch._foreach_mul_(gradients, 1 / scale)
-        clip_(gradients, refuse_non_finite(norm), max_grad_norm)
+        clip_(gradients, norm, max_grad_norm)
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
         return norm

@@ -48,12 +48,12 @@ class Strategy(Protocol):
         last: the step's last micro batch on this rank.
         """
 
-    def update(self, lr: float, max_grad_norm: float | None) -> float:
-        """Clip and take the optimizer step; the global gradient norm before clipping.
+    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
+        """Clip and take the optimizer step; scalar fp64: the global gradient norm before clipping.
 
-        In fp16 a step whose norm is not finite is not taken, and the norm is returned as it is.
-        Raises TrainingError for such a norm in bf16 and fp32, and for too many in a row in fp16; the attempt
-        must then end.
+        On a GPU nothing waits for the norm, so a step is taken also where it is not finite: the caller reads
+        it in time and ends the attempt before the weights are used. In fp16 such a step is not taken.
+        Raises TrainingError for too many of these in a row; the attempt must then end.
         """
 
     def save(self, folder: Path) -> SaveHandle:

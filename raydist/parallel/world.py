@@ -14,7 +14,7 @@ from raydist.errors import WorkerLost
 
 
 def backend_of(device: torch.device) -> str:
-    """GPU runs also need gloo: weights are shared and checkpoints are planned on the CPU."""
+    """GPU runs also need gloo: what the hosts agree on stays on the CPU, and weights are shared there."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -60,13 +60,13 @@ class World:
             dist.init_process_group(backend_of(self.device), store=store, rank=0, world_size=1)
 
     def sum_ints(self, values: Sequence[int]) -> list[int]:
-        """Element-wise sums over all ranks, exact."""
-        total = self.sum_(torch.tensor(values, dtype=torch.int64, device=self.device))
+        """Element-wise sums over all ranks, exact. On the hosts: no GPU is waited for."""
+        total = self.sum_(torch.tensor(values, dtype=torch.int64, device="cpu"))
         return [int(value) for value in total.tolist()]
 
     def sum_floats(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sums over all ranks, in fp64."""
-        total = self.sum_(torch.tensor(values, dtype=torch.float64, device=self.device))
+        """Element-wise sums over all ranks, in fp64. On the hosts: no GPU is waited for."""
+        total = self.sum_(torch.tensor(values, dtype=torch.float64, device="cpu"))
         return [float(value) for value in total.tolist()]
 
     def sum_(self, tensor: torch.Tensor) -> torch.Tensor:

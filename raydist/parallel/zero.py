@@ -22,7 +22,7 @@ from raydist.errors import JobError
 from raydist.job.schema import Job
 from raydist.model.loss import loss_of
 from raydist.parallel.loss_scale import loss_scale_for
-from raydist.parallel.optimizer import make_optimizer, refuse_non_finite, set_learning_rate
+from raydist.parallel.optimizer import make_optimizer, set_learning_rate
 from raydist.parallel.state import check_fits, chunks, fresh_state, read_state, slots_of, write_state
 from raydist.parallel.strategy import Saved, SaveHandle
 from raydist.parallel.weights import materialize
@@ -78,19 +78,15 @@ class Zero:
             self.engine.step()  # counts the micro batch
         return loss.detach()
 
-    def update(self, lr: float, max_grad_norm: float | None) -> float:
-        """DeepSpeed unscales and clips within its step, and skips it when the norm is bad.
-
-        Such a step is an error but in fp16; nothing of it is kept then, since the error ends the attempt.
-        """
+    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
+        """DeepSpeed unscales and clips within its step, reads the norm, and skips the step when it is bad."""
         set_learning_rate(self.engine.optimizer, lr)
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
-        if self.loss_scale is None:
-            return refuse_non_finite(norm)
-        self.loss_scale.accepts(norm)
-        self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
-        return norm
+        if self.loss_scale is not None:
+            self.loss_scale.accepts(norm)
+            self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
+        return torch.tensor(norm, dtype=torch.float64)
 
     def save(self, folder: Path) -> SaveHandle:
         """Gathered a tensor at a time; each rank keeps and writes its share of them."""

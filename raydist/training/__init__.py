@@ -15,6 +15,8 @@ checkpoint     where a run stands, what counts as saved, the ledger
 evaluate       loss, perplexity and bits per byte of the held-out sets
 schedule       the learning rate of a step
 collate        the user's function between the feed and the model
+copies         micro batches reach a GPU ahead of their step
+norms          ends an attempt whose gradients are no numbers, without making a GPU wait
 data           opens what an attempt reads
 memory         recognizes errors that mean out of memory
 export, card   model/ and its README.md

@@ -62,12 +62,12 @@ def evaluate(
 def _evaluate_one(
     model: nn.Module, data: EvalData, world: World, micro_batch_size: int, mixed_precision: str
 ) -> Evaluation:
-    loss = 0.0
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
     for batch in data.batches(world.rank, world.world_size, micro_batch_size):
         batch = to_device(batch, world.device)
         with autocast(world.device, mixed_precision):
-            loss += loss_of(model, batch).item()
-    total = world.sum_floats([loss])[0]
+            loss += loss_of(model, batch)
+    total = world.sum_floats([loss.item()])[0]
     mean = total / max(data.n_labels, 1)
     return Evaluation(
         source=data.name,

@@ -32,14 +32,14 @@ class StepResult:
 
     loss: mean over the labels of the global batch, in nats; None but at the steps that are recorded (every
     `logging_steps`, and the attempt's first), since reading it makes a GPU wait.  grad_norm: before clipping;
-    not finite where fp16 skipped the step.  learning_rate: of this step.  counts: inputs of the global batch.
-    wait_seconds: for its data, here.
+    None as the loss is, and not finite where fp16 skipped the step.  learning_rate: of this step.
+    counts: inputs of the global batch.  wait_seconds: for its data, here.
     flops: what this rank's part of the batch takes to compute (raydist/model/work.py).
     figures: what else the record of the step holds; hooks may add numbers by names of their own.
     """
 
     loss: float | None
-    grad_norm: float
+    grad_norm: float | None
     learning_rate: float
     counts: Counts
     wait_seconds: float

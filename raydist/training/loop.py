@@ -16,18 +16,19 @@ from torch import Tensor
 from raydist.errors import TrainingError
 from raydist.folder import RunFolder
 from raydist.model.build import fitted_of, n_parameters
-from raydist.model.loss import to_device
 from raydist.model.work import work_of
 from raydist.parallel.build import build_on_ranks, make_strategy
 from raydist.parallel.world import World, contact
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Checkpoints, Counts, Position
 from raydist.training.collate import make_collator
+from raydist.training.copies import copier
 from raydist.training.data import Data, open_data
 from raydist.training.evaluate import evaluate
 from raydist.training.export import export
 from raydist.training.hooks import Hook, KeepBest, MemoryFigures, StepResult, StopOnRequest, load_hooks
 from raydist.training.memory import memory_watched
+from raydist.training.norms import Norms, Taken
 from raydist.training.phases import Phases
 from raydist.training.profiler import Profile
 from raydist.training.records import Records
@@ -86,7 +87,7 @@ class Attempt:
         self.n_parameters, self.n_trainable = n_parameters(model), n_parameters(model, trainable=True)
         self.work = work_of(model)
         self.strategy = make_strategy(model, self.job, world, self.plan.accumulation_steps)
-        self.position = Position()
+        self.position, self.norms = Position(), Norms(self.folder, world)
         self.checkpoints = Checkpoints(
             self.folder,
             world,
@@ -137,7 +138,7 @@ class Attempt:
             norm = self._update(loss, lr)
             self._advance(batch, counts)
             flops = self.work.flops(batch.n_tokens + batch.n_eos, batch.documents)
-            result = StepResult(self._logged(loss), norm, lr, counts, batch.wait_seconds, flops)
+            result = StepResult(*self._read(loss, norm), lr, counts, batch.wait_seconds, flops)
             for hook in self.hooks:
                 hook.on_step(self, result)
             self.phases.begin("steps")
@@ -148,6 +149,7 @@ class Attempt:
             self._commit_written()
             if stop and self.step < self.plan.steps:
                 break
+        self.norms.check()
         self._commit_written(wait=True)
         stopped = self.step < self.plan.steps
         for hook in self.hooks:
@@ -182,6 +184,7 @@ class Attempt:
             micro_batch_size=[stage.micro_batch_size for stage in self.plan.stages],
             while_waiting=self._end_with_the_run,
             collate=self.collate,
+            place=copier(self.world.device),
         )
 
     def _agree(self, batch: Step) -> tuple[int, Counts, bool]:
@@ -199,32 +202,31 @@ class Attempt:
         for index, micro_batch in enumerate(batch.micro_batches):
             place = struct.pack("<4q", self.job.seed, self.step, self.world.rank, index)
             torch.manual_seed(xxhash.xxh3_64_intdigest(place) >> 1)
-            inputs = to_device(micro_batch, self.world.device)
             last = index == len(batch.micro_batches) - 1
-            loss += self.strategy.forward_backward(inputs, n_labels, last=last)
+            loss += self.strategy.forward_backward(micro_batch, n_labels, last=last)
         return loss
 
-    def _update(self, loss: Tensor, lr: float) -> float:
+    def _update(self, loss: Tensor, lr: float) -> Tensor:
+        """The gradient norm, scalar, not read yet."""
+        taken = Taken(self.step + 1, self.samples, loss)
         try:
-            return self.strategy.update(lr, self.job.train.max_grad_norm)
+            norm = self.strategy.update(lr, self.job.train.max_grad_norm)
         except TrainingError as error:
-            total = self.world.sum_floats([loss.item()])[0]
-            raise TrainingError(
-                f"step {self.step + 1}: {error.what}, the loss {total:.6g}",
-                where=f"{self.folder.path}, the global batch from sample {self.samples} on",
-                why=error.why,
-                fix=error.fix,
-            ) from error
+            raise self.norms.located(error, taken) from error
+        if self.strategy.loss_scale is None:
+            self.norms.add(norm, taken)
+        return norm
 
     def _advance(self, batch: Step, counts: Counts) -> None:
         self.position = Position(step=self.step + 1, samples=batch.stop, seen=self.seen + counts)
 
-    def _logged(self, loss: Tensor) -> float | None:
-        """The step's loss over all ranks, where it is recorded."""
+    def _read(self, loss: Tensor, norm: Tensor) -> tuple[float | None, float | None]:
+        """The step's loss over all ranks and its gradient norm, where they are recorded. A GPU waits then."""
         first = self.step == self.checkpoints.resumed_from + 1
         if not first and not self._due(self.job.train.logging_steps):
-            return None
-        return self.world.sum_floats([loss.item()])[0]
+            return None, None
+        self.norms.check()
+        return self.world.sum_floats([loss.item()])[0], norm.item()
 
     def _due(self, every: int | Literal["epoch"]) -> bool:
         if every != "epoch":
@@ -235,6 +237,7 @@ class Attempt:
     # --- evaluations and checkpoints ---------------------------------------------------------------
 
     def _evaluate(self) -> None:
+        self.norms.check()
         with self.phases.during("evaluation"):
             if not self._held_out_is_known():
                 return
@@ -272,6 +275,7 @@ class Attempt:
             raise TrainingError(f"the run is {state}: its token logs do not grow any more")
 
     def _save(self) -> None:
+        self.norms.check()
         with self.phases.during("checkpoint"):
             self._commit_written(wait=True)
             self.checkpoints.save(self.position)

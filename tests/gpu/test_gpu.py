@@ -16,7 +16,8 @@ from raydist.model.attention.per_document import PER_DOCUMENT
 from raydist.model.build import Fitted, build_model, take_fitted
 from raydist.model.loss import autocast, loss_of, to_device
 from raydist.parallel.world import World
-from raydist.training.loop import train
+from raydist.training.hooks import Hook, StepResult
+from raydist.training.loop import Attempt, train
 from tests.train_parts import (
     LLAMA,
     VOCABULARY,
@@ -52,6 +53,30 @@ def test_loss_for_loss_it_is_a_plain_loop(tmp_path: Path, world: World) -> None:
     spec = make_spec(tmp_path, train={"global_batch_size": 5, "micro_batch_size": 2})
     train(spec, world)
     assert [*losses(spec.run).values()] == pytest.approx(plain_losses(spec, world.device), rel=1e-4)
+
+
+class Watched(Hook):
+    """After the first steps, which compile and make optimizer state, a step that waits for the GPU raises."""
+
+    def on_step(self, attempt: Attempt, result: StepResult) -> None:
+        torch.cuda.set_sync_debug_mode("error" if 3 <= attempt.step < 9 else "default")
+
+    def on_end(self, attempt: Attempt, *, stopped: bool) -> None:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("world", [on("cuda")], indirect=True)
+@pytest.mark.parametrize("more", [{}, {"adapter": {"r": 4}}, {"strategy": {"name": "fsdp"}}])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_step_waits_for_the_gpu(
+    tmp_path: Path, world: World, precision: str, more: dict[str, Any]
+) -> None:
+    """On the CPU: tests/unit/training/test_norms.py."""
+    base = {"base": str(write_base(tmp_path / "base")), "config": None, "tokenizer": None}
+    train_options = {"max_steps": 10, "mixed_precision": precision, "logging_steps": 100}
+    rare = {"eval": {"eval_steps": 100}, "checkpoint": {"save_steps": 100}}
+    spec = make_spec(tmp_path, model=base, train=train_options, **rare, **more)
+    assert train(spec, world, hooks=[Watched()]).step == 10
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work = folder / "work.pickle"
     work.write_bytes(pickle.dumps(functools.partial(run_half, folder)))
     for n_ranks in (2, 1):
-        finish(fork_ranks(work, n_ranks), seconds=800)
+        finish(fork_ranks(work, n_ranks), seconds=400)
     return folder
 
 

@@ -7,6 +7,7 @@ import json
 import pickle
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,8 @@ from tests.unit.parallel.matrix import (
     run_matrix,
     sections,
 )
+from tests.unit.parallel.replicated import CASES as REPLICATED
+from tests.unit.parallel.replicated import run_replicated
 from tests.weights import weight_hash
 
 FIVE = ("ddp", "fsdp", "zero-1", "zero-2", "zero-3")
@@ -171,21 +174,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The part of the matrix that runs in every test, with what the rest is compared with."""
-    return matrix(tmp_path_factory.mktemp("matrix"), "quick")
+    return on_ranks(tmp_path_factory.mktemp("matrix"), run_matrix, "quick")
 
 
 @pytest.fixture(scope="module")
 def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return matrix(tmp_path_factory.mktemp("matrix"), "rest")
+    return on_ranks(tmp_path_factory.mktemp("matrix"), run_matrix, "rest")
 
 
-def matrix(folder: Path, part: str) -> Path:
+@pytest.fixture(scope="module")
+def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return on_ranks(tmp_path_factory.mktemp("replicated"), run_replicated)
+
+
+def on_ranks(folder: Path, run: Callable[..., None], *more: str) -> Path:
     """Run once for all: on two ranks in forked processes, then alone from what the two had saved."""
     parts(folder)
     work = folder / "work.pickle"
-    work.write_bytes(pickle.dumps(functools.partial(run_matrix, folder, part)))
+    work.write_bytes(pickle.dumps(functools.partial(run, folder, *more)))
     for n_ranks in (2, 1):
-        finish(fork_ranks(work, n_ranks), seconds=800)
+        finish(fork_ranks(work, n_ranks), seconds=400)
     return folder
 
 
@@ -203,7 +211,11 @@ def parts(folder: Path) -> Path:
 
 @pytest.fixture
 def found(request: pytest.FixtureRequest) -> dict[str, Any]:
-    folder = request.getfixturevalue("quick" if request.param in QUICK else "rest") / name_of(request.param)
+    return found_in(request.getfixturevalue("quick" if request.param in QUICK else "rest"), request.param)
+
+
+def found_in(folder: Path, case: tuple[str, str, str]) -> dict[str, Any]:
+    folder /= name_of(case)
     failed = folder / "error.txt"
     assert not failed.exists(), failed.read_text()
     return {**read_json(folder / "found.json"), "alone": read_json(folder / "alone.json")["losses"]}
@@ -220,6 +232,10 @@ def test_it_trains_resumes_exports_and_merges(
     case: tuple[str, str, str], found: dict[str, Any], quick: Path
 ) -> None:
     """Against DDP; resumed at 2 ranks and at 1; its model, and merged, by plain transformers or peft."""
+    judge(case, found, quick)
+
+
+def judge(case: tuple[str, str, str], found: dict[str, Any], quick: Path) -> None:
     within = {what: limits[case[2]] for what, limits in WITHIN.items()}
     of_ddp = read_json(quick / name_of(("ddp", *case[1:])) / "found.json")["losses"]
     assert found["losses"] == pytest.approx(of_ddp, rel=within["losses as DDP's"])
@@ -233,6 +249,11 @@ def test_it_trains_resumes_exports_and_merges(
     assert ("merged" in found) == (case[1] != "full")
     merged = found.get("merged", found["loaded"])
     assert merged == pytest.approx(found["loaded"], rel=within["the adapter merged"])
+
+
+@pytest.mark.parametrize("case", REPLICATED, ids=name_of)
+def test_ddp_as_gpus_have_it_is_ddp(case: tuple[str, str, str], replicated: Path, quick: Path) -> None:
+    judge(case, found_in(replicated, case), quick)
 
 
 @pytest.mark.parametrize("case", [c for c in ALL if c not in CASES], ids=name_of)

@@ -11,12 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from raydist.errors import TrainingError
 from raydist.job.schema import Train
 from raydist.model import loss
 from raydist.model.build import build_model
 from raydist.model.cross_entropy import CHUNK_ELEMENTS, summed_cross_entropy
-from raydist.parallel.optimizer import clip_, gradient_norm, make_optimizer, refuse_non_finite
+from raydist.parallel.optimizer import clip_, gradient_norm, make_optimizer
 from raydist.parallel.world import World
 from raydist.training.data import open_data
 from raydist.training.evaluate import evaluate
@@ -124,16 +123,10 @@ def test_the_gradient_norm_is_exact_where_fp32_is_not() -> None:
 
 def test_clipping_scales_only_what_is_above_the_limit() -> None:
     gradient = torch.tensor([3.0, 4.0])
-    clip_([gradient], 5.0, 6.0)
+    clip_([gradient], torch.tensor(5.0), 6.0)
     assert gradient.tolist() == [3.0, 4.0]
-    clip_([gradient], 5.0, 1.0)
+    clip_([gradient], torch.tensor(5.0), 1.0)
     assert gradient.tolist() == pytest.approx([0.6, 0.8])
-
-
-@pytest.mark.parametrize("norm", [math.nan, math.inf])
-def test_gradients_that_are_no_numbers_stop_the_training(norm: float) -> None:
-    with pytest.raises(TrainingError, match="gradient norm"):
-        refuse_non_finite(norm)
 
 
 def test_weight_decay_is_for_matrices() -> None:
