@@ -36,7 +36,7 @@ OLD_JOB = "job.yaml"
 LOCKS = (".lease", ".writer")
 CONTENTS = (
     "raydist-job.yaml", "status.json", "data.json", "metrics.jsonl", "ledger.jsonl", "stop", "report.html",
-    "trials.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json",
+    "trials.jsonl", "optuna.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json",
     "checkpoints", "ray", "model", ".model.tmp", "export", "tensorboard", "wandb",
 )  # fmt: skip
 """All that raydist writes into a run's or a sweep's folder, except the marker and the locks."""
@@ -59,6 +59,7 @@ class RunFolder:
         self.report = path / "report.html"
         self.stop_flag = path / "stop"
         self.trials_file = path / "trials.jsonl"
+        self.optuna_journal = path / "optuna.jsonl"
         self.best_file = path / "best.yaml"
         self.sweep_page = path / "sweep.html"
         self.mlflow_pin = path / "mlflow.json"
@@ -215,7 +216,7 @@ class RunFolder:
 
         It was never a record, and must not swallow the next one.
         """
-        for path in (self.ledger_file, self.metrics_file):
+        for path in (self.ledger_file, self.metrics_file, self.trials_file, self.optuna_journal):
             if path.exists():
                 whole, newline, torn = path.read_bytes().rpartition(b"\n")
                 if torn:

@@ -6,6 +6,7 @@
 
     sweep      holds the folder, prepares the tokens once, searches, and says which trial was best
     suggest    the parameters of each trial, by number; kept before the trial begins
+    memory     what Optuna knows of the trials, in a journal of the sweep's folder
     trial      one trial: an ordinary run, whose evaluations are its results
 
 A trial is the run <sweep>-003 in the same storage, and its folder says what is known of it. A sweep that is

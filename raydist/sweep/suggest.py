@@ -10,44 +10,49 @@ from typing import Any
 import numpy as np
 from ray import tune
 from ray.tune.search import Searcher
-from ray.tune.search.optuna import OptunaSearch
 
 from raydist import files
+from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.job.tune import Distribution
+from raydist.sweep.memory import OptunaMemory, Parameters
 
 METRIC = "bits_per_byte"
-Parameters = dict[str, Any]
+ENDED = ("finished", "pruned")
+"""States of trials that never run again."""
 
 
 class Journal(Searcher):
     """Gives trial number k its parameters: those of trials.jsonl, else drawn and appended there."""
 
-    def __init__(self, job: Job, file: Path) -> None:
+    def __init__(self, job: Job, folder: RunFolder) -> None:
         assert job.tune is not None
         super().__init__(METRIC, "min")
-        self._spec, self._seed, self._file = job.tune, job.seed, file
+        self._spec, self._seed, self._folder = job.tune, job.seed, folder
         self._length = job.train.max_tokens or 0.0  # a budget needs it, and only a budget does
         self._spent: dict[int, float] = {}
         self._running: set[int] = set()
-        self._known = read_parameters(file)
+        self._known = read_parameters(folder.trials_file)
         self._begun: dict[str, int] = {}
         self._domains = {key: _domain(of) for key, of in job.tune.search.items() if of.grid is None}
         self._optuna = None
         if job.tune.searcher == "optuna":
-            self._optuna = OptunaSearch(self._domains, metric=METRIC, mode="min", seed=job.seed)
+            self._optuna = OptunaMemory(job.tune.search, job.seed, folder.optuna_journal, self._known)
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:  # type: ignore[override]
         number = len(self._begun)
         if number >= self._spec.n_trials:
             return self.FINISHED
         known = number < len(self._known)
-        parameters = self._known[number] if known else self._draw(number, trial_id)
+        parameters = self._known[number] if known else self._draw(number)
         if not known:
             if not self._affords(parameters):
                 return None if self._running else self.FINISHED  # one that is pruned leaves tokens
-            files.append_json(self._file, {"number": number, "parameters": parameters}, flush=True)
+            record = {"number": number, "parameters": parameters}
+            files.append_json(self._folder.trials_file, record, flush=True)
             self._known.append(parameters)
+            if self._optuna is not None:
+                self._optuna.begin(parameters)
         self._begun[trial_id] = number
         self._running.add(number)
         self._spent[number] = parameters.get("train.max_tokens", self._length)
@@ -62,17 +67,19 @@ class Journal(Searcher):
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
     ) -> None:
-        """Optuna learns of each trial by what it had and what came of it, drawn in this process or not."""
-        number, value = self._begun[trial_id], (result or {}).get(METRIC, math.inf)
+        """Optuna learns what came of a trial once that is final; a failed or stopped one is tried again."""
+        number, result = self._begun[trial_id], result or {}
         self._running.discard(number)
         if result:
             self._spent[number] = result["tokens"]
-        if self._optuna is not None and math.isfinite(value):
-            self._optuna.add_evaluated_point(self._known[number], value)
+        value = result.get(METRIC, math.inf)
+        ended = not error and outcome(result, self._folder) in ENDED
+        if self._optuna is not None and ended and math.isfinite(value):
+            self._optuna.tell(number, value)
 
-    def _draw(self, number: int, trial_id: str) -> Parameters:
+    def _draw(self, number: int) -> Parameters:
         if self._optuna is not None:
-            return dict(self._optuna.suggest(trial_id) or {})
+            return self._optuna.draw(number)
         random = np.random.default_rng([self._seed, number])
         drawn = {key: _plain(domain.sample(random_state=random)) for key, domain in self._domains.items()}
         return {key: drawn.get(key, point) for key, point in self._point(number).items()}
@@ -82,6 +89,15 @@ class Journal(Searcher):
         axes = [of.grid or [None] for of in self._spec.search.values()]
         points = list(itertools.product(*axes))
         return dict(zip(self._spec.search, points[number % len(points)], strict=True))
+
+
+def outcome(result: dict[str, Any], folder: RunFolder) -> str:
+    """How a trial ended, by its last result: one that does not say was ended early.
+
+    folder: the sweep's, which says whether somebody asked it to stop.
+    """
+    early = "stopped" if folder.stop_flag.exists() else "pruned"
+    return str(result.get("state", early))
 
 
 def read_parameters(file: Path) -> list[Parameters]:

@@ -25,8 +25,9 @@ from raydist.job.tune import Tune
 from raydist.run.dataset import Prepared, prepare_logs
 from raydist.run.lifecycle import Life, at_the_end, folder_of, state_after
 from raydist.run.preflight import check_job
-from raydist.sweep.suggest import METRIC, Journal, Parameters, read_parameters
-from raydist.sweep.trial import ENDED, SweepSpec, TrialRun, curve
+from raydist.sweep.memory import Parameters
+from raydist.sweep.suggest import ENDED, METRIC, Journal, outcome, read_parameters
+from raydist.sweep.trial import SweepSpec, TrialRun, curve
 from raydist.track.listener import Listener
 from raydist.track.mlflow import finish_parent, start_parent
 from raydist.track.progress import make_view
@@ -103,7 +104,8 @@ def _search(spec: SweepSpec, life: Life, at_a_time: int) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # OutcomeLog says what goes wrong
     assert spec.job.tune is not None
     folder = life.folder
-    journal = Journal(spec.job, folder.trials_file)
+    folder.cut_torn_lines()
+    journal = Journal(spec.job, folder)
     # no CPU: all are for the workers; and Ray refuses a request for nothing
     trainable = tune.with_resources(tune.with_parameters(TrialRun, spec=spec), {"memory": 2**20})
     tune.Tuner(
@@ -176,8 +178,7 @@ class OutcomeLog(tune.Callback):
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result
-        early = "stopped" if self._folder.stop_flag.exists() else "pruned"
-        self._end(_number(trial), result.get("state", early), result.get("error", ""))
+        self._end(_number(trial), outcome(result, self._folder), result.get("error", ""))
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self._end(_number(trial), "failed", str(trial.get_error() or "its process died").splitlines()[0])

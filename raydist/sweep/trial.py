@@ -25,9 +25,6 @@ from raydist.track.listener import Listener
 from raydist.track.records import Record, effective
 
 Result = dict[str, Any]
-ENDED = ("finished", "pruned")
-"""States of trials that never run again."""
-
 ROOM_SECONDS = "600"
 """A trial's workers may wait so long for those of a trial that was ended to make their last checkpoint."""
 

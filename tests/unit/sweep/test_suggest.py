@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raydist.errors import JobError
+from raydist.errors import JobError, RunError
+from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.job.schema import Job
 from raydist.job.search import trial_job
@@ -30,9 +32,11 @@ def sweep(search: dict[str, Any], **more: Any) -> Job:
     )
 
 
-def suggested(job: Job, file: Path, count: int) -> list[dict[str, Any]]:
+def suggested(job: Job, path: Path, count: int) -> list[dict[str, Any]]:
     """Of so many trials; each ends, the better the higher its learning rate."""
-    journal = Journal(job, file)
+    path.mkdir(exist_ok=True)
+    folder = RunFolder(path)
+    file, journal = folder.trials_file, Journal(job, folder)
     for number in range(count):
         config = journal.suggest(f"t{number}")
         if isinstance(config, str):
@@ -64,13 +68,54 @@ def test_a_grid_is_combined_with_what_is_drawn(tmp_path: Path) -> None:
     assert len({p["train.lr"] for p in drawn}) == 5
 
 
-def test_optuna_learns_from_trials_of_this_and_of_an_earlier_process(tmp_path: Path) -> None:
-    job = sweep(LR, trials=40, searcher="optuna")
-    first = suggested(job, tmp_path / "a", 20)
-    drawn = suggested(job, tmp_path / "a", 40)
-    assert drawn[:20] == first and len(drawn) == 40
-    mean = sum(p["train.lr"] for p in drawn[20:]) / 20
-    assert mean > 2 * sum(p["train.lr"] for p in drawn[:10]) / 10  # the first ten are drawn blindly
+MIXED = {**LR, "train.optimizer.betas": {"choice": [[0.9, 0.95], [0.9, 0.999]]}}
+
+
+def test_optuna_learns_and_a_resumed_sweep_proposes_what_an_undisturbed_one_does(tmp_path: Path) -> None:
+    job = sweep(MIXED, trials=30, searcher="optuna")
+    undisturbed = suggested(job, tmp_path / "a", 30)
+    assert len({p["train.lr"] for p in undisturbed}) == 30
+    late, early = (sum(p["train.lr"] for p in of) / 10 for of in (undisturbed[20:], undisturbed[:10]))
+    assert late > 2 * early  # the first ten are drawn blindly
+    for after in (3, 12, 30):
+        assert suggested(job, tmp_path / "cut", after) == undisturbed[:after]
+    RunFolder(tmp_path / "cut").optuna_journal.unlink()  # as in a sweep that began without one
+    assert suggested(job, tmp_path / "cut", 30) == undisturbed
+    suggested(job, tmp_path / "lost", 12)
+    RunFolder(tmp_path / "lost").optuna_journal.unlink()
+    assert suggested(job, tmp_path / "lost", 30) == undisturbed
+
+
+def test_optuna_takes_no_result_of_a_trial_that_runs_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    job = sweep(LR, trials=4, searcher="optuna")
+    journal = Journal(job, folder)
+    for name in "abcd":
+        journal.suggest(name)
+    folder.stop_flag.touch()
+    journal.on_trial_complete("a", {METRIC: 9.0, "tokens": 1e5})  # ended since the sweep was stopped
+    folder.stop_flag.unlink()
+    journal.on_trial_complete("b", {METRIC: 9.0, "tokens": 1e5, "state": "failed"})
+    journal.on_trial_complete("c", error=True)
+    again = Journal(job, folder)
+    for name, value in zip("abcd", (1.0, 2.0, 3.0, 4.0), strict=True):
+        again.suggest(name)
+        again.on_trial_complete(name, {METRIC: value, "tokens": 1e6, "state": "finished"})
+    told = re.findall(r'"values":\[([\d.]+)\]', folder.optuna_journal.read_text())
+    assert told == ["1.0", "2.0", "3.0", "4.0"]
+
+
+def test_a_line_that_a_killed_driver_left_is_cut_and_a_damaged_journal_is_refused(tmp_path: Path) -> None:
+    job, folder = sweep(LR, trials=4, searcher="optuna"), RunFolder(tmp_path)
+    whole = suggested(job, tmp_path / "whole", 4)
+    suggested(job, tmp_path, 2)
+    for path in (folder.trials_file, folder.optuna_journal):
+        path.write_bytes(path.read_bytes() + b'{"number": 2, "par')
+    folder.cut_torn_lines()
+    assert suggested(job, tmp_path, 4) == whole
+    folder.optuna_journal.write_text("\0\0\0\n\0\n")
+    with pytest.raises(RunError, match=r"journal optuna\.jsonl cannot be read"):
+        Journal(job, folder)
 
 
 def test_no_trial_begins_that_would_pass_the_budget(tmp_path: Path) -> None:
@@ -78,7 +123,7 @@ def test_no_trial_begins_that_would_pass_the_budget(tmp_path: Path) -> None:
 
 
 def test_what_was_pruned_leaves_tokens_for_others(tmp_path: Path) -> None:
-    journal = Journal(sweep(LR, trials=9, max_tokens=2e6), tmp_path / "a")
+    journal = Journal(sweep(LR, trials=9, max_tokens=2e6), RunFolder(tmp_path))
     assert [journal.suggest(name) for name in "abc"] == [{"number": 0}, {"number": 1}, None]
     journal.on_trial_complete("a", {METRIC: 4.0, "tokens": 2e5})
     assert journal.suggest("d") is None  # 0.2 and 1 spent: no room for another whole one
