@@ -14,6 +14,7 @@ from raydist.job.schema import Job
 from raydist.run.dataset import Prepared, find_prepared, prepare_logs
 from raydist.run.lifecycle import folder_of
 from raydist.run.run import RunResult, run_job
+from raydist.track.listener import Listener
 from raydist.track.progress import make_view
 
 if TYPE_CHECKING:
@@ -59,10 +60,16 @@ def tune(job: Job, *, address: str | None = None) -> SweepResult:
     return run_sweep(job, address=ray_address(address))
 
 
-def prepare(job: Job, *, address: str | None = None) -> Prepared:
-    """Make the token logs of `job`, or find them made; returns them opened."""
-    with make_view() as view, ray_session(0, 1, ray_address(address)):
-        return prepare_logs(job, view)
+def prepare(job: Job, *, address: str | None = None, listener: Listener | None = None) -> Prepared:
+    """Make the token logs of `job`, or find them made; returns them opened.
+
+    listener: by default a live view, or lines, on stderr.
+    """
+    view, address = listener or make_view(name=job.name), ray_address(address)
+    with view:
+        view.phase("joining the cluster" if address else "starting Ray")
+        with ray_session(0, 1, address):
+            return prepare_logs(job, view)
 
 
 def open_feed(job_or_run: Job | str | Path) -> Feed:

@@ -19,6 +19,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
+import orjson
+
 from raydist import files
 from raydist.errors import RunBusy, RunError
 
@@ -35,8 +37,8 @@ OLD_JOB = "job.yaml"
 
 LOCKS = (".lease", ".writer")
 CONTENTS = (
-    "raydist-job.yaml", "status.json", "data.json", "metrics.jsonl", "ledger.jsonl", "stop", "report.html",
-    "trials.jsonl", "optuna.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json",
+    "raydist-job.yaml", "status.json", "progress.json", "data.json", "metrics.jsonl", "ledger.jsonl", "stop",
+    "report.html", "trials.jsonl", "optuna.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json",
     "checkpoints", "ray", "model", ".model.tmp", "export", "tensorboard", "wandb",
 )  # fmt: skip
 """All that raydist writes into a run's or a sweep's folder, except the marker and the locks."""
@@ -49,6 +51,7 @@ class RunFolder:
         self.path = path
         self.marker = path / MARKER
         self.status_file = path / "status.json"
+        self.progress_file = path / "progress.json"
         self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
         self.ledger_file = path / "ledger.jsonl"
@@ -179,6 +182,25 @@ class RunFolder:
         assert state in STATES, state
         since = datetime.now(UTC).isoformat(timespec="seconds")
         files.write_json(self.status_file, {"state": state, "since": since, **more})
+
+    def progress(self, attempt: int) -> tuple[str, int, int] | None:
+        """The phase that rank 0 of this attempt is in, and done and total of it; None if not known.
+
+        total is 0 where it is not known.
+        """
+        try:
+            now = files.read_record(self.progress_file)
+            known = now.get("attempt") == attempt and now["phase"] is not None
+            return (str(now["phase"]), int(now["done"]), int(now["total"])) if known else None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # it is for people; a damaged one says nothing
+
+    def write_progress(self, attempt: int, phase: str | None, done: int, total: int) -> None:
+        """Not flushed to disk, since nothing is resumed from it."""
+        now = {"attempt": attempt, "phase": phase, "done": done, "total": total}
+        temporary = self.path / ".progress.json.tmp"
+        temporary.write_bytes(orjson.dumps(now))
+        temporary.replace(self.progress_file)
 
     def data(self) -> dict[str, Any]:
         """What is known of the run's tokens, and the fingerprints of the token logs it is pinned to."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from raydist.cli import show
-from raydist.cli.options import JOB, address, as_json, of_a_job, overrides
+from raydist.cli.options import JOB, address, as_json, of_a_job, overrides, plain
 from raydist.errors import JobError
 
 if TYPE_CHECKING:
@@ -67,16 +67,21 @@ def plan(job_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
 @click.command(short_help="Only make a job's token logs.")
 @of_a_job
 @address
+@plain
 @as_json
-def prepare(job_file: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+def prepare(
+    job_file: str, overrides: tuple[str, ...], address: str | None, plain: bool, as_json: bool
+) -> None:
     """Only make the job's token logs; what is there already is kept."""
     from raydist import api
     from raydist.cluster.connect import ray_address
     from raydist.run.describe import describe, describe_log
+    from raydist.track.progress import make_view
 
     job = api.load_job(job_file, overrides)
-    prepared = api.prepare(job, address=ray_address(address, job.cluster.address))
-    described = describe(prepared, prepared.feed())
+    with make_view(name=job.name, plain=plain) as view:
+        prepared = api.prepare(job, address=ray_address(address, job.cluster.address), listener=view)
+        described = describe(prepared, prepared.feed(view))
     described["eval_sources"] = {name: describe_log(log) for name, log in prepared.eval_logs.items()}
     if as_json:
         show.as_json(described)
@@ -94,9 +99,15 @@ def prepare(job_file: str, overrides: tuple[str, ...], address: str | None, as_j
     type=click.Path(file_okay=False, path_type=Path),
     help="Write a torch.profiler trace of a few steps there, a file per worker.",
 )
+@plain
 @as_json
 def train(
-    job_file: str, overrides: tuple[str, ...], address: str | None, profile: Path | None, as_json: bool
+    job_file: str,
+    overrides: tuple[str, ...],
+    address: str | None,
+    profile: Path | None,
+    plain: bool,
+    as_json: bool,
 ) -> None:
     """Run the job on this process's Ray: RAY_ADDRESS, or an embedded one.
 
@@ -106,14 +117,18 @@ def train(
     from raydist.cluster.connect import ray_address
     from raydist.job.load import load_job
 
-    _run_here(load_job(job_file, overrides), ray_address(address), as_json, profile and profile.absolute())
+    job, profile = load_job(job_file, overrides), profile and profile.absolute()
+    _run_here(job, ray_address(address), as_json, plain, profile)
 
 
 @click.command(short_help="Run a job on a cluster, or here where none is configured.")
 @of_a_job
 @address
+@plain
 @as_json
-def submit(job_file: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+def submit(
+    job_file: str, overrides: tuple[str, ...], address: str | None, plain: bool, as_json: bool
+) -> None:
     """Run the job on a cluster through Ray's Jobs API, follow its log and return its exit status.
 
     With no cluster configured the job runs here, on an embedded local Ray.
@@ -129,17 +144,20 @@ def submit(job_file: str, overrides: tuple[str, ...], address: str | None, as_js
             " running on an embedded local Ray",
             err=True,
         )
-        _run_here(job, None, as_json)
+        _run_here(job, None, as_json, plain)
         return
     from raydist.cluster.submit import submit_and_follow
 
     raise SystemExit(submit_and_follow(job, cluster, click.echo))
 
 
-def _run_here(job: Job, address: str | None, as_json: bool, profile: Path | None = None) -> None:
-    from raydist.run.run import run_job
+def _run_here(job: Job, address: str | None, as_json: bool, plain: bool, profile: Path | None = None) -> None:
+    from raydist.track.progress import make_view
 
-    result = run_job(job, address=address, profile=profile)
+    with make_view(name=job.name, plain=plain) as view:  # before the imports, which take their time
+        from raydist.run.run import run_job
+
+        result = run_job(job, address=address, listener=view, profile=profile)
     if as_json:
         show.as_json({"run": str(result.folder), "state": result.state, "evaluations": result.metrics})
     else:
@@ -149,8 +167,9 @@ def _run_here(job: Job, address: str | None, as_json: bool, profile: Path | None
 @click.command(short_help="Run a sweep over learning rate, block size or any other key.")
 @of_a_job
 @address
+@plain
 @as_json
-def tune(job_file: str, overrides: tuple[str, ...], address: str | None, as_json: bool) -> None:
+def tune(job_file: str, overrides: tuple[str, ...], address: str | None, plain: bool, as_json: bool) -> None:
     """Run the sweep that the job's `tune` section describes, here or on a cluster; resumes it if it began."""
     from raydist.cluster.connect import ray_address
     from raydist.job.load import load_job
@@ -162,11 +181,16 @@ def tune(job_file: str, overrides: tuple[str, ...], address: str | None, as_json
 
         raise SystemExit(submit_and_follow(job, cluster, click.echo, "tune"))
     from raydist.run.lifecycle import folder_of
-    from raydist.sweep.sweep import read_sweep, run_sweep
+    from raydist.track.progress import make_view
 
     try:
-        run_sweep(job, address=cluster)
+        with make_view(name=job.name, plain=plain) as view:  # before the imports, which take their time
+            from raydist.sweep.sweep import run_sweep
+
+            run_sweep(job, address=cluster, listener=view)
     finally:
+        from raydist.sweep.sweep import read_sweep
+
         if folder_of(job).trials_file.exists():
             result = read_sweep(job)
             show.as_json(result) if as_json else show.sweep(result)

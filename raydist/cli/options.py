@@ -17,6 +17,7 @@ overrides = click.option(
     help="Override a key of the job, such as train.lr=1e-4.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print data as JSON.")
+plain = click.option("--plain", is_flag=True, help="Print lines in a terminal too, in place of a live view.")
 address = click.option(
     "--address", help="Ray's address. Default: RAY_ADDRESS, else cluster.address in the job."
 )

@@ -35,7 +35,8 @@ class Feed:
 
     holdout: share of the documents held out for evaluation.  dedup: whether documents whose text occurred
     before are left out.  stretches: how many samples of which block size follow each other, in place of
-    packing's one; the last has no end. Raises what Stage does.
+    packing's one; the last has no end.  on_packed: called after each shard that is packed.
+    Raises what Stage does.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class Feed:
         *,
         dedup: bool = False,
         stretches: Sequence[Stretch] = (),
+        on_packed: Callable[[], None] = lambda: None,
     ) -> None:
         self._made_of = (tuple(sources), packing, seed, holdout)
         self._options = {"dedup": dedup, "stretches": tuple(stretches)}
@@ -59,7 +61,7 @@ class Feed:
         for size, start in zip(sizes, starts, strict=True):
             resized = packing.model_copy(update={"block_size": size})
             before = self.stages[-1] if self.stages else None
-            self.stages.append(Stage(sources, selections, resized, seed, before, start))
+            self.stages.append(Stage(sources, selections, resized, seed, before, start, on_packed))
         self.sources, self.streams = self.stages[0].sources, self.stages[0].streams
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -204,8 +206,16 @@ def _made(made_of: tuple[Sequence[FeedSource], Packing, int, float], options: di
     return Feed(*made_of, **options)  # type: ignore[arg-type]
 
 
-def make_feed(job: Job, logs: Mapping[str, TokenLog]) -> Feed:
-    """The feed of a job. logs: the token log of each source, by name."""
+def make_feed(job: Job, logs: Mapping[str, TokenLog], on_packed: Callable[[], None] = lambda: None) -> Feed:
+    """The feed of a job. logs: the token log of each source, by name.  on_packed: see Feed."""
     sources = [FeedSource(name, logs[name], source.weight) for name, source in job.corpus.sources.items()]
     dedup, lengths = job.corpus.dedup == "exact", stretches(job) if job.stages else ()
-    return Feed(sources, job.packing, job.seed, job.corpus.holdout, dedup=dedup, stretches=lengths)
+    return Feed(
+        sources,
+        job.packing,
+        job.seed,
+        job.corpus.holdout,
+        dedup=dedup,
+        stretches=lengths,
+        on_packed=on_packed,
+    )

@@ -8,6 +8,7 @@ Both are made again when they are missing or damaged, see raydist.feed.cache.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -53,10 +54,17 @@ class PackedSource:
     """The blocks of a source. To open it reads one small file, or, the first time, packs every shard.
 
     n_blocks hold n_tokens (without EOS) and n_eos. The selection leaves out held_out_documents with
-    held_out_tokens and, of the others, duplicate_documents with duplicate_tokens.
+    held_out_tokens and, of the others, duplicate_documents with duplicate_tokens. on_packed: called after
+    each shard that is packed.
     """
 
-    def __init__(self, source: FeedSource, packing: Packing, selection: Selection) -> None:
+    def __init__(
+        self,
+        source: FeedSource,
+        packing: Packing,
+        selection: Selection,
+        on_packed: Callable[[], None] = lambda: None,
+    ) -> None:
         self.name, self.log, self.weight = source.name, source.log, source.weight
         self.packing, self.selection = packing, selection
         # The folder's name stands for all that decides which inputs are in which block.
@@ -66,7 +74,11 @@ class PackedSource:
         self.folder = pack_index_folder(self.log) / name
         # The totals of a token log that grows are not kept: there will be more of them.
         complete = self.log.complete
-        rows = cached_array(self.folder / "counts", self._make_totals) if complete else self._make_totals()
+
+        def make() -> Ints:
+            return self._make_totals(on_packed)
+
+        rows = cached_array(self.folder / "counts", make) if complete else make()
         self.totals = Totals(*rows.reshape(len(self.log.shards), len(Totals._fields)).T)
         sums = [int(column.sum()) for column in self.totals]
         self.n_blocks, self.n_tokens, self.n_eos = sums[:3]
@@ -84,8 +96,12 @@ class PackedSource:
         size, strategy, eos = self.packing.block_size, self.packing.strategy, self.packing.add_eos_token
         return pack(lengths, keep, block_size=size, strategy=strategy, eos=eos)
 
-    def _make_totals(self) -> Ints:
-        return np.array([self._totals_of(shard) for shard in range(len(self.log.shards))], np.int64).ravel()
+    def _make_totals(self, on_packed: Callable[[], None]) -> Ints:
+        rows = []
+        for shard in range(len(self.log.shards)):
+            rows.append(self._totals_of(shard))
+            on_packed()
+        return np.array(rows, np.int64).ravel()
 
     def _totals_of(self, shard: int) -> list[int]:
         key = self.folder, self.log.shards[shard].name

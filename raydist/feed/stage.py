@@ -7,7 +7,7 @@ these. So nothing is lost or repeated, whatever the block size becomes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import lru_cache
@@ -55,7 +55,7 @@ class Stage:
     Weighted sources are one stream each, mixed by Tijdeman's rule. Without weights the shards of all
     sources are merged into one stream, and an epoch is every document once. selections: one for each source.
     start: the sample of the run that the stage begins with; samples are numbered from the start of the run.
-    before: the stage that it follows.
+    before: the stage that it follows.  on_packed: called after each shard that is packed.
 
     Raises EmptyCorpus if a stream has no block, LogError if the token logs do not belong together.
     """
@@ -68,11 +68,12 @@ class Stage:
         seed: int,
         before: Stage | None = None,
         start: int = 0,
+        on_packed: Callable[[], None] = lambda: None,
     ) -> None:
         self.packing, self.seed, self.start = packing, seed, start
         self.blocks = blocks_for([source.log for source in sources], packing)
         self.sources = tuple(
-            PackedSource(source, packing, selection)
+            PackedSource(source, packing, selection, on_packed)
             for source, selection in zip(sources, selections, strict=True)
         )
         weights = [source.weight for source in sources if source.weight is not None]

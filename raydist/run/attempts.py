@@ -23,6 +23,7 @@ from raydist.job.schema import Job
 from raydist.run.background import in_background
 from raydist.run.dataset import Prepared
 from raydist.run.lifecycle import Life
+from raydist.track.humanize import workers
 from raydist.track.listener import Listener
 from raydist.track.records import Tail, read_metrics
 
@@ -49,8 +50,9 @@ def train(
     """
     job, folder, lost = life.job, life.folder, 0
     life.training()
-    life.listener.phase("training")
+    life.listener.history(read_metrics(folder))
     found: int | None = folder.data().get("micro_batch_tokens")
+    why = life.why
     while True:
         life.phases.begin("start")
         nodes = node_resources()
@@ -62,13 +64,15 @@ def train(
             folder.next_attempt(),
             profile=profile,
             driver_seconds=life.phases.take(),
+            why=why,
         )
         try:
             return _watch(spec, folder, rest, life.listener)
         except OutOfMemory as error:
             found = halved(job, folder, plan, spec.attempt, error)
             smaller = plan_attempt(job, samples_per_epoch, nodes, found).micro_batches
-            life.listener.message(f"{error.what}; going on with {smaller} of the same global batch")
+            why = f"{error.what}; going on with {smaller} of the same global batch"
+            life.listener.message(why)
         except WorkerLost as error:
             lost += 1
             if lost > job.scaling.max_failures:
@@ -80,7 +84,8 @@ def train(
                 ) from error
             # a GPU node that is gone now may be back before the next attempt's workers start
             found = found or starting_tokens(job, nodes)
-            life.listener.message(f"a worker was lost; going on from the last checkpoint ({error.what})")
+            why = f"a worker was lost; going on from the last checkpoint ({error.what})"
+            life.listener.message(why)
 
 
 def plan_attempt(
@@ -130,10 +135,11 @@ def attempt_spec(
     *,
     profile: Path | None = None,
     driver_seconds: dict[str, float] | None = None,
+    why: str = "",
 ) -> AttemptSpec:
     """An attempt that is about to be given away. Paths are absolute: a worker's working directory is another.
 
-    driver_seconds: see AttemptSpec.
+    driver_seconds, why: see AttemptSpec.
     """
     from raydist.model.build import base_path
     from raydist.training.attempt_spec import AttemptSpec
@@ -154,21 +160,36 @@ def attempt_spec(
         profile=profile,
         driver_seconds=driver_seconds or {},
         sent=time.time(),
+        why=why,
     )
+
+
+class Follower:
+    """Passes on to the listener what an attempt records from now on, and what its rank 0 is doing."""
+
+    def __init__(self, spec: AttemptSpec, folder: RunFolder, listener: Listener) -> None:
+        self._attempt, self._folder, self._listener = spec.attempt, folder, listener
+        records = folder.metrics_file
+        self._tail = Tail(records, offset=records.stat().st_size if records.exists() else 0)
+        listener.phase(f"starting {workers(spec.plan.world_size)}")
+
+    def poll(self) -> None:
+        for record in self._tail.poll():
+            self._listener.record(record)
+        if now := self._folder.progress(self._attempt):
+            self._listener.progress(*now)
 
 
 def _watch(spec: AttemptSpec, folder: RunFolder, rest: Future[Any] | None, listener: Listener) -> TrainResult:
     """One attempt, in a thread, so that this one can pass on its records and receive signals."""
     from raydist.cluster.trainer import run_attempt
 
-    records = folder.metrics_file
-    tail = Tail(records, offset=records.stat().st_size if records.exists() else 0)
+    follower = Follower(spec, folder, listener)
     attempt = in_background(lambda: run_attempt(spec, listener.message), "attempt")
     done = False
     while not done:
         done = attempt.done()  # before the poll, so that the last records are not missed
-        for record in tail.poll():
-            listener.record(record)
+        follower.poll()
         if rest is not None and rest.done():
             rest.result()
         time.sleep(0 if done else POLL_SECONDS)

@@ -47,11 +47,22 @@ class Prepared:
             "eval_logs": {name: log.fingerprint for name, log in self.eval_logs.items()},
         }
 
-    def feed(self) -> Feed:
-        """The packed blocks. Raises EmptyCorpus when holdout and cleaning leave no document."""
+    def feed(self, listener: Listener | None = None) -> Feed:
+        """The packed blocks; `listener` hears of packing, which the first feed of a packing takes.
+
+        Raises EmptyCorpus when holdout and cleaning leave no document.
+        """
         from raydist.feed import make_feed
 
-        feed = make_feed(self.job, self.logs)
+        listener, packed = listener or Listener(), 0
+        shards = sum(len(log.shards) for log in self.logs.values()) * len(self.job.block_sizes)
+
+        def on_packed() -> None:
+            nonlocal packed
+            packed += 1
+            listener.progress("packing", packed, shards)
+
+        feed = make_feed(self.job, self.logs, on_packed)
         if empty := [source.name for source in feed.sources if source.n_blocks == 0]:
             raise EmptyCorpus(
                 f"no document is left to train on in {', '.join(empty)}",

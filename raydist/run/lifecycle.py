@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from raydist.cluster.connect import ray_session
 from raydist.errors import RunChanged, Stopped
@@ -38,6 +39,8 @@ class Life:
         self.job, self.kind, self.listener = job, kind, listener
         self.folder = folder_of(job)
         self.phases = Phases("plan")
+        self.why = ""
+        """Why this driver begins; known once its folder is held."""
         self._changed: list[str] = []
         self._known = False
 
@@ -52,6 +55,7 @@ class Life:
         with self.listener, self.folder.lease():
             self.folder.mark(self.kind)
             self._compare()
+            self.why = _why(self.folder.status(), new=self._changed != [] or not self._known)
             yield
 
     @property
@@ -68,6 +72,7 @@ class Life:
             self.folder.stop_flag.unlink(missing_ok=True)
             self.folder.write_job(job_yaml(self.job))
             self.folder.set_status("planning")
+            self.listener.phase("checking the job")
             yield
 
     @contextmanager
@@ -75,6 +80,7 @@ class Life:
         """On the cluster at `address`, or on a Ray of this process's own with room for the job's workers."""
         scaling = self.job.scaling
         self.phases.begin("start")
+        self.listener.phase("joining the cluster" if address else "starting Ray")
         with (
             ray_session(scaling.num_workers, scaling.cpus_per_worker, address),
             self._stop_signals(),  # again: joining a cluster puts Ray's own handlers in place
@@ -170,6 +176,16 @@ def keep_collator(job: Job, folder: RunFolder) -> None:
             fix="restore its module, or give the job a new name",
         )
     folder.add_data(collator=source)
+
+
+def _why(status: dict[str, Any], *, new: bool) -> str:
+    """Why a run is submitted whose folder has this status. new: nothing of what is there is gone on with."""
+    if new or not status:
+        return "first submission"
+    state = status.get("state")
+    if state == "failed":
+        return f"submitted again after it failed: {str(status.get('error')).splitlines()[0]}"
+    return f"submitted again after {'it was stopped' if state == 'stopped' else 'its driver was killed'}"
 
 
 def state_after(error: BaseException | None) -> str:

@@ -85,7 +85,8 @@ def _prepare_and_train(life: Life, parent: str | None, profile: Path | None) -> 
     check_on_cluster(life.job)
     life.preparing()
     prepared, rest = _prepare(life)
-    feed = prepared.feed()
+    life.listener.phase("packing")
+    feed = prepared.feed(life.listener)
     write_data(life.folder, prepared, feed)
     life.stop_if_asked()
     with reported(life, parent):
@@ -94,9 +95,10 @@ def _prepare_and_train(life: Life, parent: str | None, profile: Path | None) -> 
             if result.stopped and not rest.done():
                 raise life.stopped()
             prepared = _awaited(rest, life.listener)
-            feed = prepared.feed()
+            life.listener.phase("packing")
+            feed = prepared.feed(life.listener)
             write_data(life.folder, prepared, feed)
-        account(life.folder, prepared, feed)
+        account(life, prepared, feed)
         if result.stopped:
             raise life.stopped()
 
@@ -132,15 +134,19 @@ def write_data(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
 # --- the end -------------------------------------------------------------------------------------
 
 
-def account(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
+def account(life: Life, prepared: Prepared, feed: Feed) -> None:
     """What became of every token up to the newest checkpoint, and a sample of the model's text."""
     from raydist.feed.audit import audit
     from raydist.run.text_sample import text_sample
     from raydist.training.checkpoint import commits
 
+    folder, sample = life.folder, None
+    life.listener.phase("accounting for every token")
     newest = next(commits(folder), None)
     counted = audit(feed, newest.samples if newest else 0)
-    sample = text_sample(prepared, folder) if folder.model.exists() else None
+    if folder.model.exists():
+        life.listener.phase("sampling", "a text of the trained model")
+        sample = text_sample(prepared, folder)
     began = next(r for r in reversed(read_metrics(folder)) if r["kind"] in ("start", "resume"))
     parameters = {"total": began["n_parameters"], "trainable": began["n_trainable"]}
     folder.add_data(audit=counted.to_json(), sample=sample, parameters=parameters)
@@ -149,15 +155,23 @@ def account(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:
 @contextmanager
 def reported(life: Life, parent: str | None) -> Iterator[None]:
     """Trackers follow the run; they and the report say how it ended, however it ends."""
-    from raydist.track.report import write_report
+    from raydist.track.report import LiveReport, write_report
     from raydist.track.start import start_trackers
+    from raydist.track.tracker import Tracker
 
-    trackers = start_trackers(life.job, life.folder, parent=parent, on_warning=life.listener.message)
+    warn = life.listener.message
+    report = LiveReport(life.folder)
+    live = Tracker(lambda: report, "report", life.folder, warn)
+    trackers = start_trackers(life.job, life.folder, parent=parent, on_warning=warn)
 
     def conclude(error: BaseException | None) -> None:
         state = state_after(error)
+        life.listener.phase("writing the report")
+        report.ended = True
+        live.finish(state)
         write_report(life.folder, state=state, error=str(error) if state == "failed" else "")
         for tracker in trackers:
+            life.listener.phase("sending records", tracker.name)
             tracker.finish(state)
 
     with at_the_end(conclude):

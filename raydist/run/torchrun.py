@@ -8,8 +8,10 @@ For Slurm, profilers and benchmarks. One attempt: a lost rank ends it, and the s
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch.distributed as dist
 
@@ -18,18 +20,16 @@ from raydist.folder import RunFolder
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
 from raydist.parallel.world import World
-from raydist.run.attempts import attempt_spec, first_micro_batch_tokens
+from raydist.run.attempts import POLL_SECONDS, Follower, attempt_spec, first_micro_batch_tokens
 from raydist.run.dataset import find_prepared
 from raydist.run.lifecycle import Life, keep_collator
 from raydist.run.preflight import check_job
 from raydist.run.run import account, reported, write_data
 from raydist.track.listener import Listener
 from raydist.track.progress import make_view
-from raydist.track.records import Tail
+from raydist.track.records import read_metrics
 from raydist.training.attempt_spec import AttemptSpec
-from raydist.training.checkpoint import Commit
-from raydist.training.hooks import Hook, StepResult
-from raydist.training.loop import Attempt, train
+from raydist.training.loop import train
 from raydist.training.torchrun import torchrun_world, train_rank
 
 FAILED, FINISHED = "failed", "finished"
@@ -80,21 +80,25 @@ class _Lead:
     def _train(self) -> None:
         life, folder = self.life, self.life.folder
         prepared = find_prepared(self.job, folder.data().get("pins"))
-        feed = prepared.feed()
+        life.listener.phase("packing")
+        feed = prepared.feed(life.listener)
         write_data(folder, prepared, feed)
         tokens = folder.data().get("micro_batch_tokens") or first_micro_batch_tokens(self.world.device.type)
         plan = make_plan(self.job, self.world.world_size, feed.samples_per_epoch, tokens)
         number = folder.next_attempt()
         folder.attempt(number).mkdir(parents=True)
         spent = life.phases.take()
-        spec = attempt_spec(prepared, folder, plan, number, profile=self.profile, driver_seconds=spent)
+        spec = attempt_spec(
+            prepared, folder, plan, number, profile=self.profile, driver_seconds=spent, why=life.why
+        )
         self._share = None
         _from_main(spec, self.world)
         life.training()
-        life.listener.phase("training")
+        life.listener.history(read_metrics(folder))
         with reported(life, parent=None):
-            result = train(spec, self.world, hooks=[Show(folder, life.listener)])
-            account(folder, prepared, feed)
+            with shown(spec, folder, life.listener):
+                result = train(spec, self.world)
+            account(life, prepared, feed)
             if result.stopped:
                 raise life.stopped()
 
@@ -107,30 +111,20 @@ def _from_main(value: AttemptSpec | str | None, world: World) -> AttemptSpec | s
     return box[0]
 
 
-class Show(Hook):
-    """Shows the run's records while the process that trains is the one that shows them."""
+@contextmanager
+def shown(spec: AttemptSpec, folder: RunFolder, listener: Listener) -> Iterator[None]:
+    """A thread passes on what is recorded, and what rank 0 is doing, while this process trains."""
+    follower, ended = Follower(spec, folder, listener), threading.Event()
 
-    def __init__(self, folder: RunFolder, listener: Listener) -> None:
-        records = folder.metrics_file
-        self._tail = Tail(records, offset=records.stat().st_size if records.exists() else 0)
-        self._listener = listener
+    def follow() -> None:
+        while not ended.wait(POLL_SECONDS):
+            follower.poll()
 
-    def on_start(self, attempt: Attempt) -> None:
-        self._show()
-
-    def on_step(self, attempt: Attempt, result: StepResult) -> None:
-        if result.loss is not None:
-            self._show()
-
-    def on_evaluate(self, attempt: Attempt, evals: dict[str, dict[str, Any]]) -> None:
-        self._show()
-
-    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
-        self._show()
-
-    def on_end(self, attempt: Attempt, *, stopped: bool) -> None:
-        self._show()
-
-    def _show(self) -> None:
-        for record in self._tail.poll():
-            self._listener.record(record)
+    thread = threading.Thread(target=follow, name="view", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        follower.poll()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 
 from raydist.track.records import Record
@@ -14,8 +15,14 @@ class Listener:
     context manager: what it displays is removed when the block ends.
     """
 
+    def history(self, records: Sequence[Record]) -> None:
+        """What the run recorded before this driver, in the order written. Called before its first attempt."""
+
     def phase(self, name: str, detail: str = "") -> None:
         """A phase begins: planning, preparing, training, ..."""
+
+    def progress(self, name: str, done: int, total: int) -> None:
+        """How much of the phase `name`, which may begin with this call, is done; total 0: not known."""
 
     def prepare(self, done: int, total: int, documents: int, tokens: int) -> None:
         """`done` of `total` slices of a token log are prepared, with so many documents and tokens."""

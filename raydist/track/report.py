@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from raydist import files
 from raydist.folder import RunFolder
@@ -23,6 +26,33 @@ from raydist.track.records import (
 )
 
 MOST_POINTS = 2000
+REWRITE_SECONDS = 30.0
+"""Shortest time between two reports of a run that trains."""
+
+LARGEST_SHARE = 0.02
+"""Writing reports takes at most this share of one CPU's time."""
+
+
+class LiveReport:
+    """Writes the report again while the run goes on: a Sink, which a Tracker calls when there is news.
+
+    ended: from then on it writes none, since the last report is written by who knows how the run ended.
+    """
+
+    def __init__(self, run: RunFolder, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run, self._clock = run, clock
+        self._next = clock()
+        self.offset, self.ended = 0, False
+
+    def send(self, records: list[Record], offset: int) -> None:
+        self.offset, began = offset, self._clock()
+        if self.ended or began < self._next:
+            return
+        write_report(self._run)
+        self._next = began + max(REWRITE_SECONDS, (self._clock() - began) / LARGEST_SHARE)
+
+    def close(self, state: str) -> None:
+        """Nothing is open between two reports."""
 
 
 def write_report(run: RunFolder, *, state: str = "", error: str = "") -> Path:
@@ -46,6 +76,7 @@ def render(run: RunFolder, *, state: str = "", error: str = "") -> str:
         mfu=statistics.median([r["mfu"] for r in train if r.get("mfu") is not None] or [0]),
         phases=phase_seconds(written),
         seconds=wall_seconds(written) if written else None,
+        about=_about(run, next((r for r in reversed(records) if r["kind"] in ("start", "resume")), {})),
         evaluations=evaluations(records),
         plots=_plots(train, evaluations(records)),
         history=[record for record in records if record["kind"] in HISTORY],
@@ -66,14 +97,67 @@ def page(template: str, folder: RunFolder, *, error: str, **content: Any) -> str
     )
     filters = (date, duration, number, redact, short, shown, size, workers)
     environment.filters.update({f.__name__: f for f in filters})
-    job = folder.job_file
     return environment.get_template(template).render(
         name=folder.path.resolve().name,
         error=redact(error),
-        job=redact(job.read_text()) if job.exists() else "",
+        job=redact(_text(folder.job_file)),
         written=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         **content,
     )
+
+
+def _text(path: Path) -> str:
+    """Empty where there is no such file, or no text in it."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _about(run: RunFolder, begun: Record) -> dict[str, str]:
+    """What the run trains, and on what. begun: the record of its newest attempt's start."""
+    try:
+        job = yaml.safe_load(redact(_text(run.job_file)))
+    except yaml.YAMLError:
+        job = None  # a damaged job; the records say what they know
+
+    def asked(*keys: str) -> Any:
+        value = job
+        for key in keys:
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    base = asked("model", "base") or _text_of("random weights, {}", asked("model", "config", "model_type"))
+    parts = [base, _text_of("a LoRA adapter of rank {}", asked("adapter", "r"))]
+    parts.append(_text_of("the base frozen in {}", asked("quantization")))
+    sources = asked("corpus", "sources") or {}
+    strategy = [asked("strategy", "name"), _text_of("stage {}", asked("strategy", "stage"))]
+    strategy.append("offloaded to host memory" if asked("strategy", "offload") == "cpu" else "")
+    device = [begun.get("device_name"), str(begun.get("device", "")).upper()]
+    threads = _text_of("{} threads each", begun.get("threads"))
+    told = {
+        "Base": _joined(parts),
+        "Sources": _joined(f"{name} ({shown(asked('corpus', 'sources', name, 'path'))})" for name in sources),
+        "Devices": _joined(
+            [f"{workers(begun['world_size'])} on {_joined(device, ' ')}", threads]
+            if "device" in begun
+            else []
+        ),
+        "Precision": _joined([begun.get("mixed_precision"), "TF32 products" if begun.get("tf32") else ""]),
+        "Strategy": _joined(strategy),
+        "Attention": _joined([begun.get("attention"), "layers compiled" if begun.get("compiled") else ""]),
+        "Versions": _joined(f"{name} {of}" for name, of in (begun.get("versions") or {}).items()),
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+def _text_of(text: str, value: Any) -> str:
+    """Empty for a value that is not there."""
+    return text.format(value) if value else ""
+
+
+def _joined(parts: Iterable[Any], by: str = ", ") -> str:
+    return by.join(str(part) for part in parts if part)
 
 
 def wall_seconds(written: Sequence[Record]) -> float:

@@ -46,7 +46,7 @@ class Tracker:
     def __init__(
         self, make: Callable[[], Sink], name: str, run: RunFolder, on_warning: Warn, poll_seconds: float = 2.0
     ) -> None:
-        self._make, self._name, self._run = make, name, run
+        self._make, self.name, self._run = make, name, run
         self._on_warning, self._warned = on_warning, False
         self._poll_seconds, self._state = poll_seconds, ""
         self._ending = threading.Event()
@@ -84,7 +84,7 @@ class Tracker:
         return self._make()
 
     def _warnings(self) -> AbstractContextManager[None]:
-        return warned(self._name, self._run, self._warn)
+        return warned(self.name, self._run, self._warn)
 
     def _warn(self, text: str) -> None:
         if not self._warned:

@@ -17,6 +17,7 @@ class AttemptSpec:
     attempt counts from 1 over the life of the run.  growing: the logs to train on are still being made.
     profile: a folder for a trace of a few steps; None for none.  driver_seconds: what the driver spent until
     then, by phase.  sent: when it gave the attempt away, as UNIX time; None where nobody waited.
+    why: why the attempt is made, for people.
     """
 
     job: Job
@@ -30,6 +31,7 @@ class AttemptSpec:
     profile: Path | None = None
     driver_seconds: dict[str, float] = field(default_factory=dict)
     sent: float | None = None
+    why: str = ""
 
     def seconds_before(self) -> dict[str, float]:
         """Seconds by phase until now, where the attempt begins to run. Hosts' clocks may differ a little."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -47,26 +47,47 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, sets: Sequence[EvalData], world: World, micro_batch_size: int, mixed_precision: str
+    model: nn.Module,
+    sets: Sequence[EvalData],
+    world: World,
+    micro_batch_size: int,
+    mixed_precision: str,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Evaluation]:
-    """Evaluate every set that has documents, in fp64 sums over all ranks. Leaves `model` in training mode."""
+    """Evaluate every set that has documents, in fp64 sums over all ranks. Leaves `model` in training mode.
+
+    on_progress: called with the labels that are done, of all, as this rank sees it.
+    """
+    sets = [each for each in sets if each.n_documents]
+    done, total = 0, sum(each.n_labels for each in sets)
+
+    def count(labels: int) -> None:
+        nonlocal done
+        done = min(total, done + labels * world.world_size)
+        on_progress(done, total)
+
     model.eval()
     try:
-        return [
-            _evaluate_one(model, s, world, micro_batch_size, mixed_precision) for s in sets if s.n_documents
-        ]
+        return [_evaluate_one(model, each, world, micro_batch_size, mixed_precision, count) for each in sets]
     finally:
         model.train()
 
 
 def _evaluate_one(
-    model: nn.Module, data: EvalData, world: World, micro_batch_size: int, mixed_precision: str
+    model: nn.Module,
+    data: EvalData,
+    world: World,
+    micro_batch_size: int,
+    mixed_precision: str,
+    count: Callable[[int], None],
 ) -> Evaluation:
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     for batch in data.batches(world.rank, world.world_size, micro_batch_size):
+        labels = int((batch["labels"] >= 0).sum())
         batch = to_device(batch, world.device)
         with autocast(world.device, mixed_precision):
             loss += loss_of(model, batch)
+        count(labels)
     total = world.sum_floats([loss.item()])[0]
     mean = total / max(data.n_labels, 1)
     return Evaluation(

@@ -31,6 +31,7 @@ from raydist.training.memory import memory_watched
 from raydist.training.norms import Norms, Taken
 from raydist.training.phases import Phases
 from raydist.training.profiler import Profile
+from raydist.training.progress import progress_written
 from raydist.training.records import Records
 from raydist.training.schedule import learning_rate
 
@@ -59,8 +60,10 @@ def train(
     Raises WorkerLost when the other ranks cannot be reached, OutOfMemory when a micro batch does not fit.
     """
     world, phases = world or World(), Phases("load", spec.seconds_before())
-    writer = RunFolder(spec.run).writer() if world.is_main else contextlib.nullcontext()
-    with contact(world.rank), memory_watched(spec.plan.micro_batches), writer:
+    folder = RunFolder(spec.run)
+    writer = folder.writer() if world.is_main else contextlib.nullcontext()
+    shown = progress_written(folder, spec.attempt, phases) if world.is_main else contextlib.nullcontext()
+    with contact(world.rank), memory_watched(spec.plan.micro_batches), writer, shown:
         attempt = Attempt(spec, world, data or open_data(spec), phases, hooks)
         try:
             stopped = attempt.fit()
@@ -130,7 +133,7 @@ class Attempt:
             hook.on_start(self)
         if self.step == 0:
             self._evaluate()
-        self.phases.begin("first_step")
+        self.phases.begin("first_step", self.step, self.plan.steps)
         for batch in self._batches():
             n_labels, counts, stop = self._agree(batch)
             lr = learning_rate(self.step, self.plan.steps, self.job.train)
@@ -141,7 +144,7 @@ class Attempt:
             result = StepResult(*self._read(loss, norm), lr, counts, batch.wait_seconds, flops)
             for hook in self.hooks:
                 hook.on_step(self, result)
-            self.phases.begin("steps")
+            self.phases.begin("steps", self.step, self.plan.steps)
             if self._due(self.job.eval.eval_steps):
                 self._evaluate()
             if self._due(self.job.checkpoint.save_steps) or stop or self._commit_asked:
@@ -247,6 +250,7 @@ class Attempt:
                 self.world,
                 self.plan.stages[-1].micro_batch_size,
                 self.job.train.mixed_precision,
+                self.phases.at,
             )
             evals = {result.source: result.to_json() for result in results}
             self.position = Position(step=self.step, samples=self.samples, seen=self.seen, evals=evals)

@@ -42,22 +42,32 @@ class Phases:
         self._clock, self._seconds = clock, dict(spent or {})
         self._running: str | None = first
         self._since = clock()
+        self._at = 0, 0
 
-    def begin(self, name: str) -> None:
+    @property
+    def now(self) -> tuple[str | None, int, int]:
+        """The phase that runs, and how much of it is done, of how much; 0 of 0 where that is not known."""
+        return self._running, *self._at
+
+    def begin(self, name: str, done: int = 0, total: int = 0) -> None:
         """The phase that runs ends, and this one does; also again, after others."""
         self._count()
-        self._running = name
+        self._running, self._at = name, (done, total)
+
+    def at(self, done: int, total: int) -> None:
+        """How much of the phase that runs is done."""
+        self._at = done, total
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
         """A phase within the one that runs, which stands still meanwhile."""
-        outer = self._running
+        outer, at = self._running, self._at
         self.begin(name)
         try:
             yield
         finally:
             self._count()
-            self._running = outer
+            self._running, self._at = outer, at
 
     def of(self, *names: str) -> float:
         """Seconds of these phases up to now."""

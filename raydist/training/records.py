@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import platform
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from raydist.model.precision import uses_tf32
 from raydist.training.checkpoint import Commit
@@ -12,6 +17,9 @@ from raydist.training.peak import peak_flops
 
 if TYPE_CHECKING:
     from raydist.training.loop import Attempt
+
+
+VERSIONS_OF = ("raydist", "torch", "transformers", "ray", "peft", "bitsandbytes", "deepspeed")
 
 
 class Records(Hook):
@@ -30,9 +38,12 @@ class Records(Hook):
             micro_batch_size=attempt.plan.micro_batch_size,
             n_parameters=attempt.n_parameters,
             n_trainable=attempt.n_trainable,
+            why=attempt.spec.why,
             device=str(attempt.world.device.type),
+            device_name=_device_name(attempt.world.device),
             mixed_precision=attempt.job.train.mixed_precision,
             tf32=uses_tf32(),
+            versions=_versions(),
             **attempt.fitted.to_json(),
         )
         if not attempt.data.feed.complete:
@@ -93,3 +104,19 @@ class Records(Hook):
             number = ends.index(attempt.samples) + 1
             block_size = attempt.plan.stages[number].block_size
             attempt.record("stage", number=number + 1, block_size=block_size)
+
+
+def _device_name(device: torch.device) -> str:
+    """Of the card; of the kind of processor on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    """Of Python, and of each package in VERSIONS_OF that is installed here."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

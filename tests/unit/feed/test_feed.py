@@ -231,6 +231,13 @@ def test_logs_that_do_not_fit_are_refused(make_log):
         )
 
 
+def test_who_asks_hears_of_each_shard_that_is_packed(make_log):
+    source, packed = [FeedSource("a", make_log(SHARDS))], list[int]()
+    for _ in range(2):  # the second time it is packed already
+        Feed(source, packing(), 0, 0.1, on_packed=lambda: packed.append(1))
+        assert len(packed) == len(SHARDS)
+
+
 def test_opening_again_reads_the_totals_alone_and_a_lost_index_is_made_again(make_log):
     log = make_log(SHARDS)
     source = [FeedSource("a", log)]

@@ -56,6 +56,33 @@ def begun(folder: RunFolder) -> None:
     files.append_json(folder.trials_file, {"number": 0, "parameters": {}})
 
 
+def test_why_a_run_is_submitted_again_is_known(tmp_path: Path) -> None:
+    def fail(life: Life) -> None:
+        assert life.why == "first submission"
+        raise JobError("no file matches", fix="correct the path")
+
+    with pytest.raises(JobError):
+        begin(a_job(tmp_path), "run", fail)
+    again: list[str] = []
+
+    def stop(life: Life) -> None:
+        again.append(life.why)
+        raise life.stopped()
+
+    with pytest.raises(Stopped):
+        begin(a_job(tmp_path), "run", stop)
+    folder = begin(a_job(tmp_path), "run", lambda life: again.append(life.why))
+    folder.set_status("training")  # as a killed driver leaves it
+    begin(a_job(tmp_path), "run", lambda life: again.append(life.why))
+    begin(a_job(tmp_path, lr=1e-3), "run", lambda life: again.append(life.why))
+    assert again == [
+        "submitted again after it failed: no file matches",
+        "submitted again after it was stopped",
+        "submitted again after its driver was killed",
+        "first submission",
+    ]
+
+
 @pytest.mark.parametrize(
     ("kind", "one", "other", "bind", "why"),
     [

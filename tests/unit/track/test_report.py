@@ -8,7 +8,7 @@ import pytest
 
 from raydist.folder import RunFolder
 from raydist.track.humanize import short
-from raydist.track.report import render, wall_seconds, write_report
+from raydist.track.report import REWRITE_SECONDS, LiveReport, render, wall_seconds, write_report
 
 
 def run_folder(run: Path, steps: int = 60) -> Path:
@@ -18,7 +18,16 @@ def run_folder(run: Path, steps: int = 60) -> Path:
     for attempt, first, last in ((1, 0, 40), (2, 30, steps)):
         kind = "resume" if first else "start"
         begin = 1e9 + 1000 * attempt
-        records.append({"kind": kind, "step": first, "world_size": 2, "attempt": attempt, "time": begin})
+        records.append(
+            {
+                "kind": kind,
+                "step": first,
+                "world_size": 2,
+                "attempt": attempt,
+                "time": begin,
+                **BEGUN[attempt],
+            }
+        )
         for step in range(first + 1, last + 1):
             records.append(_train(step, attempt, begin + step - first))
         for step in range(first, last + 1, 20):
@@ -34,6 +43,20 @@ def run_folder(run: Path, steps: int = 60) -> Path:
     (run / "status.json").write_text('{"state": "training", "since": "2026-01-01T00:00:00+00:00"}')
     (run / "data.json").write_text(json.dumps(DATA))
     return run
+
+
+BEGUN: dict[int, dict[str, Any]] = {
+    1: {"why": "first submission"},
+    2: {
+        "why": "a worker was lost (http://ann:pw@h died)",
+        "device": "cuda",
+        "device_name": "NVIDIA H100",
+        "mixed_precision": "bf16",
+        "attention": "flex",
+        "compiled": True,
+        "versions": {"python": "3.12", "torch": "2.9"},
+    },
+}
 
 
 def _train(step: int, attempt: int, time: float) -> dict[str, Any]:
@@ -99,9 +122,50 @@ def test_the_page_tells_the_whole_run(run: Path) -> None:
         assert part in told
     assert "Where the time went load first step steps 5.0 s 2.5 s 2,100.0 s" in told
     assert "MFU" not in told  # it is not known
-    assert "Attempt 2 resumed at step 30 with 2 workers" in told
+    assert "Attempt 1 started with 2 workers: first submission" in told
+    assert "Attempt 2 resumed at step 30 with 2 workers: a worker was lost (http://***@h died)" in told
     assert "790 blocks of 256 tokens, 1.23 % of them padding" in told
     assert page.count("<svg") == 6
+
+
+def test_the_page_names_what_was_trained_and_on_what(run: Path) -> None:
+    (run / "raydist-job.yaml").write_text(
+        """
+model: {base: org/small}
+adapter: {method: lora, r: 8}
+quantization: int4
+corpus: {sources: {web: {path: ["a/*.parquet", "s3://key:pw@b/x"]}, books: {path: b.txt}}}
+strategy: {name: zero, stage: 3, offload: cpu}
+"""
+    )
+    told = text_of(render(RunFolder(run)))
+    for part in (
+        "Base org/small, a LoRA adapter of rank 8, the base frozen in int4",
+        "Sources web ([&#34;a/*.parquet&#34;, &#34;s3://***@b/x&#34;]), books (b.txt)",
+        "Devices 2 workers on NVIDIA H100 CUDA",
+        "Precision bf16",
+        "Strategy zero, stage 3, offloaded to host memory",
+        "Attention flex, layers compiled",
+        "Versions python 3.12, torch 2.9",
+    ):
+        assert part in told
+    for damaged in (b"\0\0", b"model: [", b"- 1", b"\xff\xfe"):
+        (run / "raydist-job.yaml").write_bytes(damaged)
+        assert "Precision bf16" in text_of(render(RunFolder(run)))
+
+
+def test_the_report_is_written_while_the_run_goes_on_but_not_all_the_time(run: Path) -> None:
+    now = 0.0
+    live = LiveReport(RunFolder(run), clock=lambda: now)
+    folder, written = RunFolder(run), list[bool]()
+    for now in (0.0, 5.0, REWRITE_SECONDS - 1, REWRITE_SECONDS, REWRITE_SECONDS + 2):
+        folder.report.unlink(missing_ok=True)
+        live.send([_train(1, 1, now)], int(now))
+        written.append(folder.report.exists())
+    assert written == [True, False, False, True, False] and live.offset == REWRITE_SECONDS + 2
+    now, live.ended = 1e6, True
+    live.send([], 0)
+    assert not folder.report.exists()  # the last one says how the run ended, and is not replaced
 
 
 def test_a_known_mfu_is_shown(run: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from raydist.files import read_jsonl
+from raydist.folder import RunFolder
 from raydist.model.work import Work
 from raydist.training import records
 from raydist.training.hooks import Hook, StepResult
@@ -154,6 +155,47 @@ def test_each_second_counts_for_one_phase() -> None:
     phases.begin("steps")
     wait(2)
     assert phases.take() == {"steps": 2}
+
+
+def test_a_phase_says_how_far_it_is_and_the_outer_one_goes_on_where_it_was() -> None:
+    phases = Phases("load")
+    assert phases.now == ("load", 0, 0)
+    phases.begin("steps", 3, 30)
+    with phases.during("evaluation"):
+        assert phases.now == ("evaluation", 0, 0)
+        phases.at(100, 4000)
+        assert phases.now == ("evaluation", 100, 4000)
+    assert phases.now == ("steps", 3, 30)
+
+
+class Look(Hook):
+    """Waits until the run's folder says what is going on."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, int, int] | None] = []
+
+    def on_step(self, attempt: Attempt, result: StepResult) -> None:
+        if attempt.step == 3:
+            self._wait(attempt)
+            with attempt.phases.during("evaluation"):
+                attempt.phases.at(5, 10)
+                self._wait(attempt)
+
+    def _wait(self, attempt: Attempt) -> None:
+        while attempt.folder.progress(attempt.spec.attempt) != attempt.phases.now:
+            time.sleep(0.01)
+        self.seen.append(attempt.folder.progress(attempt.spec.attempt))
+
+
+def test_what_rank_0_is_doing_stands_in_the_folder(tmp_path: Path) -> None:
+    spec, look = make_spec(tmp_path), Look()
+    train(spec, hooks=[look])
+    assert look.seen == [("steps", 2, 20), ("evaluation", 5, 10)]
+    folder = RunFolder(spec.run)
+    assert folder.progress(spec.attempt + 1) is None  # it begins to write once it runs
+    for damaged in (b"", b"[]", b"\0\0", b'{"attempt": 1, "phase": "steps"}'):
+        folder.progress_file.write_bytes(damaged)
+        assert folder.progress(1) is None
 
 
 class AddPhase(Hook):

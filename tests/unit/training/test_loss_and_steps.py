@@ -74,7 +74,9 @@ def test_an_evaluation_is_the_mean_over_all_labels_of_all_ranks(tmp_path: Path) 
     assert (labels != -100).sum() == data.n_labels
     with torch.no_grad():
         logits = torch.cat([loss.logits_of(model, batch).flatten(0, 1) for batch in batches])
-    (found,) = evaluate(model, [data], World(), 2, "fp32")
+    heard: list[tuple[int, int]] = []
+    (found,) = evaluate(model, [data], World(), 2, "fp32", lambda *at: heard.append(at))
+    assert heard[-1] == (data.n_labels, data.n_labels) and heard == sorted(heard) and len(set(heard)) > 1
     assert found.eval_loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
 
 
