@@ -209,6 +209,14 @@ class RunFolder:
     def add_data(self, **more: Any) -> None:
         files.write_json(self.data_file, {**self.data(), **more})
 
+    def threads(self, num_workers: int) -> int | None:
+        """Threads of each worker in the attempts before, with so many workers; None for the first."""
+        kept = self.data().get("threads")
+        return int(kept["each"]) if kept and kept["workers"] == num_workers else None
+
+    def keep_threads(self, num_workers: int, each: int) -> None:
+        self.add_data(threads={"workers": num_workers, "each": each})
+
     def append_metric(self, record: dict[str, Any]) -> None:
         files.append_json(self.metrics_file, record)
 

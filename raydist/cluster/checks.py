@@ -142,10 +142,12 @@ def is_path(name: str) -> bool:
 
 def resources(job: Job, nodes: list[dict[str, float]], may_grow_to: float = 0) -> Finding:
     """Each worker must fit on one node; Ray Data needs one more CPU. may_grow_to: CPUs, by autoscaling."""
-    workers, each = job.scaling.num_workers, job.scaling.cpus_per_worker
+    workers, asked = job.scaling.num_workers, job.scaling.cpus_per_worker
+    each = 1 if asked == "auto" else asked
     cpus, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
     room, on_gpus = sum(workers_by_node(job, nodes)), job.scaling.on_gpus(sum(gpus))
-    needs = f"{workers} workers of {each} CPUs{' and a GPU' * on_gpus}, and 1 CPU for the data"
+    least = f"{each} CPUs" + " or more" * (asked == "auto")
+    needs = f"{workers} workers of {least}{' and a GPU' * on_gpus}, and 1 CPU for the data"
     has = f"nodes of {cpus} CPUs" + f" and {gpus} GPUs" * on_gpus
     if room >= workers and sum(cpus) > workers * each:
         return Finding(True, f"{needs}, fit on {has}")

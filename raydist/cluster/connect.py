@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raydist.cluster.resources import CORES, cores
 from raydist.cluster.token import ensure_token
 from raydist.errors import ClusterError
 
@@ -121,6 +122,7 @@ def _start_embedded(training_cpus: int) -> None:
         ray.init(
             address="local",
             num_cpus=max(os.cpu_count() or 1, training_cpus + 1),
+            resources={CORES: cores()},
             object_store_memory=OBJECT_STORE_BYTES,
             include_dashboard=False,
             log_to_driver=False,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist.errors import ClusterError
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
 
 
 Resources = dict[str, float]
+CORES = "cores"
+"""Resource of an embedded Ray's node: the CPUs it really has, since it may promise more."""
 
 
 def node_resources() -> list[Resources]:
@@ -26,9 +30,43 @@ def gpus() -> float:
     return sum(node.get("GPU", 0) for node in node_resources())
 
 
+def cores() -> int:
+    """CPUs that this process may use: of its affinity, and of its container's quota."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return allowed if quota == "max" else max(1, min(allowed, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return allowed
+
+
+def cpus_per_worker(job: Job, nodes: Sequence[Resources]) -> int:
+    """CPUs for each worker of `job` on these nodes, which `auto` shares over the workers.
+
+    A node of more than two keeps one for the data. A worker cannot be split between two nodes.
+    """
+    asked = job.scaling.cpus_per_worker
+    if asked != "auto":
+        return asked
+    if job.scaling.on_gpus(sum(node.get("GPU", 0) for node in nodes)):
+        return 1
+    cpus = [int(min(node.get("CPU", 0), node.get(CORES, math.inf))) for node in nodes]
+    cpus = [n - 1 if n > 2 else n for n in cpus]
+    fitting = (
+        each for each in range(max(cpus, default=1), 1, -1)
+        if sum(n // each for n in cpus) >= job.scaling.num_workers
+    )  # fmt: skip
+    return next(fitting, 1)
+
+
+def cpus_per_worker_here(job: Job) -> int:
+    """What an embedded Ray of this machine needs for each. A sweep shares the CPUs over its trials later."""
+    return cpus_per_worker(job, [{"CPU": cores() if job.tune is None else 1}])
+
+
 def workers_by_node(job: Job, nodes: Sequence[Resources]) -> list[int]:
     """How many workers of `job` fit on each of these nodes, if nothing else runs there."""
-    each, on_gpus = job.scaling.cpus_per_worker, job.scaling.on_gpus(sum(n.get("GPU", 0) for n in nodes))
+    each, on_gpus = cpus_per_worker(job, nodes), job.scaling.on_gpus(sum(n.get("GPU", 0) for n in nodes))
     by_cpu = [int(node.get("CPU", 0) // each) for node in nodes]
     by_gpu = [int(node.get("GPU", 0)) for node in nodes]
     return [min(pair) for pair in zip(by_cpu, by_gpu, strict=True)] if on_gpus else by_cpu
@@ -40,7 +78,7 @@ def require_room(job: Job, what: str) -> int:
     fitting = sum(workers_by_node(job, node_resources()))
     if fitting >= wanted:
         return fitting // wanted
-    each = f"{job.scaling.cpus_per_worker} CPUs" + " and a GPU" * job.scaling.on_gpus(gpus())
+    each = f"{cpus_per_worker(job, node_resources())} CPUs" + " and a GPU" * job.scaling.on_gpus(gpus())
     raise ClusterError(
         f"the cluster has no room for {what}: {wanted} workers of {each}, and it holds {fitting}",
         where="; ".join(f"{node['NodeManagerAddress']}: {_text(node['Resources'])}" for node in _nodes()),
@@ -57,6 +95,7 @@ def spare(job: Job) -> Share | None:
     cpus = [float(node["Resources"].get("CPU", 0)) for node in nodes]
     if len(nodes) == 1:  # an embedded Ray may promise more than this machine has
         cpus = [min(cpus[0], os.cpu_count() or 1)]
+    each = cpus_per_worker(job, _resources(nodes))
     by_node = zip(workers_by_node(job, _resources(nodes)), cpus, nodes, strict=True)
     left, free = scaling.num_workers, {}
     for workers, n_cpus, node in sorted(by_node, key=lambda entry: entry[0], reverse=True):
@@ -65,9 +104,9 @@ def spare(job: Job) -> Share | None:
         left -= workers
     if free:
         return Share(sum(free.values()), tuple(free))
-    rest = sum(cpus) - scaling.num_workers * scaling.cpus_per_worker
+    rest = sum(cpus) - scaling.num_workers * each
     # On nodes with training workers, one-CPU tasks could occupy CPUs that a larger worker needs together.
-    return Share(rest) if rest >= 1 and (scaling.cpus_per_worker == 1 or len(nodes) == 1) else None
+    return Share(rest) if rest >= 1 and (each == 1 or len(nodes) == 1) else None
 
 
 def _nodes() -> list[dict[str, Any]]:

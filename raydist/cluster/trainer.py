@@ -103,14 +103,14 @@ def _scaling(spec: AttemptSpec) -> ScalingConfig:
     return ScalingConfig(
         num_workers=spec.plan.world_size,
         use_gpu=use_gpu,
-        resources_per_worker={"CPU": asked.cpus_per_worker, **({"GPU": 1} if use_gpu else {})},
+        resources_per_worker={"CPU": spec.cpus, **({"GPU": 1} if use_gpu else {})},
     )
 
 
 def _missing(spec: AttemptSpec) -> str:
     """What the cluster lacks to hold all workers, were it idle; empty if nothing."""
     count, there = spec.plan.world_size, ray.cluster_resources()
-    asked = {"CPU": count * spec.job.scaling.cpus_per_worker, "GPU": count * bool(_scaling(spec).use_gpu)}
+    asked = {"CPU": count * spec.cpus, "GPU": count * bool(_scaling(spec).use_gpu)}
     short = [name for name, least in asked.items() if there.get(name, 0) < least]
     return ", ".join(f"{there.get(name, 0):g} of {asked[name]} {name}s are there" for name in short)
 
@@ -122,7 +122,6 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """The TrainResult as plain values: Ray's controller reads it, and need not import the training for it."""
     spec: AttemptSpec = config["spec"]
     context, device = ray.train.get_context(), get_device()
-    torch.set_num_threads(spec.job.scaling.cpus_per_worker)
     try:
         world = World(
             context.get_world_rank(),
@@ -186,7 +185,7 @@ def _explain_controller(error: ControllerError, spec: AttemptSpec) -> RaydistErr
     cause = error.controller_failure
     if "Timeout" not in type(cause).__name__:
         return WorkerLost(f"the workers could not be started: {_first_line([cause])}", where=_logs(spec))
-    asked = f"{spec.plan.world_size} workers of {spec.job.scaling.cpus_per_worker} CPUs"
+    asked = f"{spec.plan.world_size} workers of {spec.cpus} CPUs"
     return ClusterError(
         f"the cluster has no room for {asked}",
         where=f"it has {ray.available_resources()} free of {ray.cluster_resources()}",

@@ -260,8 +260,11 @@ class Strategy(Section):
 
 class Scaling(Section):
     num_workers: PositiveInt = Field(1, description="training processes; with GPUs, one per GPU")
-    cpus_per_worker: PositiveInt = Field(
-        1, description="CPUs reserved for each worker, and its number of threads"
+    cpus_per_worker: PositiveInt | Literal["auto"] = Field(
+        "auto",
+        description="CPUs reserved for each worker, and its number of threads. auto: on CPU the workers share"
+        " what a node has, one left for the data where it has more than two, and a run keeps its number of"
+        " threads; on GPUs 1",
     )
     use_gpu: bool | Literal["auto"] = Field(
         "auto", description="auto: if the cluster has a GPU for each worker"

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydist.cluster.resources import Resources, node_resources
+from raydist.cluster.resources import Resources, cpus_per_worker, node_resources
 from raydist.errors import OutOfMemory, TrainingError, WorkerLost
 from raydist.folder import RunFolder
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
@@ -57,6 +57,7 @@ def train(
         life.phases.begin("start")
         nodes = node_resources()
         plan = plan_attempt(job, samples_per_epoch, nodes, found)
+        cpus = cpus_per_worker(job, nodes)
         spec = attempt_spec(
             prepared,
             folder,
@@ -65,6 +66,8 @@ def train(
             profile=profile,
             driver_seconds=life.phases.take(),
             why=why,
+            cpus=cpus,
+            threads=threads_of(job, folder, cpus),
         )
         try:
             return _watch(spec, folder, rest, life.listener)
@@ -136,10 +139,12 @@ def attempt_spec(
     profile: Path | None = None,
     driver_seconds: dict[str, float] | None = None,
     why: str = "",
+    cpus: int = 1,
+    threads: int | None = None,
 ) -> AttemptSpec:
     """An attempt that is about to be given away. Paths are absolute: a worker's working directory is another.
 
-    driver_seconds, why: see AttemptSpec.
+    driver_seconds, why, cpus, threads: see AttemptSpec.
     """
     from raydist.model.build import base_path
     from raydist.training.attempt_spec import AttemptSpec
@@ -161,7 +166,21 @@ def attempt_spec(
         driver_seconds=driver_seconds or {},
         sent=time.time(),
         why=why,
+        cpus=cpus,
+        threads=threads,
     )
+
+
+def threads_of(job: Job, folder: RunFolder, cpus: int) -> int:
+    """Threads of each worker, which the folder keeps: sums on CPU may differ in their last bits by them.
+
+    cpus: reserved for each worker. A run goes on with the threads that it began with, on any machine, unless
+    the job names another number.
+    """
+    workers = job.scaling.num_workers
+    kept = folder.threads(workers) if job.scaling.cpus_per_worker == "auto" else None
+    folder.keep_threads(workers, kept or cpus)
+    return kept or cpus
 
 
 class Follower:

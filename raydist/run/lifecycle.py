@@ -19,11 +19,12 @@ from types import FrameType
 from typing import Any
 
 from raydist.cluster.connect import ray_session
+from raydist.cluster.resources import cpus_per_worker_here
 from raydist.errors import RunChanged, Stopped
 from raydist.folder import Kind, RunFolder
 from raydist.job.identity import differences
 from raydist.job.load import job_yaml, load_job
-from raydist.job.schema import Job
+from raydist.job.schema import Job, Scaling
 from raydist.track.listener import Listener
 from raydist.training.phases import Phases
 
@@ -42,6 +43,7 @@ class Life:
         self.why = ""
         """Why this driver begins; known once its folder is held."""
         self._changed: list[str] = []
+        self._old: Scaling | None = None
         self._known = False
 
     @contextmanager
@@ -69,6 +71,7 @@ class Life:
         with at_the_end(self._write_status), self._stop_signals():
             if self._changed:
                 self.folder.clear()
+            self._keep_threads()
             self.folder.stop_flag.unlink(missing_ok=True)
             self.folder.write_job(job_yaml(self.job))
             self.folder.set_status("planning")
@@ -82,7 +85,7 @@ class Life:
         self.phases.begin("start")
         self.listener.phase("joining the cluster" if address else "starting Ray")
         with (
-            ray_session(scaling.num_workers, scaling.cpus_per_worker, address),
+            ray_session(scaling.num_workers, cpus_per_worker_here(self.job), address),
             self._stop_signals(),  # again: joining a cluster puts Ray's own handlers in place
         ):
             yield
@@ -111,6 +114,7 @@ class Life:
         if not self.folder.job_file.exists():
             return
         old, self._known = load_job(self.folder.job_file), True
+        self._old = old.scaling
         self._changed = differences(old, self.job)
         if self.kind == "sweep" and _search(old) != _search(self.job):
             self._changed.append("tune.search")
@@ -131,6 +135,14 @@ class Life:
                 why="its trials would not be comparable",
                 fix="give the sweep a new name, undo the change, or remove the sweep's folder",
             )
+
+    def _keep_threads(self) -> None:
+        """Those of a run that began before its folder kept them: then they stood in its job as a number."""
+        if self._old is None or "threads" in self.folder.data() or not self.folder.committed():
+            return
+        by_ray = any(self.folder.ray.glob("attempt-*/*"))  # torchrun sets the threads of its ranks itself
+        if by_ray and isinstance(self._old.cpus_per_worker, int):
+            self.folder.keep_threads(self._old.num_workers, self._old.cpus_per_worker)
 
     # --- how it ends -------------------------------------------------------------------------------
 

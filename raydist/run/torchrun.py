@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 from raydist.errors import TrainingError
@@ -88,8 +89,18 @@ class _Lead:
         number = folder.next_attempt()
         folder.attempt(number).mkdir(parents=True)
         spent = life.phases.take()
+        size = self.world.world_size
+        threads = folder.threads(size) or torch.get_num_threads()  # torchrun, or OMP_NUM_THREADS, sets them
+        folder.keep_threads(size, threads)
         spec = attempt_spec(
-            prepared, folder, plan, number, profile=self.profile, driver_seconds=spent, why=life.why
+            prepared,
+            folder,
+            plan,
+            number,
+            profile=self.profile,
+            driver_seconds=spent,
+            why=life.why,
+            threads=threads,
         )
         self._share = None
         _from_main(spec, self.world)

@@ -15,7 +15,7 @@ from ray import tune
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from raydist import files
-from raydist.cluster.resources import require_room
+from raydist.cluster.resources import cpus_per_worker, node_resources, require_room
 from raydist.errors import JobError, TrainingError
 from raydist.folder import RunFolder
 from raydist.job.load import job_yaml
@@ -68,21 +68,29 @@ def _at_an_end(job: Job, end: int) -> Job:
 def _prepare_and_search(life: Life) -> None:
     job, folder = life.job, life.folder
     assert job.tune is not None
-    room = require_room(job, "one trial")
+    shared = job.scaling.cpus_per_worker == "auto"
+    room = require_room(_scaled(job, cpus_per_worker=1) if shared else job, "one trial")
     life.preparing()
     pins = folder.data().get("pins")
     prepared = prepare_logs(job, life.listener, pinned=pins, stop=life.stop_if_asked)
     _require_held_out(replace(prepared, job=_at_an_end(job, 0)))
     folder.add_data(pins=prepared.pins())
     life.training()
-    at_a_time = room if job.tune.concurrency == "auto" else min(room, job.tune.concurrency)
+    asked = job.tune.n_trials if job.tune.concurrency == "auto" else job.tune.concurrency
+    at_a_time = min(room, asked, job.tune.n_trials)
+    all_workers = _scaled(job, num_workers=at_a_time * job.scaling.num_workers)
+    cpus = cpus_per_worker(all_workers, node_resources())
     life.listener.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
     with _concluded(life) as parent:
         ended = {n: state for n, (state, _) in enumerate(_states(job, folder)) if state in ENDED}
-        spec = SweepSpec(job, folder.path.resolve(), prepared.pins(), parent, ended)
+        spec = SweepSpec(job, folder.path.resolve(), prepared.pins(), parent, ended, cpus)
         _search(spec, life, at_a_time)
         life.stop_if_asked()
         _refuse_failed(folder, read_sweep(job))
+
+
+def _scaled(job: Job, **scaling: Any) -> Job:
+    return job.model_copy(update={"scaling": job.scaling.model_copy(update=scaling)})
 
 
 def _require_held_out(prepared: Prepared) -> None:

@@ -34,6 +34,7 @@ class SweepSpec:
     """What all trials share.
 
     pins: the token logs.  parent: the sweep's MLflow run.  ended: which ran before, and how they ended.
+    cpus: for each worker, so that as many trials fit as run at a time.
     """
 
     job: Job
@@ -41,10 +42,12 @@ class SweepSpec:
     pins: dict[str, Any]
     parent: str | None
     ended: dict[int, str]
+    cpus: int
 
     def trial(self, number: int) -> Job:
         parameters = read_parameters(RunFolder(self.folder).trials_file)[number]
-        return trial_job(self.job, number, {"storage": str(self.folder.parent), **parameters})
+        shared = {"storage": str(self.folder.parent), "scaling.cpus_per_worker": self.cpus}
+        return trial_job(self.job, number, {**shared, **parameters})
 
 
 class Evaluations(Listener):

@@ -17,7 +17,8 @@ class AttemptSpec:
     attempt counts from 1 over the life of the run.  growing: the logs to train on are still being made.
     profile: a folder for a trace of a few steps; None for none.  driver_seconds: what the driver spent until
     then, by phase.  sent: when it gave the attempt away, as UNIX time; None where nobody waited.
-    why: why the attempt is made, for people.
+    why: why the attempt is made, for people.  cpus: reserved for each worker.  threads: of each worker,
+    which decide the last bits of its sums on CPU; None: as torch has it.
     """
 
     job: Job
@@ -32,6 +33,8 @@ class AttemptSpec:
     driver_seconds: dict[str, float] = field(default_factory=dict)
     sent: float | None = None
     why: str = ""
+    cpus: int = 1
+    threads: int | None = None
 
     def seconds_before(self) -> dict[str, float]:
         """Seconds by phase until now, where the attempt begins to run. Hosts' clocks may differ a little."""

@@ -60,6 +60,8 @@ def train(
     Raises WorkerLost when the other ranks cannot be reached, OutOfMemory when a micro batch does not fit.
     """
     world, phases = world or World(), Phases("load", spec.seconds_before())
+    if spec.threads is not None:
+        torch.set_num_threads(spec.threads)
     folder = RunFolder(spec.run)
     writer = folder.writer() if world.is_main else contextlib.nullcontext()
     shown = progress_written(folder, spec.attempt, phases) if world.is_main else contextlib.nullcontext()

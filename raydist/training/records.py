@@ -40,6 +40,7 @@ class Records(Hook):
             n_trainable=attempt.n_trainable,
             why=attempt.spec.why,
             device=str(attempt.world.device.type),
+            threads=torch.get_num_threads(),
             device_name=_device_name(attempt.world.device),
             mixed_precision=attempt.job.train.mixed_precision,
             tf32=uses_tf32(),

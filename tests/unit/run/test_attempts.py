@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from raydist.folder import RunFolder
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
-from raydist.run.attempts import plan_attempt, starting_tokens
+from raydist.run.attempts import plan_attempt, starting_tokens, threads_of
 from tests.train_parts import make_job
 
 
@@ -22,3 +23,13 @@ def test_a_plan_is_made_of_the_nodes_that_are_there_when_the_attempt_begins(tmp_
     halved = plan_attempt(job, None, on_gpus, GPU_MICRO_BATCH_TOKENS // 2)
     assert halved.micro_batch_size == GPU_MICRO_BATCH_TOKENS // 2 // size
     assert (halved.steps, halved.samples) == (plan.steps, plan.samples)
+
+
+def test_a_run_keeps_the_threads_that_it_began_with(tmp_path: Path) -> None:
+    """Else a resumed run on CPU would not end in the same bits."""
+    folder, job = RunFolder(tmp_path / "run"), make_job(tmp_path)
+    assert [threads_of(job, folder, cpus) for cpus in (3, 1, 8)] == [3, 3, 3]
+    two = make_job(tmp_path, scaling={"num_workers": 2})
+    assert threads_of(two, folder, 1) == 1  # another world size is another order of sums in any case
+    asked = make_job(tmp_path, scaling={"num_workers": 2, "cpus_per_worker": 4})
+    assert threads_of(asked, folder, 4) == 4 and threads_of(two, folder, 1) == 4

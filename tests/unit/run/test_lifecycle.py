@@ -83,6 +83,16 @@ def test_why_a_run_is_submitted_again_is_known(tmp_path: Path) -> None:
     ]
 
 
+def test_a_run_that_began_before_threads_were_kept_goes_on_with_those_of_its_job(tmp_path: Path) -> None:
+    folder = begin(
+        a_job(tmp_path, scaling={"cpus_per_worker": 3}), "run", lambda life: committed(life.folder)
+    )
+    assert folder.threads(1) is None
+    files.write_text(folder.attempt(1) / "ray_wrote_this", "")
+    begin(a_job(tmp_path), "run")
+    assert folder.threads(1) == 3 and folder.threads(2) is None
+
+
 @pytest.mark.parametrize(
     ("kind", "one", "other", "bind", "why"),
     [
