@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import click
 
@@ -50,12 +49,7 @@ for command in (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line; a RaydistError becomes its message and its exit code.
-
-    Functions that a job names are also looked for in the working folder, as Ray's workers do.
-    """
-    if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.append(str(Path.cwd()))
+    """Run the command line; a RaydistError becomes its message and its exit code."""
     try:
         group.main(args=arguments, prog_name="raydist")
     except RaydistError as error:

@@ -10,10 +10,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from raydist.cluster.resources import CORES, cores
 from raydist.cluster.token import ensure_token
 from raydist.errors import ClusterError
+
+if TYPE_CHECKING:
+    from ray.job_config import JobConfig
 
 OBJECT_STORE_BYTES = 256 * 2**20
 """Size for an embedded Ray. Tokens never pass through the object store, so this is enough."""
@@ -29,6 +33,9 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
 }
 
+
+SAFE_PATH = {"PYTHONSAFEPATH": "1"}
+"""A Python process with this puts neither its script's folder nor the working folder on sys.path."""
 
 NO_TOKEN = (
     "couldn't find an authentication token",
@@ -78,7 +85,7 @@ def _join(address: str) -> None:
     import ray
 
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=address, job_config=_job_config(), log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, OSError, ray.exceptions.AuthenticationError) as error:
         fix = "start it, correct the address, or unset RAY_ADDRESS to run on an embedded local Ray"
         raise connection_error(address, error, fix) from error
@@ -118,9 +125,10 @@ def _start_embedded(training_cpus: int) -> None:
     shared_memory = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
     roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 1.2 * OBJECT_STORE_BYTES
     ensure_token()
-    with on_loopback():
+    with on_loopback(), _safe_path():
         ray.init(
             address="local",
+            job_config=_job_config(),
             num_cpus=max(os.cpu_count() or 1, training_cpus + 1),
             resources={CORES: cores()},
             object_store_memory=OBJECT_STORE_BYTES,
@@ -129,6 +137,33 @@ def _start_embedded(training_cpus: int) -> None:
             logging_level=logging.ERROR,
             _plasma_directory=None if roomy else os.environ.get("TMPDIR", "/tmp"),  # noqa: S108
         )
+
+
+def _job_config() -> JobConfig:
+    """Ray's description of this driver, without its working folder and its script's.
+
+    Ray would put both first on the sys.path of every worker, where a pandas.py in one of them would run in
+    place of pandas. The modules that a job names are found by raydist.job.functions.
+    """
+    from ray.job_config import JobConfig
+
+    class WithoutFolders(JobConfig):
+        def _runtime_env_has_working_dir(self) -> bool:  # then Ray sends no folders
+            return True
+
+    return WithoutFolders()
+
+
+@contextmanager
+def _safe_path() -> Iterator[None]:
+    """A Ray that is started in this block gives SAFE_PATH to its workers and to what these start."""
+    before = {name: os.environ.get(name) for name in SAFE_PATH}
+    os.environ.update(SAFE_PATH)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 @contextmanager

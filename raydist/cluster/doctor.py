@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from raydist import files
 from raydist.cluster import checks
 from raydist.cluster.checks import SHARED_MEMORY, Finding
-from raydist.cluster.connect import ENVIRONMENT, connection_error, ray_session
+from raydist.cluster.connect import ENVIRONMENT, SAFE_PATH, connection_error, ray_session
 from raydist.cluster.remote import READY_SECONDS, ask_until_answered, connect, send
 from raydist.errors import ClusterError
 from raydist.job.load import job_yaml
@@ -74,7 +74,7 @@ def _examine_as_ray_job(address: str, job: Job | None) -> list[Finding]:
         submission = send(
             client,
             entrypoint=f"python -m raydist doctor {'job.yaml' if job else ''} --address auto --json",
-            runtime_env={**environment, "env_vars": ENVIRONMENT},
+            runtime_env={**environment, "env_vars": ENVIRONMENT | SAFE_PATH},
             submission_id=f"raydist-doctor-{uuid.uuid4().hex[:12]}",
         )
     output = asyncio.run(_final_output(client, submission))

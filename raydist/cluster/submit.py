@@ -11,14 +11,15 @@ import time
 from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
 from raydist import files
-from raydist.cluster.connect import ENVIRONMENT
+from raydist.cluster.connect import ENVIRONMENT, SAFE_PATH
 from raydist.cluster.doctor import require_healthy
 from raydist.cluster.remote import RUN, connect, follow_job, jobs_of, run_of, send
 from raydist.errors import JobError
+from raydist.job.functions import named_functions
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
 
@@ -76,6 +77,7 @@ def _submit(client: JobSubmissionClient, job: Job, modules: list[Path], command:
             "RAY_AUTH_MODE", ENVIRONMENT["RAY_AUTH_MODE"]
         )  # `disabled` must apply there too
         variables = {**ENVIRONMENT, "RAY_AUTH_MODE": mode, "RAY_JOB_STOP_WAIT_TIME_S": STOP_WAIT_SECONDS}
+        variables |= SAFE_PATH
         runtime_env = {"working_dir": folder, "py_modules": [package], "env_vars": variables}
         return send(
             client,
@@ -90,21 +92,17 @@ def own_modules(job: Job) -> list[Path]:
     """Files and packages that the job names as module:function, without those that are installed."""
     installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
     modules: list[Path] = []
-    named: dict[str, Any] = {f"corpus.clean[{index}]": step for index, step in enumerate(job.corpus.clean)}
-    named["train.collator"] = job.train.collator
-    named |= {f"train.hooks[{index}]": hook for index, hook in enumerate(job.train.hooks)}
-    for where, function in named.items():
-        if isinstance(function, str) and ":" in function:
-            path = _find_module(function.partition(":")[0].partition(".")[0], function, where)
-            if path is not None and installed.isdisjoint(path.resolve().parents) and path not in modules:
-                modules.append(path)
+    for where, function in named_functions(job):
+        path = _find_module(function.partition(":")[0].partition(".")[0], function, where)
+        if path is not None and installed.isdisjoint(path.resolve().parents) and path not in modules:
+            modules.append(path)
     return modules
 
 
 def _find_module(name: str, function: str, where: str) -> Path | None:
-    """The module's file or folder, from the working folder or sys.path; None for a built-in module."""
+    """The module's file or folder, from sys.path or the working folder; None for a built-in module."""
     cwd = str(Path.cwd())
-    spec = PathFinder.find_spec(name, [cwd, *sys.path])
+    spec = PathFinder.find_spec(name, [*sys.path, cwd])
     if spec is None and name not in sys.builtin_module_names:
         raise JobError(
             f"no module {name} is found for {function}",

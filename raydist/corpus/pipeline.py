@@ -35,6 +35,7 @@ from raydist.corpus.slices import Slice, read_slice
 from raydist.corpus.source import SourceFiles, cleaned
 from raydist.corpus.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from raydist.errors import BadRecords, CorpusError, LogError, RaydistError
+from raydist.job.functions import find_in, module_folders
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.interfaces import TaskContext
@@ -141,8 +142,14 @@ class Piece:
         return 256 + (self.documents.tokens.nbytes if self.documents is not None else 0)
 
 
-def tokenize(frame: pd.DataFrame, spec: TokenizerSpec, backend: str, clean: tuple[Any, ...]) -> pd.DataFrame:
-    """Cleans, hashes and encodes the chunks; gives a Piece for each."""
+def tokenize(
+    frame: pd.DataFrame, spec: TokenizerSpec, backend: str, clean: tuple[Any, ...], modules: dict[str, str]
+) -> pd.DataFrame:
+    """Cleans, hashes and encodes the chunks; gives a Piece for each.
+
+    modules: folders of the modules that `clean` names, by `module_folders`.
+    """
+    find_in(modules)
     tools = _tokenizer(spec, backend), _cleaner(orjson.dumps(clean)) if clean else None
     return _frame("piece", [_piece(chunk, *tools) for chunk in frame["chunk"]])
 
@@ -276,7 +283,8 @@ def dataset(
 ) -> ray.data.Dataset:
     """The pipeline without the sink. With fewer blocks than slices Ray would split them, and fuse nothing."""
     read = ray.data.read_datasource(SliceDatasource(source, slices), override_num_blocks=len(slices))
-    tools = {"spec": spec, "backend": backend, "clean": source.clean}
+    functions = [step for step in source.clean if isinstance(step, str) and ":" in step]
+    tools = {"spec": spec, "backend": backend, "clean": source.clean, "modules": module_folders(functions)}
     tokenized: ray.data.Dataset = read.map_batches(
         tokenize, fn_kwargs=tools, batch_size=None, batch_format="pandas"
     )

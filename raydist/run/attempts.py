@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from raydist.cluster.resources import Resources, cpus_per_worker, node_resources
 from raydist.errors import OutOfMemory, TrainingError, WorkerLost
 from raydist.folder import RunFolder
+from raydist.job.functions import module_folders, named_functions
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
 from raydist.run.background import in_background
@@ -163,6 +164,7 @@ def attempt_spec(
         attempt=attempt,
         growing=not prepared.complete,
         profile=profile,
+        modules=module_folders(function for _, function in named_functions(job)),
         driver_seconds=driver_seconds or {},
         sent=time.time(),
         why=why,

@@ -18,6 +18,7 @@ from raydist import files
 from raydist.cluster.resources import cpus_per_worker, node_resources, require_room
 from raydist.errors import JobError, TrainingError
 from raydist.folder import RunFolder
+from raydist.job.functions import module_folders, named_functions
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
 from raydist.job.search import trial_job, trial_name
@@ -83,7 +84,8 @@ def _prepare_and_search(life: Life) -> None:
     life.listener.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
     with _concluded(life) as parent:
         ended = {n: state for n, (state, _) in enumerate(_states(job, folder)) if state in ENDED}
-        spec = SweepSpec(job, folder.path.resolve(), prepared.pins(), parent, ended, cpus)
+        modules = module_folders(function for _, function in named_functions(job))
+        spec = SweepSpec(job, folder.path.resolve(), prepared.pins(), parent, ended, cpus, modules)
         _search(spec, life, at_a_time)
         life.stop_if_asked()
         _refuse_failed(folder, read_sweep(job))

@@ -7,7 +7,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from ray import tune
 
 from raydist.errors import RaydistError, Stopped
 from raydist.folder import RunFolder
+from raydist.job.functions import find_in
 from raydist.job.plan import tokens_after
 from raydist.job.schema import Job
 from raydist.job.search import trial_job
@@ -35,6 +36,7 @@ class SweepSpec:
 
     pins: the token logs.  parent: the sweep's MLflow run.  ended: which ran before, and how they ended.
     cpus: for each worker, so that as many trials fit as run at a time.
+    modules: folders of the modules whose functions the job names.
     """
 
     job: Job
@@ -43,6 +45,7 @@ class SweepSpec:
     parent: str | None
     ended: dict[int, str]
     cpus: int
+    modules: dict[str, str] = field(default_factory=dict)
 
     def trial(self, number: int) -> Job:
         parameters = read_parameters(RunFolder(self.folder).trials_file)[number]
@@ -91,6 +94,7 @@ class TrialRun(tune.Trainable):
     def setup(self, config: dict[str, Any], spec: SweepSpec) -> None:  # type: ignore[override]
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = ROOM_SECONDS
         os.environ.setdefault("WANDB_RUN_GROUP", spec.job.name)
+        find_in(spec.modules)
         self._results: queue.Queue[Result] = queue.Queue()
         self._last: Result = {METRIC: math.inf, "percent": 0.0, "tokens": 0}
         self._cancelled = False

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
+
+if not sys.flags.safe_path and sys.path[0] in ("", os.getcwd()):  # noqa: PTH109 - pathlib is not imported yet
+    del sys.path[0]  # -m put the working folder first: a torch.py there would run in place of torch
+
 from pathlib import Path
 
 import click
@@ -29,8 +33,6 @@ def main(job_file: str, overrides: tuple[str, ...], profile: Path | None) -> Non
     from raydist.job.load import load_job
     from raydist.run.torchrun import train_prepared
 
-    if not {"", str(Path.cwd())} & set(sys.path):
-        sys.path.append(str(Path.cwd()))
     try:
         train_prepared(load_job(job_file, overrides), profile=profile and profile.absolute())
     except RaydistError as error:

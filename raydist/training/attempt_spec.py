@@ -15,8 +15,9 @@ class AttemptSpec:
     """run: the run's folder.  logs, eval_logs: token logs by source.  tokenizer: a Hugging Face folder.
 
     attempt counts from 1 over the life of the run.  growing: the logs to train on are still being made.
-    profile: a folder for a trace of a few steps; None for none.  driver_seconds: what the driver spent until
-    then, by phase.  sent: when it gave the attempt away, as UNIX time; None where nobody waited.
+    profile: a folder for a trace of a few steps; None for none.  modules: folders of the modules whose
+    functions the job names, by `module_folders`.  driver_seconds: what the driver spent until then, by phase.
+    sent: when it gave the attempt away, as UNIX time; None where nobody waited.
     why: why the attempt is made, for people.  cpus: reserved for each worker.  threads: of each worker,
     which decide the last bits of its sums on CPU; None: as torch has it.
     """
@@ -30,6 +31,7 @@ class AttemptSpec:
     eval_logs: dict[str, Path] = field(default_factory=dict)
     growing: bool = False
     profile: Path | None = None
+    modules: dict[str, str] = field(default_factory=dict)
     driver_seconds: dict[str, float] = field(default_factory=dict)
     sent: float | None = None
     why: str = ""

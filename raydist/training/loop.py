@@ -15,6 +15,7 @@ from torch import Tensor
 
 from raydist.errors import TrainingError
 from raydist.folder import RunFolder
+from raydist.job.functions import find_in
 from raydist.model.build import fitted_of, n_parameters
 from raydist.model.work import work_of
 from raydist.parallel.build import build_on_ranks, make_strategy
@@ -62,6 +63,7 @@ def train(
     world, phases = world or World(), Phases("load", spec.seconds_before())
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
+    find_in(spec.modules)
     folder = RunFolder(spec.run)
     writer = folder.writer() if world.is_main else contextlib.nullcontext()
     shown = progress_written(folder, spec.attempt, phases) if world.is_main else contextlib.nullcontext()

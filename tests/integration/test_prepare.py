@@ -217,7 +217,7 @@ def test_the_sink_empties_what_it_has_written(tmp_path: Path, planned: Any, spec
     write_lines(tmp_path / "files/a.jsonl", [text_of(i) for i in range(50)])
     source = planned().source
     tables = pipeline.read_blocks(0, source.files, source.plan()[0], source.options)
-    blocks = [pipeline.tokenize(table, spec, "fastokens", ()) for table in tables]
+    blocks = [pipeline.tokenize(table, spec, "fastokens", (), {}) for table in tables]
     sizes = [sys.getsizeof(piece) for block in blocks for piece in block["piece"]]
     assert sum(sizes) > 10_000
     pipeline.LogDatasink(LogFolder(tmp_path / "log"), fail_on_bad=True).write(blocks, None)
@@ -230,7 +230,7 @@ def test_a_slice_cut_short_is_not_committed(tmp_path: Path, planned: Any, spec: 
     write_lines(tmp_path / "files/a.jsonl", [text_of(i) for i in range(50)])
     source = planned().source
     tables = list(pipeline.read_blocks(0, source.files, source.plan()[0], source.options))
-    blocks = [pipeline.tokenize(table, spec, "fastokens", ()) for table in tables[:-1]]
+    blocks = [pipeline.tokenize(table, spec, "fastokens", (), {}) for table in tables[:-1]]
     with pytest.raises(LogError, match="ended before its reader did"):
         pipeline.LogDatasink(LogFolder(tmp_path / "log"), fail_on_bad=True).write(blocks, None)
     assert not (tmp_path / "log/slices").exists()
