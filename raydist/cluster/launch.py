@@ -15,8 +15,9 @@ import yaml
 from raydist import files
 from raydist.cluster.token import TOKEN, make_token
 from raydist.errors import ClusterError, JobError
-from raydist.job.load import key_lines
+from raydist.job.text import parse_yaml
 from raydist.job.values import KeyPath
+from raydist.limits import read_limited
 
 MODE = "RAY_AUTH_MODE=token"
 UNSAFE = "a cluster without authentication runs anybody's code, and is refused: "
@@ -26,10 +27,8 @@ CHECK = "fix these lines; raydist cluster validate FILE checks without starting 
 def load_cluster(path: str) -> dict[str, Any]:
     """The cluster in the file. Raises ClusterError with every problem, each with its line."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        lines = dict(key_lines(yaml.compose(text, Loader=yaml.SafeLoader), ()))
-        values = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, JobError) as error:
+        values, lines = parse_yaml(read_limited(Path(path)), yaml.SafeLoader)
+    except (OSError, ValueError, JobError) as error:
         raise ClusterError(f"cannot read the cluster file {path}", why=str(error)) from error
     if not isinstance(values, dict):
         raise ClusterError("a cluster is a mapping of keys to values", where=path)

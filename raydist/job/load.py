@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import yaml
 from raydist.errors import JobError
 from raydist.job.check import Places
 from raydist.job.schema import Job
+from raydist.job.text import parse_yaml, read_yaml_text
 from raydist.job.values import KeyPath, put
 
 
@@ -44,12 +45,8 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:
 
 def read_yaml(path: str | Path) -> tuple[dict[str, Any], dict[KeyPath, str]]:
     """The mapping in the file, and file:line of every key. Raises JobError."""
-    text, where = _read(Path(path)), str(path)
-    try:
-        lines = dict(key_lines(yaml.compose(text, Loader=_Loader), ()))
-        values = yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of the safe loader
-    except yaml.YAMLError as error:
-        raise JobError("not valid YAML", where=where, why=str(error)) from error
+    where = str(path)
+    values, lines = parse_yaml(read_yaml_text(Path(path)), _Loader, where)
     if not isinstance(values, dict):
         raise JobError(
             "a job is a mapping of keys to values", where=where, fix="raydist init writes an example"
@@ -73,7 +70,7 @@ def _apply_overrides(
         keys = dotted.strip().split(".")
         if not equals or not all(keys):
             raise JobError(f"--set {text} is not KEY=VALUE", fix="for example --set train.lr=1e-4")
-        put(values, keys, yaml.load(value, Loader=_Loader))  # noqa: S506 - a subclass of the safe loader
+        put(values, keys, parse_yaml(value, _Loader, f"--set {dotted}")[0])
         _replace_places(places, tuple(keys), f"--set {dotted}")
     return values
 
@@ -90,28 +87,3 @@ def _replace_places(places: dict[KeyPath, str], path: KeyPath, place: str) -> No
 def job_yaml(job: Job) -> str:
     """The resolved job, every default written out."""
     return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise JobError(f"no job file {path}", fix=f"raydist init {path} writes a commented one") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise JobError(f"cannot read the job file {path}", why=str(error)) from error
-
-
-def key_lines(node: yaml.Node | None, path: KeyPath) -> Iterator[tuple[KeyPath, int]]:
-    """(key path, line) of every key. Refuses a key that is given twice: YAML would silently keep the last."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            if key.value in seen:
-                raise JobError(f"the key {key.value} is given twice", where=f"line {key.start_mark.line + 1}")
-            seen.add(key.value)
-            yield (*path, key.value), key.start_mark.line + 1
-            yield from key_lines(value, (*path, key.value))
-    elif isinstance(node, yaml.SequenceNode):
-        for index, item in enumerate(node.value):
-            yield (*path, index), item.start_mark.line + 1
-            yield from key_lines(item, (*path, index))

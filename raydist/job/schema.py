@@ -6,23 +6,26 @@ A description names the unit first. Unknown keys are errors.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, ValidationInfo, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, model_validator
 
 from raydist.job.check import Places, require_valid
 from raydist.job.deepspeed import deepspeed_config
-from raydist.job.section import Section
+from raydist.job.section import Count, Section, Width
+from raydist.job.text import parse_json
 from raydist.job.tune import Tune
+from raydist.limits import read_limited
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainTokenizer(Section):
-    vocab_size: Annotated[int, Field(ge=300)] = Field(description="entries of the byte-level BPE vocabulary")
+    vocab_size: Annotated[int, Field(ge=300, le=2**24)] = Field(
+        description="entries of the byte-level BPE vocabulary"
+    )
 
 
 class NewTokenizer(Section):
@@ -81,7 +84,7 @@ class Corpus(Section):
     on_error: Literal["fail", "quarantine"] = Field(
         "fail", description="unreadable records: refuse to train, or list them in quarantine.jsonl and go on"
     )
-    slice_bytes: Annotated[int, Field(ge=1024)] = Field(
+    slice_bytes: Annotated[int, Field(ge=1024, le=2**48)] = Field(
         32 * 2**20, description="bytes of source files that one task turns into a shard"
     )
 
@@ -94,14 +97,14 @@ class Prepare(Section):
 
 
 class Packing(Section):
-    block_size: Annotated[int, Field(ge=8)] = Field(1024, description="tokens per sequence")
+    block_size: Annotated[int, Field(ge=8, le=2**31)] = Field(1024, description="tokens per sequence")
     strategy: Literal["best_fit", "concat"] = Field(
         "best_fit",
         description="best_fit cuts few documents; concat cuts at every block's end; neither drops a token",
     )
     document_mask: bool = Field(True, description="attention does not cross documents")
     add_eos_token: bool = Field(True, description="end every document with the end-of-sequence token")
-    window_shards: PositiveInt = Field(16, description="shards whose blocks are shuffled together")
+    window_shards: Count = Field(16, description="shards whose blocks are shuffled together")
 
 
 class Optimizer(Section):
@@ -136,7 +139,7 @@ Precision = Annotated[
 
 
 def _known_recomputed(given: Any) -> Any:
-    if isinstance(given, bool) or given == "selective" or (isinstance(given, int) and given >= 2):
+    if isinstance(given, bool) or given == "selective" or (isinstance(given, int) and 2 <= given <= 2**20):
         return given
     raise ValueError(f"true, false, selective, or n from 2 on for every n-th layer, not {given!r}")
 
@@ -145,21 +148,19 @@ Recomputed = Annotated[bool | int | Literal["selective"], BeforeValidator(_known
 
 
 class Train(Section):
-    max_steps: PositiveInt | None = Field(None, description="optimizer steps")
+    max_steps: Count | None = Field(None, description="optimizer steps")
     max_tokens: Annotated[float, Field(gt=0)] | None = Field(
         None, description="tokens, rounded up to whole steps"
     )
-    epochs: PositiveInt | None = Field(
-        None, description="passes over all documents; for sources without weights"
-    )
-    global_batch_size: PositiveInt | None = Field(
+    epochs: Count | None = Field(None, description="passes over all documents; for sources without weights")
+    global_batch_size: Count | None = Field(
         None,
         description="sequences per optimizer step at any world size; 32 if global_batch_tokens is not given",
     )
-    global_batch_tokens: PositiveInt | None = Field(
+    global_batch_tokens: Count | None = Field(
         None, description="instead of global_batch_size: tokens per step, a multiple of the block size"
     )
-    micro_batch_size: PositiveInt | Literal["auto"] = Field(
+    micro_batch_size: Count | Literal["auto"] = Field(
         "auto", description="sequences per forward pass of a worker; auto: halved when memory runs out"
     )
     lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="peak learning rate")
@@ -202,7 +203,7 @@ class Train(Section):
         default_factory=list,
         description="module:Class each, extending raydist.Hook: called at every step, evaluation and commit",
     )
-    logging_steps: PositiveInt = Field(10, description="steps between records in metrics.jsonl")
+    logging_steps: Count = Field(10, description="steps between records in metrics.jsonl")
 
     @property
     def has_length(self) -> bool:
@@ -210,13 +211,13 @@ class Train(Section):
 
 
 class Stage(Section):
-    block_size: Annotated[int, Field(ge=8)] = Field(description="tokens per sequence")
+    block_size: Annotated[int, Field(ge=8, le=2**31)] = Field(description="tokens per sequence")
     max_tokens: Annotated[float, Field(gt=0)] = Field(description="tokens, rounded up to whole steps")
 
 
 class Lora(Section):
     method: Literal["lora"] = Field("lora", description="kind of adapter; LoRA is the only one so far")
-    r: PositiveInt = Field(16, description="rank of the adapter's matrices")
+    r: Width = Field(16, description="rank of the adapter's matrices")
     alpha: Annotated[float, Field(gt=0)] = Field(
         32, description="the adapter's output is scaled by alpha / r"
     )
@@ -231,7 +232,7 @@ def _read_config(given: Any) -> Any:
     if not isinstance(given, str):
         return {} if given is None else given
     try:
-        return json.loads(Path(given).expanduser().read_text(encoding="utf-8"))
+        return parse_json(read_limited(Path(given).expanduser()))
     except (OSError, ValueError) as error:
         raise ValueError(f"the DeepSpeed config {given} cannot be read: {error}") from error
 
@@ -259,8 +260,8 @@ class Strategy(Section):
 
 
 class Scaling(Section):
-    num_workers: PositiveInt = Field(1, description="training processes; with GPUs, one per GPU")
-    cpus_per_worker: PositiveInt | Literal["auto"] = Field(
+    num_workers: Width = Field(1, description="training processes; with GPUs, one per GPU")
+    cpus_per_worker: Width | Literal["auto"] = Field(
         "auto",
         description="CPUs reserved for each worker, and its number of threads. auto: on CPU the workers share"
         " what a node has, one left for the data where it has more than two, and a run keeps its number of"
@@ -269,7 +270,7 @@ class Scaling(Section):
     use_gpu: bool | Literal["auto"] = Field(
         "auto", description="auto: if the cluster has a GPU for each worker"
     )
-    max_failures: Annotated[int, Field(ge=0)] = Field(
+    max_failures: Annotated[int, Field(ge=0, le=2**48)] = Field(
         3, description="lost workers that one submission survives"
     )
 
@@ -279,17 +280,17 @@ class Scaling(Section):
 
 
 class Checkpoint(Section):
-    save_steps: PositiveInt | Literal["epoch"] = Field(
+    save_steps: Count | Literal["epoch"] = Field(
         100, description="steps between checkpoints; epoch: one at the end of each epoch"
     )
-    save_total_limit: PositiveInt = Field(3, description="newest checkpoints kept, in addition to the best")
+    save_total_limit: Count = Field(3, description="newest checkpoints kept, in addition to the best")
     load_best_model_at_end: bool = Field(
         False, description="model/ gets the best evaluated checkpoint, not the last"
     )
 
 
 class Eval(Section):
-    eval_steps: PositiveInt | Literal["epoch"] = Field(
+    eval_steps: Count | Literal["epoch"] = Field(
         100,
         description="steps between evaluations, or epoch; there is also one at the start and one at the end",
     )
@@ -297,7 +298,7 @@ class Eval(Section):
         100_000, description="tokens per source in an evaluation"
     )
     sources: dict[str, Source] = Field(default_factory=dict, description="more text, for evaluation only")
-    block_size: Annotated[int, Field(ge=8)] | None = Field(
+    block_size: Annotated[int, Field(ge=8, le=2**31)] | None = Field(
         None, description="tokens of context in an evaluation; null: the last block size of training"
     )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field
 
-from raydist.job.section import Section
+from raydist.job.section import Count, Section, Width
 
 Range = Annotated[tuple[float, float], Field(description="[low, high]")]
 
@@ -35,9 +35,7 @@ class Tune(Section):
         min_length=1,
         description="{dotted key of the job: {loguniform | uniform: [low, high]} or {choice | grid: [...]}}",
     )
-    trials: PositiveInt | None = Field(
-        None, description="number of trials; null: one for each point of the grid"
-    )
+    trials: Width | None = Field(None, description="number of trials; null: one for each point of the grid")
     max_tokens: Annotated[float, Field(gt=0)] | None = Field(
         None, description="budget: tokens over all trials; a trial that would exceed it does not start"
     )
@@ -51,7 +49,7 @@ class Tune(Section):
     reduction_factor: Annotated[float, Field(gt=1)] = Field(
         3.0, description="at each rung asha lets one trial in so many go on"
     )
-    concurrency: PositiveInt | Literal["auto"] = Field(
+    concurrency: Count | Literal["auto"] = Field(
         "auto", description="trials at a time; auto: as many as fit on the cluster"
     )
 
