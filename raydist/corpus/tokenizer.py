@@ -28,6 +28,7 @@ from raydist.errors import EmptyCorpus, ModelError
 from raydist.files import flush_to_disk
 from raydist.fingerprint import fingerprint
 from raydist.job.schema import Job, NewTokenizer
+from raydist.limits import oversized
 from raydist.storage import Storage
 
 EOS = "<|endoftext|>"
@@ -232,9 +233,13 @@ def pretrained_tokenizer(name: str) -> TokenizerSpec:
     path = Path(name).expanduser()
     folder = path if path.is_dir() else name
     where = str(folder)
+    if problem := oversized(path):
+        raise ModelError(
+            problem, where="model.tokenizer or model.base", fix="copy the tokenizer from its source again"
+        )
     try:
-        loaded = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        loaded = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"no tokenizer can be loaded from {where}",
             where="model.tokenizer or model.base",

@@ -6,6 +6,7 @@ job, tokenizer ─▶ build ─▶ model ─▶ loss_of(model, batch) ─▶ ...
                           adapter, quantization: a frozen base and LoRA on it
 
 build          configuration, model in memory, its sizes; what cannot be used is refused here
+trust          what a base may decide: no code, no pickle, no size that fits no machine
 base           a base's weights: loaded, and refused where they are not those of its configuration
 attention      kinds of attention, which one a device takes, the probe that tokens see no other document
 layers         the decoder layers of any architecture, and the bare model within what wraps it

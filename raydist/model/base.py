@@ -6,6 +6,7 @@ does not fit it fills with random weights or leaves out, with a warning at most.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterable, Iterator
@@ -17,9 +18,7 @@ import torch
 from torch import nn
 
 from raydist.errors import ModelError
-
-SAFE: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False}
-"""Of a base, nothing is unpickled and no code is run."""
+from raydist.model.trust import SAFE, check_shards, no_weights, read_adapter_config, read_config
 
 _MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 """Causal masks in checkpoints of old GPTs, also where transformers no longer has such a buffer."""
@@ -35,8 +34,8 @@ def load_base(base: str, where: str = "model.base", **options: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     check_stored(base, where, download=True)  # on loading, the shapes of quantized weights are not compared
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    loaded: Any = AutoModelForCausalLM.from_pretrained(base, **options)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **SAFE}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(base, config=read_config(base, where), **options)
     model, info = loaded
     _check(model, info, base, where)
     return model
@@ -44,9 +43,9 @@ def load_base(base: str, where: str = "model.base", **options: Any) -> Any:
 
 def load_adapter(model: nn.Module, folder: Path) -> Any:
     """`model` with the adapter in `folder`, by peft. Raises ModelError when its tensors do not fit."""
-    from peft import PeftConfig, PeftModelForCausalLM
+    from peft import PeftModelForCausalLM
 
-    config = PeftConfig.from_pretrained(str(folder))
+    config = read_adapter_config(folder)
     config.inference_mode = True
     adapted = PeftModelForCausalLM(model, config)
     found = adapted.load_adapter(str(folder), "default")  # from_pretrained only warns of what is missing
@@ -68,11 +67,11 @@ def check_stored(base: str, where: str = "model.base", *, download: bool = False
     quantized is too: its names and shapes are those of the quantization.
     """
     from safetensors import safe_open
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+    config = read_config(base, where)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    paths = _weight_files(base, config, download=download)
+    paths = _weight_files(base, config, where, download=download)
     if kind is None or not paths or getattr(config, "quantization_config", None) is not None:
         return
     stored: dict[str, torch.Tensor] = {}
@@ -95,27 +94,40 @@ def check_stored(base: str, where: str = "model.base", *, download: bool = False
     _check(model, info, base, where)
 
 
-def _weight_files(base: str, config: Any, *, download: bool) -> list[str]:
-    """As from_pretrained chooses them; none when they are not on this machine."""
+def _weight_files(base: str, config: Any, where: str, *, download: bool) -> list[str]:
+    """As from_pretrained chooses them; none when they are not on this machine. ModelError for pickles."""
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
     from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
     local = not download
     options: dict[str, Any] = {"local_files_only": local, "_raise_exceptions_for_missing_entries": False}
-    if getattr(config, "transformers_weights", None) or type(config).extra_files:
-        return []  # further files, which from_pretrained alone knows
+    if (named := getattr(config, "transformers_weights", None)) is not None:
+        index = cached_file(base, named, **options) if str(named).endswith(".index.json") else None
+        check_shards(base, {"": named} if index is None else _weight_map(index), where)
+        return []  # which from_pretrained alone knows
+    if type(config).extra_files:
+        return []
     if (whole := cached_file(base, SAFE_WEIGHTS_NAME, **options)) is not None:
         return [whole]
     if (index := cached_file(base, SAFE_WEIGHTS_INDEX_NAME, **options)) is None:
         if Path(base).is_dir():
-            raise FileNotFoundError(f"no {SAFE_WEIGHTS_NAME} in {base}")
+            raise no_weights(Path(base))
         return []
+    check_shards(base, _weight_map(index), where)
     try:
         return list(get_checkpoint_shard_files(base, index, local_files_only=local)[0])
     except OSError:
         if download:
             raise
         return []
+
+
+def _weight_map(index: str) -> dict[str, Any]:
+    found = json.loads(Path(index).read_text("utf-8"))
+    if not isinstance(found, dict) or not isinstance(found.get("weight_map"), dict):
+        raise ValueError(f"{index} has no weight_map")
+    named: dict[str, Any] = found["weight_map"]
+    return named
 
 
 def _check(model: nn.Module, info: dict[str, Any], base: str, where: str) -> None:

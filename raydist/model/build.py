@@ -21,11 +21,12 @@ from torch import nn
 from raydist.errors import JobError, ModelError, first_line
 from raydist.job.schema import Job
 from raydist.model import quantization
-from raydist.model.base import SAFE, check_stored, load_base
+from raydist.model.base import check_stored, load_base
 from raydist.model.compiled import compile_layers, why_not_compiled
 from raydist.model.head import Head, find_head, use_chunked_head
 from raydist.model.layers import bare_of
 from raydist.model.precision import check_precision, exact_fp32
+from raydist.model.trust import NO_CODE, check_sizes, read_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -75,13 +76,10 @@ def load_config(job: Job, vocab_size: int | None = None) -> PretrainedConfig:
     Raises ModelError for a base that cannot be used, JobError for a configuration with unknown
     names. Code that comes with a model is never run.
     """
-    from transformers import AutoConfig
-
     if job.model.config is not None:
         return _config_from(job.model.config, vocab_size)
     with _usable(job):
-        config: PretrainedConfig = AutoConfig.from_pretrained(base_path(job), trust_remote_code=False)
-        return config
+        return read_config(base_path(job))
 
 
 def base_path(job: Job) -> str:
@@ -96,6 +94,7 @@ def _config_from(given: dict[str, Any], vocab_size: int | None) -> PretrainedCon
     from transformers import AutoConfig
 
     kind, options = given["model_type"], {k: v for k, v in given.items() if k != "model_type"}
+    check_sizes(options, JobError, "model.config")
     try:
         default = AutoConfig.for_model(kind)
     except ValueError as error:
@@ -134,7 +133,10 @@ def _usable(job: Job) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, StrictDataclassError, SafetensorError) as error:
+    except (
+        *(OSError, StrictDataclassError, SafetensorError),
+        *(ValueError, KeyError, TypeError, AttributeError, RecursionError),
+    ) as error:
         raise ModelError(
             f"the base model {job.model.base} cannot be used",
             where="model.base",
@@ -177,7 +179,7 @@ def check_fits(config: PretrainedConfig, job: Job) -> None:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     return tokenizer
 
 
@@ -229,7 +231,7 @@ def _bare(config: PretrainedConfig, job: Job, tokenizer_folder: Path, place: tor
     if place.type == "meta":
         from transformers import AutoModelForCausalLM
 
-        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        model: nn.Module = AutoModelForCausalLM.from_config(config, attn_implementation="eager", **NO_CODE)
         return model
     return _base(job, place).to(place)
 
@@ -308,7 +310,7 @@ def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:
         setattr(config, name, getattr(tokenizer, name))
     try:
         model: nn.Module = AutoModelForCausalLM.from_config(
-            config, attn_implementation="eager", dtype=torch.float32
+            config, attn_implementation="eager", dtype=torch.float32, **NO_CODE
         )
         return model
     except (ValueError, TypeError, ZeroDivisionError, RuntimeError) as error:
@@ -318,7 +320,7 @@ def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:
 def _base(job: Job, device: torch.device) -> nn.Module:
     """The base model: a quantized one is on `device`, another on the CPU."""
     dtype = torch.float32 if job.adapter is None else "auto"
-    options = {**SAFE, "attn_implementation": "eager"}
+    options = {"attn_implementation": "eager"}
     with _usable(job):
         if job.quantization is not None:
             config = quantization.quantization_config(job)
@@ -347,7 +349,7 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
     from raydist.model.adapter import add_lora
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, **NO_CODE)
         rows = model.get_input_embeddings().weight.shape[0]
         base_bytes = quantization.base_bytes(model, job)
         model = model if job.adapter is None else add_lora(model, job.adapter)

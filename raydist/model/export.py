@@ -17,9 +17,10 @@ from raydist.errors import ModelError, first_line
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.model import quantization
-from raydist.model.base import SAFE, load_adapter, load_base
+from raydist.model.base import load_adapter, load_base
 from raydist.model.build import load_config, load_tokenizer, quietly
 from raydist.model.quantization import load_dequantized, load_quantized, read_config
+from raydist.model.trust import read_adapter_config
 
 MODEL_FILES = (
     "*.safetensors", "*config.json", "*.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
@@ -129,13 +130,11 @@ def load_trained(folder: Path) -> Any:
     """The model in a run's model/, for inference. An adapter is put on its base, quantized as in training."""
     if not (folder / "adapter_config.json").exists():
         return load_base(str(folder), where=str(folder)).eval()
-    from peft import PeftConfig
-
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    base = str(read_adapter_config(folder).base_model_name_or_path)
     if (quantized := read_config(folder)) is not None:
-        model = load_quantized(base, quantized, torch.device("cpu"), where=base, **SAFE)
+        model = load_quantized(base, quantized, torch.device("cpu"), where=base)
     else:
-        model = load_base(base, where=base, **SAFE)
+        model = load_base(base, where=base)
     return load_adapter(model, folder).eval()
 
 
@@ -169,9 +168,7 @@ def merge_adapter(run: RunFolder, base: Path | None = None) -> Path:
     """
     source, target = run.model, run.merged
     quantized = _check(source, base)
-    from peft import PeftConfig
-
-    name = str(base or PeftConfig.from_pretrained(str(source)).base_model_name_or_path)
+    name = str(base or read_adapter_config(source).base_model_name_or_path)
     try:
         model, dtype = _merged(name, source, quantized)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -209,8 +206,8 @@ def _check(source: Path, base: Path | None) -> dict[str, Any] | None:
 def _merged(base: str, adapter: Path, quantized: dict[str, Any] | None) -> tuple[nn.Module, torch.dtype]:
     """The merged model in fp32, and the dtype of the base."""
     if quantized is not None:
-        model: Any = load_dequantized(base, quantized, where=base, **SAFE)
+        model: Any = load_dequantized(base, quantized, where=base)
     else:
-        model = load_base(base, where=base, dtype="auto", **SAFE)
+        model = load_base(base, where=base, dtype="auto")
     dtype = model.dtype
     return load_adapter(model.float(), adapter).merge_and_unload(), dtype

@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raydist.errors import JobError, ModelError
 from raydist.folder import RunFolder
 from raydist.job.identity import differences
-from raydist.model.base import SAFE
 from raydist.model.build import build_model, check_fits, load_config, model_sizes
 from raydist.model.export import load_trained, merge_adapter
 from raydist.model.loss import autocast
@@ -263,7 +262,7 @@ def test_a_quantized_base_whose_weights_do_not_fit_is_refused(tmp_path: Path, ba
         for refused in (
             lambda: check_job(job),
             lambda: build_model(job, base, CPU),
-            lambda: load_dequantized(str(base), quantization_config(job), **SAFE),
+            lambda: load_dequantized(str(base), quantization_config(job)),
         ):
             with pytest.raises(ModelError, match=rf"do not fit its config(?s:.*){said}"):
                 refused()
