@@ -17,11 +17,13 @@
     ├── ClusterError           8   the cluster does not answer or is too small
     └── Stopped                130 stopped on request, after a checkpoint
 
-An error says what is wrong, where, why it matters and what to do. All can be pickled, since they are
-passed between processes.
+An error says what is wrong, where, why it matters and what to do, and shows no secret. All can be pickled,
+since they are passed between processes.
 """
 
 from __future__ import annotations
+
+from raydist.redact import redact
 
 
 class RaydistError(Exception):
@@ -34,8 +36,8 @@ class RaydistError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
-        super().__init__(what)
-        self.what, self.where, self.why, self.fix = what, where, why, fix
+        self.what, self.where, self.why, self.fix = map(redact, (what, where, why, fix))
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         parts = [("where", self.where), ("why", self.why), ("do", self.fix)]

@@ -15,6 +15,7 @@ from raydist.errors import JobError, RaydistError
 from raydist.job.load import build_job
 from raydist.job.schema import Job
 from raydist.job.values import KeyPath, put
+from raydist.redact import redacted
 from raydist.storage import SHARED
 
 REQUIRED = ("model", "data_path", "project_name")
@@ -59,7 +60,8 @@ class LLMTrainingParams:
 
     def to_json(self) -> dict[str, Any]:
         """Every parameter with its value, the token redacted."""
-        return {name: "(redacted)" if name == "token" else getattr(self, name) for name in TABLE}
+        kept = {name: "(redacted)" if name == "token" else getattr(self, name) for name in TABLE}
+        return {name: redacted(value) for name, value in kept.items()}
 
     def job(self, more_problems: Iterable[str] = ()) -> Job:
         """Raises JobError with every problem, including `more_problems`."""

@@ -13,12 +13,14 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Sequence
 
 import click
 
 from raydist.cli import clusters, jobs, llm, runs
 from raydist.errors import RaydistError
+from raydist.redact import redact
 
 
 class InOrder(click.Group):
@@ -55,3 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RaydistError as error:
         click.secho(f"raydist: {error}", fg="red", err=True)
         sys.exit(error.exit_code)
+    except Exception:  # noqa: BLE001 - a traceback may quote a URI too
+        click.echo(redact(traceback.format_exc()), err=True, nl=False)
+        sys.exit(1)

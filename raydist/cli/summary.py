@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from raydist.folder import RunFolder
-from raydist.track.records import evaluations, phase_seconds, read_metrics, redact, supersede
+from raydist.redact import redact
+from raydist.track.records import evaluations, phase_seconds, read_metrics, supersede
 
 
 def summary(folder: RunFolder) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from raydist.corpus.formats import READERS, detect_format, is_known
 from raydist.corpus.locations import File, cannot_read, is_uri, open_file, open_filesystem, split_query
 from raydist.errors import CorpusError
 from raydist.job.schema import Source
+from raydist.redact import is_redacted, redact
 
 MIB = 2**20
 HASHED_WHOLE_BYTES = 64 * MIB
@@ -51,6 +52,12 @@ def list_files(source: Source) -> list[File]:
     excluded = [_glob_regex(pattern.rstrip("/")) for pattern in source.exclude]
     found: dict[str, Found] = {}
     for entry in entries:
+        if is_redacted(entry):
+            raise CorpusError(
+                f"a secret was taken out of the path {entry}", where=entry,
+                why="raydist writes none into a run's folder, where this job comes from",
+                fix="submit the job file that you wrote; better, give secrets by the environment",
+            )  # fmt: skip
         location = _substitute(entry)
         matches = list(_expand_uri(location) if is_uri(location) else _expand_local(location, excluded))
         for file in sorted(_wanted(entry, matches, excluded, source.format)):
@@ -182,7 +189,8 @@ def _remote(filesystem: Any, info: Any, name: str, location: str, *, named: bool
             f"the storage does not give the size of {location}", where=location,
             why="slices are planned by size", fix="copy the file to a storage that gives sizes",
         )  # fmt: skip
-    return Found(name, location, info.size, _version(filesystem, info), named)
+    # some filesystems count a query as part of the name, and a name stays in the token log
+    return Found(redact(name), location, info.size, _version(filesystem, info), named)
 
 
 def _version(filesystem: Any, info: Any) -> str:
@@ -228,7 +236,7 @@ def _prefixed(group: list[Found]) -> list[Found]:
         names = ["/".join(file.location.split("/")[-depth:]).lstrip("/") for file in group]
         if len(set(names)) == len(names):
             break
-    return [file._replace(name=name) for file, name in zip(group, names, strict=True)]
+    return [file._replace(name=redact(name)) for file, name in zip(group, names, strict=True)]
 
 
 def _identity(file: Found) -> str:

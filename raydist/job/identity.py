@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from raydist.job.schema import Job
+from raydist.redact import redacted
 
 NOT_IDENTITY = {
     "corpus.on_error",
@@ -19,10 +20,10 @@ IDENTITY = ("seed", "model", "corpus", "packing", "train", "stages", "adapter", 
 
 
 def identity(job: Job) -> dict[str, Any]:
-    """{dotted key: value} of every key that decides the trained weights, up to rounding."""
+    """{dotted key: value} of every key that decides the trained weights, up to rounding; without secrets."""
     values = job.model_dump(mode="json", include=set(IDENTITY))
     values["train"]["optimizer"] |= job.train.optimizer.options  # null is the value that it stands for
-    return {key: value for key, value in dotted_items(values) if key not in NOT_IDENTITY}
+    return {key: redacted(value) for key, value in dotted_items(values) if key not in NOT_IDENTITY}
 
 
 def differences(old: Job, new: Job) -> list[str]:

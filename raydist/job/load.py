@@ -14,6 +14,7 @@ from raydist.job.check import Places
 from raydist.job.schema import Job
 from raydist.job.text import parse_yaml, read_yaml_text
 from raydist.job.values import KeyPath, put
+from raydist.redact import redacted
 
 
 class _Loader(yaml.SafeLoader):
@@ -86,4 +87,13 @@ def _replace_places(places: dict[KeyPath, str], path: KeyPath, place: str) -> No
 
 def job_yaml(job: Job) -> str:
     """The resolved job, every default written out."""
-    return yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=100)
+    return _dump(job.model_dump(mode="json"))
+
+
+def kept_yaml(job: Job) -> str:
+    """The same with *** for every secret in it, for a file that stays."""
+    return _dump(redacted(job.model_dump(mode="json")))
+
+
+def _dump(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)

@@ -23,8 +23,9 @@ from raydist.cluster.resources import cpus_per_worker_here
 from raydist.errors import RunChanged, Stopped
 from raydist.folder import Kind, RunFolder
 from raydist.job.identity import differences
-from raydist.job.load import job_yaml, load_job
+from raydist.job.load import kept_yaml, load_job
 from raydist.job.schema import Job, Scaling
+from raydist.redact import redact
 from raydist.track.listener import Listener
 from raydist.training.phases import Phases
 
@@ -73,7 +74,7 @@ class Life:
                 self.folder.clear()
             self._keep_threads()
             self.folder.stop_flag.unlink(missing_ok=True)
-            self.folder.write_job(job_yaml(self.job))
+            self.folder.write_job(kept_yaml(self.job))
             self.folder.set_status("planning")
             self.listener.phase("checking the job")
             yield
@@ -148,7 +149,7 @@ class Life:
 
     def _write_status(self, error: BaseException | None) -> None:
         state = state_after(error)
-        more = {"error": str(error) or type(error).__name__, "kind": type(error).__name__}
+        more = {"error": redact(str(error)) or type(error).__name__, "kind": type(error).__name__}
         self.folder.set_status(state, **more if state == "failed" else {})
 
     @contextmanager

@@ -19,10 +19,11 @@ from raydist.cluster.resources import cpus_per_worker, node_resources, require_r
 from raydist.errors import JobError, TrainingError
 from raydist.folder import RunFolder
 from raydist.job.functions import module_folders, named_functions
-from raydist.job.load import job_yaml
+from raydist.job.load import kept_yaml
 from raydist.job.schema import Job
 from raydist.job.search import trial_job, trial_name
 from raydist.job.tune import Tune
+from raydist.redact import redact
 from raydist.run.dataset import Prepared, prepare_logs
 from raydist.run.lifecycle import Life, at_the_end, folder_of, state_after
 from raydist.run.preflight import check_job
@@ -202,6 +203,7 @@ class OutcomeLog(tune.Callback):
         self._show()
         if number in self._spec.ended:
             return  # it was recorded when it happened
+        error = redact(error)
         files.append_json(
             self._folder.trials_file, {"number": number, "state": state, "error": error}, flush=True
         )
@@ -253,7 +255,7 @@ def _write_best(job: Job, folder: RunFolder, trials: Sequence[Trial]) -> Trial |
         kept = {"checkpoint.save_total_limit": job.checkpoint.save_total_limit}
         of_best = trial_job(job, "best", {**best.parameters, **kept})
         head = f"# The best of {len(trials)} trials: {best.name}, {best.bits_per_byte:.4f} bits per byte\n"
-        files.write_text(folder.best_file, head + job_yaml(of_best))
+        files.write_text(folder.best_file, head + kept_yaml(of_best))
     return best
 
 

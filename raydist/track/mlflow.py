@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from raydist import files
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
+from raydist.redact import redact
 from raydist.storage import Storage
-from raydist.track.records import Record, figures, flatten, key, redact
+from raydist.track.records import Record, figures, flatten, key
 from raydist.track.tracker import Warn, warned
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from raydist.folder import RunFolder
+from raydist.redact import redact, redacted
 from raydist.training.phases import PHASES
 
 Record = dict[str, Any]
@@ -24,11 +25,6 @@ HISTORY = frozenset({"start", "resume", "stage", "incident"})
 """Kinds of records that are kept even when their steps are trained again."""
 
 NOT_FIGURES = frozenset({"step", "attempt", "time"})
-
-_SECRETS = (
-    (re.compile(r"(?<=://)[^/\s@'\"]+@"), "***@"),
-    (re.compile(r"((?:password|secret|token|api_?key|access_?key|signature)=)[^&\s'\"]+", re.I), r"\1***"),
-)
 
 
 class Tail:
@@ -113,7 +109,8 @@ def figures(record: Record) -> dict[str, float]:
 def flatten(value: Any, path: str = "") -> dict[str, str]:
     """{"train": {"lr": 0.1}} -> {"train.lr": "0.1"}; lists as JSON, credentials in URIs replaced by ***."""
     if isinstance(value, dict) and value:
-        pairs = (flatten(inner, f"{path}.{name}" if path else str(name)) for name, inner in value.items())
+        named = redacted(value).items()
+        pairs = (flatten(inner, f"{path}.{name}" if path else str(name)) for name, inner in named)
         return {name: text for part in pairs for name, text in part.items()}
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return {key(path): redact(text)[:6000]}
@@ -122,13 +119,6 @@ def flatten(value: Any, path: str = "") -> dict[str, str]:
 def key(name: str) -> str:
     """`name` with the characters that MLflow allows: letters, digits, space and _ - . /"""
     return re.sub(r"[^\w\-. /]", "_", name)
-
-
-def redact(text: str) -> str:
-    """Replace credentials in URIs and query strings: scheme://user:password@host, ?password=..."""
-    for pattern, replacement in _SECRETS:
-        text = pattern.sub(replacement, text)
-    return text
 
 
 def _parse(line: bytes) -> Record | None:

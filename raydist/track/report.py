@@ -13,6 +13,7 @@ import yaml
 
 from raydist import files
 from raydist.folder import RunFolder
+from raydist.redact import redact
 from raydist.track.humanize import date, duration, number, short, shown, size, workers
 from raydist.track.plots import Curve, draw, smoothed
 from raydist.track.records import (
@@ -21,7 +22,6 @@ from raydist.track.records import (
     evaluations,
     phase_seconds,
     read_metrics,
-    redact,
     supersede,
 )
 

@@ -8,6 +8,7 @@ from importlib import metadata
 from raydist.errors import JobError
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
+from raydist.redact import is_redacted
 from raydist.track.mlflow import Mlflow, name_of
 from raydist.track.tensorboard import TensorBoard
 from raydist.track.tracker import Sink, Tracker, Warn
@@ -15,7 +16,14 @@ from raydist.track.wandb import Wandb
 
 
 def check_trackers(job: Job) -> None:
-    """Raises JobError if a tracker's package is missing."""
+    """Raises JobError if a tracker's package is missing, or a secret of its address."""
+    if isinstance(job.tracking.mlflow, str) and is_redacted(job.tracking.mlflow):
+        raise JobError(
+            f"a secret was taken out of {job.tracking.mlflow}",
+            where="tracking.mlflow",
+            why="raydist writes none into a run's folder, where this job comes from",
+            fix="submit the job file that you wrote; better, set MLFLOW_TRACKING_USERNAME and _PASSWORD",
+        )
     if not job.tracking.wandb:
         return
     try:

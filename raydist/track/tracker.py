@@ -15,7 +15,8 @@ from functools import cached_property
 from typing import Protocol
 
 from raydist.folder import RunFolder
-from raydist.track.records import Record, Tail, redact
+from raydist.redact import redact
+from raydist.track.records import Record, Tail
 
 LONGEST_DELAY_SECONDS = 60.0
 

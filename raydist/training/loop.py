@@ -20,6 +20,7 @@ from raydist.model.build import fitted_of, n_parameters
 from raydist.model.work import work_of
 from raydist.parallel.build import build_on_ranks, make_strategy
 from raydist.parallel.world import World, contact
+from raydist.redact import redacted
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Checkpoints, Counts, Position
 from raydist.training.collate import make_collator
@@ -176,7 +177,7 @@ class Attempt:
     def record(self, kind: str, *, step: int | None = None, **values: Any) -> None:
         """Append a record to metrics.jsonl, of this step if none is given. Only rank 0 writes."""
         if self.world.is_main:
-            record = {"kind": kind, "step": self.step if step is None else step, **values}
+            record = {"kind": kind, "step": self.step if step is None else step, **redacted(values)}
             self.folder.append_metric({**record, "attempt": self.spec.attempt, "time": time.time()})
 
     # --- a step ------------------------------------------------------------------------------------
