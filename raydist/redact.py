@@ -22,19 +22,22 @@ _EQUALS = rf"(?:{_COLON}|pwd|credentials?|signature|(?<![a-z])(?:sig|sas)|{_NOT_
 
 _PORT = r"\d{1,5}(?:/?(?:[\s,;)\]]|$))"
 
+_BEGINS = r"(?:(?<![A-Za-z0-9])|(?<=%[0-9A-Fa-f]{2}))"
+_PREFIX = r"(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|AIza)"
+
 _PARTS = (
     # user:password@ in a URI; the password may hold slashes, spaces, @, or quotes
     (re.compile(rf"(?<=://)[^\s@/:'\"<>]*:(?!{_PORT})[^'\"<>\n]{{0,300}}?@(?![^\s/'\"]*@)"), f"{MASK}@"),
     (re.compile(rf"(?<=://)[^\s@/:]*:(?!{_PORT}|{re.escape(MASK)})\S{{0,300}}?@(?!\S*@)"), f"{MASK}@"),
     (re.compile(r"(?<=://)[^\s@/'\"<>]+@"), f"{MASK}@"),
     # name=value, as in a query or a connection string
-    (re.compile(rf"({_EQUALS}=)[^&;\s'\",)\]}}]+", re.I), rf"\1{MASK}"),
+    (re.compile(rf"({_EQUALS}(?:=|%3D))[^&;\s'\",)\]}}]+", re.I), rf"\1{MASK}"),
     # name: value, as in YAML, JSON and headers
     (re.compile(rf"({_COLON}['\"]?\s*:\s*)(\"[^\"\n]*\"|'[^'\n]*'|[^\s,}}\]'\"]+)", re.I), rf"\1{MASK}"),
     (re.compile(r"(\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{16,}", re.I), rf"\1{MASK}"),
     # tokens that are known by their form
-    (re.compile(r"\b(?:hf_|gh[pousr]_|github_pat_|glpat-|sk-|xox[abprs]-|AIza)[A-Za-z0-9_-]{8,}"), MASK),
-    (re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*"), MASK),
+    (re.compile(rf"{_BEGINS}{_PREFIX}[A-Za-z0-9_-]{{8,}}"), MASK),
+    (re.compile(rf"{_BEGINS}eyJ[A-Za-z0-9_-]{{8,}}\.[A-Za-z0-9_-]{{8,}}\.[A-Za-z0-9_-]*"), MASK),
 )
 
 

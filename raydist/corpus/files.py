@@ -19,7 +19,7 @@ import xxhash
 
 from raydist.corpus.formats import READERS, detect_format, is_known
 from raydist.corpus.locations import File, cannot_read, is_uri, open_file, open_filesystem, split_query
-from raydist.errors import CorpusError
+from raydist.errors import CorpusError, RaydistError
 from raydist.job.schema import Source
 from raydist.redact import is_redacted, redact
 
@@ -181,6 +181,13 @@ def _expand_uri(entry: str) -> Iterator[Found]:
                     yield _remote(filesystem, info, name, f"{root.rstrip('/')}/{name}{query}")
     except OSError as error:
         cannot_read(error, entry)
+    except RaydistError:
+        raise
+    except Exception as error:  # each filesystem of fsspec has its library's own
+        raise CorpusError(
+            f"cannot list {entry}", where=entry, why=f"{type(error).__name__}: {error}",
+            fix="check the path, and what its storage asks for",
+        ) from error  # fmt: skip
 
 
 def _remote(filesystem: Any, info: Any, name: str, location: str, *, named: bool = False) -> Found:

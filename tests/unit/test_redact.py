@@ -43,7 +43,7 @@ CANARIES = [
     f"https://host/x.jsonl?X-Amz-Signature={C}&X-Amz-Credential={C}/20261126",
     f"https://host/x.jsonl?password={C}#top",
     f"hf://datasets/ann:hf_{C}abcdefgh/x.jsonl",
-    f"https://host/ghp_{C}0123456789/x.jsonl",
+    f"https://host/ghp_{C}0123456789/x.jsonl?of=x%3Ahf_{C}0123",
     f"postgresql://ann:{C}#!@db:5432/x?sslpassword={C}",
     f"http://host/x.jsonl?api_key={C}",
     f"DefaultEndpointsProtocol=https;AccountKey={C}==;EndpointSuffix=core",
@@ -164,3 +164,9 @@ def test_a_traceback_of_the_command_shows_none(tmp_path: Path) -> None:
 
 def test_autotrains_parameters_show_none() -> None:
     assert C not in str(LLMTrainingParams(token=C, data_path=CANARIES[0]).to_json())
+
+
+def test_a_librarys_own_error_about_a_uri_is_one_of_the_corpus() -> None:
+    with pytest.raises(CorpusError, match="cannot list") as refused:
+        list_files(Source(path=f"hf://datasets/x:hf_{C}abcdefgh/y.jsonl"))
+    assert C not in str(refused.value)

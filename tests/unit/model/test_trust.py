@@ -101,6 +101,9 @@ def test_a_quantization_method_that_imports_code_is_refused(base: Path) -> None:
             edit(base / "config.json", **nested)
             with pytest.raises(ModelError, match=f"quantization method {method}"):
                 load_config(job)
+    for method in ("mxfp4", "fp8"):  # by transformers' own code, and not by a kernel from the hub
+        edit(base / "config.json", quantization_config={"quant_method": method}, text_config={})
+        assert load_config(job).quantization_config["dequantize"] is True
 
 
 def a_pickle(base: Path) -> None:
