@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from raydist.cluster.connect import ray_address, ray_session
 from raydist.corpus.log import open_log
 from raydist.errors import RunError
+from raydist.files import storage_watched
 from raydist.folder import find_run
 from raydist.job.load import load_job
 from raydist.job.schema import Job
@@ -66,7 +67,7 @@ def prepare(job: Job, *, address: str | None = None, listener: Listener | None =
     listener: by default a live view, or lines, on stderr.
     """
     view, address = listener or make_view(name=job.name), ray_address(address)
-    with view:
+    with storage_watched(Path(job.storage).expanduser()), view:
         view.phase("joining the cluster" if address else "starting Ray")
         with ray_session(0, 1, address):
             return prepare_logs(job, view)

@@ -15,6 +15,7 @@
     │   ├── WorkerLost         7   a worker died; the next attempt goes on from the last checkpoint
     │   └── OutOfMemory        7   a worker's micro batch did not fit; the next attempt takes half
     ├── ClusterError           8   the cluster does not answer or is too small
+    ├── StorageError           9   a disk is full or read-only, a quota is used up, or a permission is missing
     └── Stopped                130 stopped on request, after a checkpoint
 
 An error says what is wrong, where, why it matters and what to do, and shows no secret. All can be pickled,
@@ -110,6 +111,10 @@ class OutOfMemory(TrainingError):
 
 class ClusterError(RaydistError):
     exit_code = 8
+
+
+class StorageError(RaydistError):
+    exit_code = 9
 
 
 class Stopped(RaydistError):

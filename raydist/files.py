@@ -1,8 +1,15 @@
-"""How raydist writes files: whole, by renaming a temporary file, or by appending a line."""
+"""How raydist writes files: whole, by renaming a temporary file, or by appending a line.
+
+Whatever a disk refuses, however deep in a library, `storage_watched` turns into a StorageError.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+
+from raydist.errors import RaydistError, StorageError
 
 
 @contextmanager
@@ -48,8 +57,12 @@ def write_text(path: Path, content: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
     """Sorted keys and two-space indent, so that equal values give equal bytes."""
-    write_bytes(path, orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2) + b"\n")
+    return orjson.dumps(value, option=orjson.OPT_SORT_KEYS | orjson.OPT_INDENT_2) + b"\n"
 
 
 def read_json(path: Path) -> Any:
@@ -63,12 +76,22 @@ def read_record(path: Path) -> dict[str, Any]:
 
 
 def append_json(path: Path, record: dict[str, Any], *, flush: bool = False) -> None:
-    """Append one record as a line. `flush`: return only when it is on disk."""
-    with path.open("ab") as stream:
-        stream.write(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
-        if flush:
-            stream.flush()
-            os.fsync(stream.fileno())
+    """Append one record as a line. `flush`: return only when it is on disk.
+
+    A line that does not fit on the disk is taken back, so that the next one does not continue it.
+    """
+    line = memoryview(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+    with path.open("ab", buffering=0) as stream:
+        end = stream.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[stream.write(line) :]
+            if flush:
+                os.fsync(stream.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                stream.truncate(end)
+            raise
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -81,3 +104,117 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         return []
     whole = path.read_bytes().rpartition(b"\n")[0]
     return [orjson.loads(line) for line in whole.split(b"\n") if line.strip()]
+
+
+def write_over(spare: Path, path: Path, content: bytes) -> None:
+    """Replace `path` by the file `spare`, filled with `content`: a full disk has the room of `spare`.
+
+    content: not more bytes than `spare` has.
+    """
+    with spare.open("r+b") as stream:
+        stream.write(content)
+        stream.truncate()
+        stream.flush()
+        os.fsync(stream.fileno())
+    spare.replace(path)
+    flush_to_disk(path.parent)
+
+
+def like_its_folder(path: Path) -> None:
+    """Let those read and write the file who may read and write its folder.
+
+    Some libraries make files that their owner alone can read. Where a file system has no modes, all stays.
+    """
+    with contextlib.suppress(PermissionError):
+        path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+# --- what a disk refuses -------------------------------------------------------------------------
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+DENIED = (errno.EACCES, errno.EPERM)
+REFUSALS = {
+    errno.ENOSPC: ("no space is left on the disk", "free some space there"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space there, or have the quota raised"),
+    errno.EFBIG: (
+        "a file would be larger than is allowed",
+        "raise the limit (ulimit -f)",
+    ),
+    errno.EROFS: ("the storage is read-only", "mount it for writing, or name another storage"),
+    errno.EACCES: ("permission denied", "give this user access to it"),
+    errno.EPERM: ("permission denied", "give this user access to it"),
+    errno.EIO: ("the disk reports an input/output error", "check the disk, or use another one"),
+    errno.ESTALE: ("the shared storage does not know the file any more", "mount it again"),
+}
+_TEXTS = {os.strerror(code): code for code in (*FULL, errno.EROFS)}
+"""Libraries in C++ pass on no more than the system's text."""
+
+
+@contextmanager
+def storage_watched(where: Path) -> Iterator[None]:
+    """Raises StorageError for what a disk refused in the block, also deep within a library.
+
+    where: what the block writes to, for errors that name no file.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        refused = storage_error(error, where)
+        if refused is None:
+            raise
+        raise refused from error
+
+
+def storage_error(error: BaseException, where: Path) -> StorageError | None:
+    """What the disk refused, if that is the cause of `error`; None for another cause, and a RaydistError."""
+    if isinstance(error, RaydistError):
+        return None
+    for cause in _causes(error):
+        code = _refused(cause)
+        if code is not None:
+            named = getattr(cause, "filename", None)
+            path = Path(os.fsdecode(named)) if isinstance(named, str | bytes) else where
+            what, fix = REFUSALS[code]
+            return StorageError(
+                f"{what}: {path}",
+                where=_room(path) if code in FULL else "",
+                why=str(cause).strip().splitlines()[-1],
+                fix=f"{fix}; then run the same command again: what was complete is kept",
+            )
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error and what led to it, also by Ray's and torch's own ways; each once."""
+    waiting, seen = [error], set()
+    while waiting:
+        cause = waiting.pop(0)
+        if id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        yield cause
+        failures = getattr(cause, "failures", None)  # of torch's CheckpointException, by rank
+        by_rank = list(failures.values()) if isinstance(failures, dict) else []
+        inner = [cause.__cause__, cause.__context__, getattr(cause, "cause", None), *(f[0] for f in by_rank)]
+        waiting += [each for each in inner if isinstance(each, BaseException)]
+
+
+def _refused(error: BaseException) -> int | None:
+    """The error number of a disk's refusal; None for anything else."""
+    if isinstance(error, OSError) and error.errno is not None:
+        if error.errno in DENIED and error.filename is None:
+            return None  # a socket's or a process's, not a file's
+        return error.errno if error.errno in REFUSALS else None
+    text = str(error)
+    numbered = re.search(r"\(os error (\d+)\)", text)  # Rust's: safetensors, tokenizers
+    if numbered:
+        return int(numbered[1]) if int(numbered[1]) in REFUSALS else None
+    return next((code for said, code in _TEXTS.items() if said in text), None)
+
+
+def _room(path: Path) -> str:
+    place = next((each for each in (path, *path.parents) if each.exists()), Path("/"))
+    usage = shutil.disk_usage(place)
+    return f"{place} is on a disk of {usage.total / 1e9:,.3g} GB with {usage.free / 1e9:,.3g} GB free"

@@ -36,12 +36,15 @@ OLD_JOB = "job.yaml"
 """What the resolved job was called before runs had a marker."""
 
 LOCKS = (".lease", ".writer")
+SPARE = ".status.spare"
+SPARE_BYTES = 8192
+"""Room for a status on a full disk; its error is cut to an eighth of so many characters there."""
 CONTENTS = (
     "raydist-job.yaml", "status.json", "progress.json", "data.json", "metrics.jsonl", "ledger.jsonl", "stop",
     "report.html", "trials.jsonl", "optuna.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json",
     "checkpoints", "ray", "model", ".model.tmp", "export", "tensorboard", "wandb",
 )  # fmt: skip
-"""All that raydist writes into a run's or a sweep's folder, except the marker and the locks."""
+"""All that raydist writes into a run's or a sweep's folder, except the marker, the locks and SPARE."""
 
 
 class RunFolder:
@@ -52,6 +55,7 @@ class RunFolder:
         self.marker = path / MARKER
         self.status_file = path / "status.json"
         self.progress_file = path / "progress.json"
+        self._spare = path / SPARE
         self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
         self.ledger_file = path / "ledger.jsonl"
@@ -158,7 +162,7 @@ class RunFolder:
         """Names in the folder that raydist does not write there, in order."""
         if not self.path.is_dir():
             return [self.path.name] if self.path.exists() or self.path.is_symlink() else []
-        ours = {*CONTENTS, *LOCKS, MARKER}
+        ours = {*CONTENTS, *LOCKS, MARKER, SPARE}
         names = sorted(path.name for path in self.path.iterdir())
         return [name for name in names if name not in ours and not fnmatch(name, ".*.tmp")]
 
@@ -179,9 +183,26 @@ class RunFolder:
         return lease.read_text() if lease.exists() and _is_held(lease) else ""
 
     def set_status(self, state: str, **more: Any) -> None:
+        """A full disk takes it as well, once `reserve_status` has kept room for it there."""
         assert state in STATES, state
         since = datetime.now(UTC).isoformat(timespec="seconds")
-        files.write_json(self.status_file, {"state": state, "since": since, **more})
+        status = {"state": state, "since": since, **more}
+        try:
+            files.write_json(self.status_file, status)
+        except OSError as error:
+            if error.errno not in files.FULL or not self._spare.exists():
+                raise
+            # in JSON a character takes up to 6 bytes
+            short = {key: str(value)[: SPARE_BYTES // 8] for key, value in status.items()}
+            files.write_over(self._spare, self.status_file, files.json_bytes(short))
+
+    def reserve_status(self) -> None:
+        """Keep room for one status. Random bytes, since a file system may store zeros without taking room."""
+        if not self._spare.exists():
+            files.write_bytes(self._spare, os.urandom(SPARE_BYTES))
+
+    def release_status(self) -> None:
+        self._spare.unlink(missing_ok=True)
 
     def progress(self, attempt: int) -> tuple[str, int, int] | None:
         """The phase that rank 0 of this attempt is in, and done and total of it; None if not known.

@@ -15,11 +15,13 @@ from __future__ import annotations
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import click
 
 from raydist.cli import clusters, jobs, llm, runs
 from raydist.errors import RaydistError
+from raydist.files import storage_watched
 from raydist.redact import redact
 
 
@@ -53,7 +55,8 @@ for command in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a RaydistError becomes its message and its exit code."""
     try:
-        group.main(args=arguments, prog_name="raydist")
+        with storage_watched(Path.cwd()):
+            group.main(args=arguments, prog_name="raydist")
     except RaydistError as error:
         click.secho(f"raydist: {error}", fg="red", err=True)
         sys.exit(error.exit_code)

@@ -4,7 +4,7 @@ raydist cluster up ──> launch            raydist doctor ──> doctor ─�
 raydist submit ──> submit ──Jobs API──> raydist train, in the cluster ──> connect ──> trainer
                      └──> remote: follow, find, stop the job               resources ──┘
 
-connect      joins a cluster, or starts an embedded Ray on this machine
+connect      joins a cluster, or starts an embedded Ray on this machine; temporary: that one's folder
 resources    how many workers the nodes hold, and what training leaves free
 trainer      one attempt at training, in Ray Train's workers; network: their process group between hosts
 submit       sends a job, this version of raydist and the user's own modules

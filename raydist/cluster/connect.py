@@ -6,13 +6,13 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydist.cluster.resources import CORES, cores
+from raydist.cluster.temporary import ray_folder
 from raydist.cluster.token import ensure_token
 from raydist.errors import ClusterError
 
@@ -71,14 +71,33 @@ def ray_session(num_workers: int, cpus_per_worker: int, address: str | None = No
     if ray.is_initialized():
         yield
         return
-    if address is not None:
-        _join(address)
-    else:
-        _start_embedded(num_workers * cpus_per_worker)
-    try:
+    with _own_temporary_folder() if address is None else nullcontext():
+        if address is not None:
+            _join(address)
+        else:
+            _start_embedded(num_workers * cpus_per_worker)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _own_temporary_folder() -> Iterator[None]:
+    """RAY_TMPDIR names a folder of this process's own, unless the user has named one.
+
+    In the shared one Ray Train would find the address that `ray start` left there, and would wait 12 s for
+    that cluster at the end of each attempt.
+    """
+    if "RAY_TMPDIR" in os.environ:
         yield
-    finally:
-        ray.shutdown()
+        return
+    with ray_folder() as folder:
+        os.environ["RAY_TMPDIR"] = str(folder)
+        try:
+            yield
+        finally:
+            del os.environ["RAY_TMPDIR"]
 
 
 def _join(address: str) -> None:
@@ -113,15 +132,9 @@ def connection_error(address: str, error: BaseException | None, fix: str) -> Clu
 
 
 def _start_embedded(training_cpus: int) -> None:
-    """Start a Ray with one CPU more than training reserves, so that tokenizing always finds one.
-
-    It has a temporary folder of its own: in the shared one Ray Train would find the address that `ray start`
-    left there, and would wait 12 s for that cluster at the end of each attempt.
-    """
+    """Start a Ray with one CPU more than training reserves, so that tokenizing always finds one."""
     import ray
 
-    if "RAY_TMPDIR" not in os.environ:
-        os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="ray-")
     shared_memory = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
     roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 1.2 * OBJECT_STORE_BYTES
     ensure_token()

@@ -35,6 +35,7 @@ from raydist.corpus.slices import Slice, read_slice
 from raydist.corpus.source import SourceFiles, cleaned
 from raydist.corpus.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
 from raydist.errors import BadRecords, CorpusError, LogError, RaydistError
+from raydist.files import storage_error
 from raydist.job.functions import find_in, module_folders
 
 if TYPE_CHECKING:
@@ -292,13 +293,15 @@ def dataset(
 
 
 def _unwrapped(error: BaseException, folder: LogFolder) -> RaydistError:
-    """The RaydistError that caused `error`; for any other cause, a CorpusError with its traceback."""
+    """The RaydistError that caused `error`; for what a disk refused, a StorageError; else a CorpusError."""
     chain = [error]
     while (cause := getattr(chain[-1], "cause", None) or chain[-1].__cause__) and cause not in chain:
         chain.append(cause)
     for link in chain:
         if isinstance(link, RaydistError) and not isinstance(link, RayTaskError):
             return link
+    if refused := storage_error(error, folder.path):
+        return refused
     return CorpusError(
         f"a preparation task failed: {type(chain[-1]).__name__}: {chain[-1]}",
         where=str(folder.path),

@@ -67,6 +67,8 @@ def replacing(folder: Path) -> Iterator[Path]:
             shutil.copy2(path, target, follow_symlinks=False)
     for path in [*temporary.rglob("*"), temporary]:
         if not path.is_symlink():
+            if path.is_file():
+                files.like_its_folder(path)
             files.flush_to_disk(path)
     if folder.exists():
         shutil.rmtree(folder)

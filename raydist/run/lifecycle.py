@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from raydist import files
 from raydist.cluster.connect import ray_session
 from raydist.cluster.resources import cpus_per_worker_here
 from raydist.errors import RunChanged, Stopped
@@ -53,13 +54,15 @@ class Life:
 
         Raises RunError where the folder is not raydist's, RunBusy while another driver lives, RunChanged
         where the job differs from that of the checkpoints (or trials) in it. Then nothing was changed.
+        What a disk refuses in the block is raised as StorageError.
         """
-        self.folder.check_place(self.kind)
-        with self.listener, self.folder.lease():
-            self.folder.mark(self.kind)
-            self._compare()
-            self.why = _why(self.folder.status(), new=self._changed != [] or not self._known)
-            yield
+        with files.storage_watched(self.folder.path):
+            self.folder.check_place(self.kind)
+            with self.listener, self.folder.lease():
+                self.folder.mark(self.kind)
+                self._compare()
+                self.why = _why(self.folder.status(), new=self._changed != [] or not self._known)
+                yield
 
     @property
     def finished(self) -> bool:
@@ -69,10 +72,11 @@ class Life:
     @contextmanager
     def begun(self) -> Iterator[None]:
         """From planning to the end, which status.json says, however it comes; signals ask to stop."""
-        with at_the_end(self._write_status), self._stop_signals():
+        with at_the_end(self._write_status, self.folder.path), self._stop_signals():
             if self._changed:
                 self.folder.clear()
             self._keep_threads()
+            self.folder.reserve_status()
             self.folder.stop_flag.unlink(missing_ok=True)
             self.folder.write_job(kept_yaml(self.job))
             self.folder.set_status("planning")
@@ -150,7 +154,15 @@ class Life:
     def _write_status(self, error: BaseException | None) -> None:
         state = state_after(error)
         more = {"error": redact(str(error)) or type(error).__name__, "kind": type(error).__name__}
-        self.folder.set_status(state, **more if state == "failed" else {})
+        try:
+            self.folder.set_status(state, **more if state == "failed" else {})
+        except OSError as refused:
+            if error is not None:
+                text = f"the run's status cannot be written ({refused}); raydist status calls it interrupted"
+                self.listener.message(text)
+            raise
+        if state != "failed":
+            self.folder.release_status()
 
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
@@ -209,12 +221,21 @@ def state_after(error: BaseException | None) -> str:
 
 
 @contextmanager
-def at_the_end(conclude: Callable[[BaseException | None], None]) -> Iterator[None]:
-    """Call `conclude` when the block ends, with what it raised, if anything; that goes on being raised."""
+def at_the_end(conclude: Callable[[BaseException | None], None], folder: Path) -> Iterator[None]:
+    """Call `conclude` when the block ends, with what it raised, if anything; that goes on being raised.
+
+    What a disk refused in the block is raised, and given to `conclude`, as StorageError; what it refuses to
+    `conclude` then changes nothing. folder: that of the run.
+    """
     try:
-        yield
+        with files.storage_watched(folder):
+            yield
     except BaseException as error:
-        conclude(error)
+        try:
+            conclude(error)
+        except OSError as refused:
+            if files.storage_error(refused, folder) is None:
+                raise
         raise
     conclude(None)
 

@@ -169,12 +169,14 @@ def reported(life: Life, parent: str | None) -> Iterator[None]:
         life.listener.phase("writing the report")
         report.ended = True
         live.finish(state)
-        write_report(life.folder, state=state, error=str(error) if state == "failed" else "")
-        for tracker in trackers:
-            life.listener.phase("sending records", tracker.name)
-            tracker.finish(state)
+        try:
+            write_report(life.folder, state=state, error=str(error) if state == "failed" else "")
+        finally:
+            for tracker in trackers:
+                life.listener.phase("sending records", tracker.name)
+                tracker.finish(state)
 
-    with at_the_end(conclude):
+    with at_the_end(conclude, life.folder.path):
         yield
 
 

@@ -238,25 +238,32 @@ def _concluded(life: Life) -> Iterator[str | None]:
 
     def conclude(error: BaseException | None) -> None:
         state, result = state_after(error), read_sweep(job)
-        best = _write_best(job, folder, result.trials)
-        write_sweep_page(folder, result.trials, state=state, error=str(error) if state == "failed" else "")
-        if parent is not None:
-            metrics = {METRIC: best.bits_per_byte} if best and best.bits_per_byte else {}
-            finish_parent(job, folder, state, metrics, best.parameters if best else {}, on_warning=warn)
+        best = _best(result.trials)
+        try:
+            if best is not None:
+                _write_best(job, folder, result.trials, best)
+            write_sweep_page(
+                folder, result.trials, state=state, error=str(error) if state == "failed" else ""
+            )
+        finally:
+            if parent is not None:
+                metrics = {METRIC: best.bits_per_byte} if best and best.bits_per_byte else {}
+                finish_parent(job, folder, state, metrics, best.parameters if best else {}, on_warning=warn)
 
-    with at_the_end(conclude):
+    with at_the_end(conclude, folder.path):
         yield parent
 
 
-def _write_best(job: Job, folder: RunFolder, trials: Sequence[Trial]) -> Trial | None:
+def _best(trials: Sequence[Trial]) -> Trial | None:
+    return next((trial for trial in trials if trial.state == "finished"), None)
+
+
+def _write_best(job: Job, folder: RunFolder, trials: Sequence[Trial], best: Trial) -> None:
     """best.yaml is a job of its own name: it trains the best trial's job again."""
-    best = next((trial for trial in trials if trial.state == "finished"), None)
-    if best is not None:
-        kept = {"checkpoint.save_total_limit": job.checkpoint.save_total_limit}
-        of_best = trial_job(job, "best", {**best.parameters, **kept})
-        head = f"# The best of {len(trials)} trials: {best.name}, {best.bits_per_byte:.4f} bits per byte\n"
-        files.write_text(folder.best_file, head + kept_yaml(of_best))
-    return best
+    kept = {"checkpoint.save_total_limit": job.checkpoint.save_total_limit}
+    of_best = trial_job(job, "best", {**best.parameters, **kept})
+    head = f"# The best of {len(trials)} trials: {best.name}, {best.bits_per_byte:.4f} bits per byte\n"
+    files.write_text(folder.best_file, head + kept_yaml(of_best))
 
 
 def _refuse_failed(folder: RunFolder, result: SweepResult) -> None:

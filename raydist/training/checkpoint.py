@@ -186,6 +186,7 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
 
 
 def _sealed(path: Path) -> dict[str, Any]:
+    files.like_its_folder(path)
     files.flush_to_disk(path)
     return measure(path)
 

@@ -14,6 +14,7 @@ import xxhash
 from torch import Tensor
 
 from raydist.errors import TrainingError
+from raydist.files import storage_watched
 from raydist.folder import RunFolder
 from raydist.job.functions import find_in
 from raydist.model.build import fitted_of, n_parameters
@@ -59,16 +60,21 @@ def train(
 
     world: this rank; by default the only one. Where there are more, the default process group exists
     already. hooks: called after all others, on every rank. data: opened from the spec by default.
-    Raises WorkerLost when the other ranks cannot be reached, OutOfMemory when a micro batch does not fit.
+    Raises WorkerLost when the other ranks cannot be reached, OutOfMemory when a micro batch does not fit,
+    StorageError for what a disk refuses.
     """
     world, phases = world or World(), Phases("load", spec.seconds_before())
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     find_in(spec.modules)
-    folder = RunFolder(spec.run)
-    writer = folder.writer() if world.is_main else contextlib.nullcontext()
-    shown = progress_written(folder, spec.attempt, phases) if world.is_main else contextlib.nullcontext()
-    with contact(world.rank), memory_watched(spec.plan.micro_batches), writer, shown:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(storage_watched(spec.run))
+        stack.enter_context(contact(world.rank))
+        stack.enter_context(memory_watched(spec.plan.micro_batches))
+        if world.is_main:
+            folder = RunFolder(spec.run)
+            stack.enter_context(folder.writer())
+            stack.enter_context(progress_written(folder, spec.attempt, phases))
         attempt = Attempt(spec, world, data or open_data(spec), phases, hooks)
         try:
             stopped = attempt.fit()

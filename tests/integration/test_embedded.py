@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,19 +46,24 @@ print(json.dumps({"nodes": nodes, "listening": found, "said": said, "pandas": pa
 
 
 def test_it_lets_nobody_in(tmp_path: Path) -> None:
-    """Also in a program that has imported Ray already, which reads the mode of its token then."""
+    """Also in a program that has imported Ray already, which reads the mode of its token then.
+
+    Its temporary folder is gone afterwards.
+    """
     (tmp_path / "mine.py").write_text("def say(): return 'mine'")
     (tmp_path / "pandas.py").write_text("raise ImportError('of the working folder')")
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    environment = {**kept, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", f"import os; os.umask(0o022)\n{PROGRAM}"],
-        capture_output=True,
-        text=True,
-        env=environment,
-        cwd=tmp_path,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory(prefix="r") as place:  # tmp_path is too long for Ray's sockets
+        environment = {**kept, "HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "TMPDIR": place}
+        result = subprocess.run(
+            [sys.executable, "-c", f"import os; os.umask(0o022)\n{PROGRAM}"],
+            capture_output=True,
+            text=True,
+            env=environment,
+            cwd=tmp_path,
+            check=False,
+        )
+        assert not list(Path(place).glob("ray-*"))
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["nodes"] == ["127.0.0.1"] * 2

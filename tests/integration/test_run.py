@@ -94,6 +94,12 @@ def test_a_run_from_raw_files_to_a_model(undisturbed: tuple[RunFolder, str]) -> 
     phases = "plan prepare start load first_step steps evaluation checkpoint export"
     assert re.sub(r" [\d.,]+ s", "", time).replace(" ", "_").split(",_") == phases.split()
     assert folder.status()["state"] == "finished"
+    modes = {
+        path.stat().st_mode & 0o777
+        for path in folder.path.rglob("*")
+        if path.is_file() and "wandb" not in path.parts
+    }
+    assert modes == {folder.path.stat().st_mode & 0o666}
     evaluations = [r for r in effective(folder) if r["kind"] == "eval"]
     assert [r["step"] for r in evaluations] == [0, 20, STEPS]
     assert evaluations[-1]["perplexity"] < 0.5 * evaluations[0]["perplexity"]
