@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import torch
 from torch import nn
 
 from raydist.errors import ModelError
@@ -41,3 +44,32 @@ def _target_modules(model: nn.Module, lora: Lora) -> str | list[str]:
 def is_linear(module: nn.Module) -> bool:
     """Whether LoRA can adapt it. GPT-2 calls its linear layers Conv1D."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast the frozen weights of linear layers to `dtype`, in which autocast computes their products.
+
+    The products stay the same to the last bit. autocast would cast such a weight again in each pass, since it
+    keeps the casts of trained weights only, and the wider weight would take twice the memory.
+    """
+    for weight in product_weights(model):
+        if not weight.requires_grad:
+            weight.data = weight.data.to(dtype)
+
+
+def product_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Weights and biases of plain linear layers that are nothing else too, such as an embedding.
+
+    Without those that the model's class wants in fp32.
+    """
+    lists = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    kept = {part for m in model.modules() for name in lists for part in getattr(m, name, None) or ()}
+    found: dict[nn.Parameter, None] = {}
+    others: set[nn.Parameter] = set()
+    for path, module in model.named_modules():
+        plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+        if plain and kept.isdisjoint(path.split(".")):
+            found |= dict.fromkeys(module.parameters(recurse=False))
+        else:
+            others.update(module.parameters(recurse=False))
+    return (weight for weight in found if weight not in others)

@@ -25,7 +25,7 @@ from raydist.model.base import check_stored, load_base
 from raydist.model.compiled import compile_layers, why_not_compiled
 from raydist.model.head import Head, find_head, use_chunked_head
 from raydist.model.layers import bare_of
-from raydist.model.precision import check_precision, exact_fp32
+from raydist.model.precision import DTYPES, check_precision, exact_fp32
 from raydist.model.trust import NO_CODE, check_sizes, read_config
 
 if TYPE_CHECKING:
@@ -197,11 +197,12 @@ def build_model(
 ) -> nn.Module:
     """The model to train on `device`, probed, in training mode.
 
-    Trainable weights are fp32. With an adapter the base is frozen and keeps its dtype. place: where the
-    weights are put, `device` by default; on meta there are none. fit: gives the bare model its attention and
-    its way to the loss, by default `fit_model`.
+    Trainable weights are fp32. With an adapter the base is frozen and keeps its dtype, but its linear layers
+    have the dtype that they compute in, if that is of 16 bits. place: where the weights are put, `device` by
+    default; on meta there are none. fit: gives the bare model its attention and its way to the loss, by
+    default `fit_model`.
     """
-    from raydist.model.adapter import add_lora
+    from raydist.model.adapter import add_lora, narrow_frozen
     from raydist.model.attention.choose import check_attention
     from raydist.model.recompute import checkpoint_layers
 
@@ -218,6 +219,8 @@ def build_model(
         # the bare model, which knows how attention is chosen
         fit(model) if fit else fit_model(model, job, device)
         model = model if job.adapter is None else add_lora(model, job.adapter)
+    if (compute := DTYPES[job.train.mixed_precision]) != torch.float32:
+        narrow_frozen(model, compute)  # not before, or the adapter's first weights would be rounded
     model = model.to(place)
     checkpoint_layers(model, job.train.gradient_checkpointing)
     if not fitted_of(model).uncompiled:
@@ -318,12 +321,16 @@ def _random(config: PretrainedConfig, tokenizer_folder: Path) -> nn.Module:
 
 
 def _base(job: Job, device: torch.device) -> nn.Module:
-    """The base model: a quantized one is on `device`, another on the CPU."""
+    """The base model: a quantized one is on `device`, another on the CPU.
+
+    fp32 is exact for a quantized base: what is not quantized is fp32 then, whatever it is stored in.
+    """
     dtype = torch.float32 if job.adapter is None else "auto"
-    options = {"attn_implementation": "eager"}
+    options: dict[str, Any] = {"attn_implementation": "eager"}
     with _usable(job):
         if job.quantization is not None:
             config = quantization.quantization_config(job)
+            options["dtype"] = torch.float32 if job.train.mixed_precision == "fp32" else "auto"
             return quantization.load_quantized(base_path(job), config, device, **options)
         model: nn.Module = load_base(base_path(job), dtype=dtype, **options)
         return model
@@ -359,5 +366,9 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
-    """The number of all parameters, or of those that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)
+    """The number of all parameters, or of those that are trained. Quantized ones count one by one."""
+    packed: dict[torch.Tensor, int] = {}
+    for module in model.modules():
+        if isinstance(module, quantization.QuantizedLinear):
+            packed |= {module.weight: module.in_features * module.out_features, module.scales: 0}
+    return sum(packed.get(p, p.numel()) for p in model.parameters() if p.requires_grad or not trainable)

@@ -1,16 +1,18 @@
-"""A frozen base in 4 or 8 bits, stored by bitsandbytes, under a LoRA adapter that is trained (QLoRA).
+"""A frozen base in 4 or 8 bits, quantized by bitsandbytes, under a LoRA adapter that is trained (QLoRA).
+
+    base ─▶ bitsandbytes quantizes each linear layer ─▶ QuantizedLinear: bytes ─▶ dequantized for each product
 
 Every product uses the dequantized weight: in training, in evaluation and in the merged model. The kernels
 of bitsandbytes differ from each other: in evaluation its int8 also rounds activations (LLM.int8(): 15% of
-the largest logit on a 135M model), and its int4 computes in bf16 on some CPUs (2%).
+the largest logit on a 135M model), and its int4 computes in bf16 on some CPUs (2%). Its fused int4 kernel
+is for small batches; above 1,536 rows it dequantizes and multiplies too.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import functools
+import math
 from pathlib import Path
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from raydist import files
 from raydist.errors import JobError, ModelError, first_line
 from raydist.job.schema import Job
-from raydist.model.adapter import is_linear
+from raydist.model.adapter import is_linear, product_weights
 from raydist.model.base import load_base
 from raydist.model.precision import DTYPES
 
@@ -30,8 +32,10 @@ if TYPE_CHECKING:
 CONFIG = "quantization_config.json"
 """A file next to the adapter that says how its base was quantized."""
 
-BYTES = {"int4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-"""Bytes per weight. int4 has an 8-bit scale for 64 weights, and a 32-bit scale for 256 of those."""
+BLOCK, SCALES_BLOCK = 64, 256
+"""int4: weights that share a scale of 8 bits, and those scales that share one of 32 bits."""
+ALIGNED = 16
+"""Bytes: numbers of any size can be read at such places, and the whole can be seen as numbers of any size."""
 
 
 def check_quantization(config: PretrainedConfig, job: Job) -> None:
@@ -69,39 +73,57 @@ def quantization_config(job: Job) -> dict[str, Any]:
     return {"load_in_4bit": True, **nf4, "bnb_4bit_compute_dtype": compute}
 
 
-def load_quantized(base: str, config: dict[str, Any], device: torch.device, **options: Any) -> nn.Module:
-    """The base on `device`: every linear layer except the output head is quantized, the rest is fp32.
+def load_quantized(
+    base: str, config: dict[str, Any], device: torch.device, *, dtype: Any = torch.float32, **options: Any
+) -> nn.Module:
+    """The base on `device`: every linear layer except the output head is a QuantizedLinear.
 
-    It is put there while it is loaded, because int8 weights lose their scales when a model is moved later.
+    dtype: of all else, or "auto" for the base's own; what is quantized does not depend on it.
+    It is put there while it is loaded: large models are quantized on a GPU, a layer at a time.
     """
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
     from transformers import BitsAndBytesConfig
 
     check_bitsandbytes(device)
     options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": str(device)}}
-    model: nn.Module = load_base(base, dtype=torch.float32, **options)
-    for _, layer in _quantized_layers(model):
-        layer.forward = MethodType(_forward, layer)
+    model: nn.Module = load_base(base, dtype=dtype, **options)
+    made = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)]
+    for name, layer in made:
+        model.set_submodule(name, QuantizedLinear(layer))
     return model
 
 
 def load_dequantized(base: str, config: dict[str, Any], **options: Any) -> nn.Module:
     """The base in fp32, made of plain layers that hold the dequantized values."""
     plain: nn.Module = load_base(base, dtype=torch.float32, **options)
-    for name, layer in _quantized_layers(load_quantized(base, config, torch.device("cpu"), **options)):
-        target, weight = plain.get_submodule(name), dequantized(layer, torch.float32)
+    quantized = load_quantized(base, config, torch.device("cpu"), **options)
+    for name, layer in quantized.named_modules():
+        if not isinstance(layer, QuantizedLinear):
+            continue
+        target, weight = plain.get_submodule(name), layer.dequantized(torch.float32)
         # GPT-2's Conv1D holds its weight as (in, out)
         target.weight.data.copy_(weight if isinstance(target, nn.Linear) else weight.T)  # type: ignore[operator]
     return plain
 
 
 def base_bytes(model: nn.Module, job: Job) -> int:
-    """Memory of a frozen base: in its own dtype, or with quantized linear layers and the rest in fp32."""
-    total, config = sum(p.numel() for p in model.parameters()), model.config
-    if job.quantization is None:
-        return total * getattr(config.dtype, "itemsize", 4)
+    """Memory of a frozen base, as `build_model` makes it."""
+    compute, own = DTYPES[job.train.mixed_precision], getattr(model.config.dtype, "itemsize", 4)
+    if job.quantization is not None and compute == torch.float32:
+        own = 4
+    total = sum(p.numel() for p in model.parameters()) * own
     head = model.get_output_embeddings()  # type: ignore[operator]
-    linear: int = sum(m.weight.numel() for m in model.modules() if is_linear(m) and m is not head)  # type: ignore[misc, operator]
-    return round(linear * BYTES[job.quantization]) + 4 * (total - linear)
+    quantized: dict[int, int] = {}
+    if job.quantization is not None:
+        for module in model.modules():
+            if is_linear(module) and module is not head:
+                rows, columns = module.weight.shape  # type: ignore[misc]
+                quantized[id(module.weight)] = stored_bytes(rows, columns, job.quantization)
+                total += quantized[id(module.weight)] - rows * columns * own
+    if compute != torch.float32:
+        narrow = [w for w in product_weights(model) if id(w) not in quantized]
+        total -= sum(w.numel() for w in narrow) * (own - compute.itemsize)
+    return total
 
 
 def write_config(job: Job, folder: Path) -> None:
@@ -115,40 +137,146 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     return files.read_json(folder / CONFIG) if (folder / CONFIG).exists() else None
 
 
-def _quantized_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+class QuantizedLinear(nn.Linear):
+    """x W^T + b with a frozen W of 4 or 8 bits.
 
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt))
+    weight: uint8 (bytes, 1), two weights to a byte in int4.  scales: uint8 (bytes,), all that turns them into
+    numbers again. Both are bytes whatever they hold, so no cast of the model changes them, and FSDP2 and
+    DeepSpeed send and shard them as they are. A sharding strategy may hold the same bytes in another dtype.
+    """
+
+    scales: nn.Parameter
+
+    def __init__(self, layer: nn.Module) -> None:
+        """layer: a Linear4bit or Linear8bitLt of bitsandbytes, whose storage is taken over."""
+        nn.Module.__init__(self)  # nn.Linear's would make a weight, and draw random numbers for it
+        weight: Any = layer.weight
+        self.in_features, self.out_features = layer.in_features, layer.out_features  # type: ignore[assignment]
+        self.bits = "int8" if getattr(weight, "quant_state", None) is None else "int4"
+        scales = _as_bytes(weight.SCB) if self.bits == "int8" else _scales_of_int4(weight.quant_state)
+        self.weight = nn.Parameter(_as_bytes(weight.data).unsqueeze(1), requires_grad=False)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        self.bias = layer.bias  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As nn.Linear's, also under autocast."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out: Tensor = _product(x, self.weight, self.scales, self.out_features, self.bits)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight, (out, in)."""
+        return _dequantized(self.weight, self.scales, self.out_features, self.in_features, self.bits, dtype)
 
 
-def dequantized(layer: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight of a quantized layer, (out, in)."""
-    from bitsandbytes.functional import dequantize_4bit
-
-    weight: Any = layer.weight
-    if (state := getattr(weight, "quant_state", None)) is None:
-        return weight.data.to(dtype).mul_(weight.SCB.unsqueeze(1) / 127)  # type: ignore[no-any-return]
-    state = copy.copy(state)
-    state.dtype = dtype
-    return dequantize_4bit(weight.data, state)
+# One operator for dequantization and product, so that a compiler sees neither inside. It would otherwise find
+# that forward and backward pass dequantize the same, and keep the weight of every layer in between.
 
 
-def _forward(layer: nn.Module, x: Tensor) -> Tensor:
-    """The forward pass of nn.Linear, also under autocast."""
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    out: Tensor = _Product.apply(x, layer)  # type: ignore[no-untyped-call]
-    return out if layer.bias is None else out + layer.bias.to(out.dtype)  # type: ignore[operator]
+@torch.library.custom_op("raydist::quantized_linear", mutates_args=())
+def _product(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, bits: str) -> Tensor:
+    """(..., in) -> (..., out), in the dtype of x."""
+    return F.linear(x, _dequantized(weight, scales, out_features, x.shape[-1], bits, x.dtype))
 
 
-class _Product(torch.autograd.Function):
-    """x W^T with a frozen W, which is dequantized for each use, so that no layer keeps a copy."""
+@_product.register_fake
+def _(x: Tensor, weight: Tensor, scales: Tensor, out_features: int, bits: str) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
-        ctx.layer = layer
-        return F.linear(x, dequantized(layer, x.dtype))
 
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None]:
-        return upstream[0] @ dequantized(ctx.layer, upstream[0].dtype), None
+@torch.library.custom_op("raydist::quantized_linear_backward", mutates_args=())
+def _product_backward(
+    upstream: Tensor, weight: Tensor, scales: Tensor, in_features: int, bits: str
+) -> Tensor:
+    """(..., out) -> (..., in): the gradient of x. The frozen weight has none."""
+    rows = upstream.shape[-1]
+    return upstream @ _dequantized(weight, scales, rows, in_features, bits, upstream.dtype)
+
+
+@_product_backward.register_fake
+def _(upstream: Tensor, weight: Tensor, scales: Tensor, in_features: int, bits: str) -> Tensor:
+    return upstream.new_empty((*upstream.shape[:-1], in_features))
+
+
+def _keep_bytes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, scales, _, ctx.bits = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(weight, scales)
+
+
+def _backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    found: Tensor = _product_backward(upstream, *ctx.saved_tensors, ctx.in_features, ctx.bits)
+    return found, None, None, None, None
+
+
+_product.register_autograd(_backward, setup_context=_keep_bytes)
+
+
+# --- bytes
+
+
+def stored_bytes(out_features: int, in_features: int, bits: str) -> int:
+    """Of a QuantizedLinear without its bias."""
+    weights = out_features * in_features
+    if bits == "int8":
+        return _aligned(weights) + _aligned(4 * out_features)
+    n_scales = math.ceil(weights / BLOCK)
+    return _aligned(math.ceil(weights / 2)) + _aligned(n_scales) + _aligned(4 * _numbers_of_int4(n_scales))
+
+
+def _numbers_of_int4(n_scales: int) -> int:
+    """The scales' own scales, and their mean."""
+    return math.ceil(n_scales / SCALES_BLOCK) + 1
+
+
+def _aligned(n_bytes: int) -> int:
+    return math.ceil(n_bytes / ALIGNED) * ALIGNED
+
+
+def _as_bytes(tensor: Tensor) -> Tensor:
+    """uint8 (n,), padded."""
+    flat = tensor.detach().contiguous().flatten().view(torch.uint8)
+    padding = _aligned(len(flat)) - len(flat)
+    return F.pad(flat, (0, padding)) if padding else flat
+
+
+def _scales_of_int4(state: Any) -> Tensor:
+    """state: bitsandbytes' QuantState of NF4 whose scales are quantized too."""
+    numbers = torch.cat([state.state2.absmax.flatten(), state.offset.reshape(1)])
+    return torch.cat([_as_bytes(state.absmax), _as_bytes(numbers)])
+
+
+def _dequantized(
+    weight: Tensor, scales: Tensor, out_features: int, in_features: int, bits: str, dtype: torch.dtype
+) -> Tensor:
+    """(out, in), made in `dtype` at once."""
+    packed, scales = weight.flatten().view(torch.uint8), scales.view(torch.uint8)
+    n_weights = out_features * in_features
+    if bits == "int8":
+        values = packed[:n_weights].view(torch.int8).view(out_features, in_features)
+        factors = scales[: 4 * out_features].view(torch.float32).unsqueeze(1) / 127
+        return torch.mul(values, factors, out=torch.empty_like(values, dtype=dtype))  # in one pass on a GPU
+    from bitsandbytes.functional import dequantize_4bit  # noqa: F401 - defines the operators below
+
+    n_scales = math.ceil(n_weights / BLOCK)
+    start = _aligned(n_scales)
+    numbers = scales[start : start + 4 * _numbers_of_int4(n_scales)].view(torch.float32)
+    absmax = torch.ops.bitsandbytes.dequantize_blockwise(
+        scales[:n_scales], numbers[:-1], _codebook(weight.device), SCALES_BLOCK, torch.float32
+    )
+    absmax += numbers[-1]
+    shape = [out_features, in_features]
+    made: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        packed[: math.ceil(n_weights / 2)].unsqueeze(1), absmax, BLOCK, "nf4", shape, dtype
+    )
+    return made
+
+
+@functools.cache
+def _codebook(device: torch.device) -> Tensor:
+    """The 256 numbers, fp32, that the bytes of scales stand for."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    codebook: Tensor = create_dynamic_map().to(device, torch.float32)  # type: ignore[no-untyped-call]
+    return codebook

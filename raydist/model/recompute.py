@@ -19,7 +19,7 @@ from raydist.errors import ModelError
 from raydist.model.layers import layers_of
 
 SELECTIVE: Literal["selective"] = "selective"
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm"}
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "quantized_linear"}
 ATTENTION = ("attention", "attn")
 """Parts of the names of attention operators: PyTorch's SDPA and flex attention, flash-attn's, our own."""
 

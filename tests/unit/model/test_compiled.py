@@ -17,6 +17,7 @@ from raydist.model.loss import loss_of
 from raydist.training.loop import train
 from tests.train_parts import LLAMA, losses, make_spec, run_ranks, stopped_and_resumed
 from tests.unit.model.test_attention import CPU, packed
+from tests.unit.model.test_quantization import qlora, write_base
 from tests.weights import weight_hash
 
 pytestmark = [  # of torch's compiler itself
@@ -52,6 +53,22 @@ def test_it_trains_as_without_a_compiler_and_resumes_bit_identical(
     assert start["compiled"] and start["attention"] == "sdpa"
     assert "compiled again for each batch" in start["attention_passed_over"]["raydist_per_document"]
     assert "auto compiles on GPUs" in read_jsonl(plain.run / "metrics.jsonl")[0]["uncompiled"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+def test_on_a_quantized_base_too(bits: str, tmp_path: Path) -> None:
+    base = qlora(write_base(tmp_path / "base", LLAMA), bits)
+    plain = make_spec(tmp_path, run="plain", train={"max_steps": 6}, **base)
+    train(plain)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    whole, cut = stopped_and_resumed(tmp_path, 3, **options(), **base)
+    assert counters["stats"]["unique_graphs"] and not counters["graph_break"]
+    assert losses(whole) == losses(cut) and weight_hash(whole / "model") == weight_hash(cut / "model")
+    assert losses(whole) == pytest.approx(losses(plain.run), rel=1e-5)
+    assert read_jsonl(whole / "metrics.jsonl")[0]["compiled"]
 
 
 @pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])

@@ -10,17 +10,18 @@ from typing import Any
 import bitsandbytes.functional
 import pytest
 import torch
-from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import JobError, ModelError
 from raydist.folder import RunFolder
 from raydist.job.identity import differences
-from raydist.model.build import build_model, check_fits, load_config, model_sizes
+from raydist.model import quantization
+from raydist.model.build import build_model, check_fits, load_config, model_sizes, n_parameters
 from raydist.model.export import load_trained, merge_adapter
-from raydist.model.loss import autocast
-from raydist.model.quantization import dequantized, load_dequantized, quantization_config
+from raydist.model.layers import layers_of
+from raydist.model.loss import autocast, loss_of
+from raydist.model.quantization import QuantizedLinear, load_dequantized, quantization_config
 from raydist.parallel import build
 from raydist.run.preflight import check_job
 from raydist.training.attempt_spec import AttemptSpec
@@ -35,11 +36,12 @@ from tests.train_parts import (
     stopped_and_resumed,
     write_tokenizer,
 )
+from tests.unit.model.test_attention import packed
 from tests.weights import weight_hash
 
 CPU = torch.device("cpu")
 
-KINDS = {"int4": Linear4bit, "int8": Linear8bitLt}
+KINDS = ("int4", "int8")
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 IDS = torch.tensor([[5, 9, 23, 40, 17, 3]])
 
@@ -82,6 +84,10 @@ def trained(tmp_path: Path, base: Path, bits: str | None, steps: int = 3) -> Att
     return spec
 
 
+def quantized(model: nn.Module, bits: str) -> list[QuantizedLinear]:
+    return [m for m in model.modules() if isinstance(m, QuantizedLinear) and m.bits == bits]
+
+
 def largest(difference: torch.Tensor) -> float:
     return difference.abs().max().item()
 
@@ -99,7 +105,7 @@ def test_the_loss_falls_and_the_base_stays(
         model = build_model(*args, **options)
         kept.extend((p, p.detach().clone()) for p in model.parameters() if not p.requires_grad)
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
-        assert sum(isinstance(module, KINDS[bits]) for module in model.modules()) == 14  # all but the head
+        assert len(quantized(model, bits)) == 14  # all but the head
         return model
 
     monkeypatch.setattr(build, "build_model", keep)
@@ -113,9 +119,9 @@ def test_a_quantized_layer_is_a_linear_layer_of_its_dequantized_weight(
     tmp_path: Path, base: Path, bits: str
 ) -> None:
     model = build_model(make_job(tmp_path, **qlora(base, bits)), base, CPU)
-    layer = next(module for module in model.modules() if isinstance(module, KINDS[bits]))
+    layer = quantized(model, bits)[0]
     dense = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    dense.weight.data.copy_(dequantized(layer, torch.float32))
+    dense.weight.data.copy_(layer.dequantized(torch.float32))
     for precision in ("fp32", "bf16"):
         results = []
         for one in (layer.eval(), dense):
@@ -158,7 +164,7 @@ def test_resumed_it_ends_bit_identical(tmp_path: Path, base: Path, bits: str) ->
 def test_the_merged_model_is_the_trained_one(tmp_path: Path, bits: str, config: dict[str, Any]) -> None:
     spec = trained(tmp_path, write_base(tmp_path / "base", config), bits)
     model = load_trained(spec.run / "model")
-    assert any(isinstance(module, KINDS[bits]) for module in model.modules())
+    assert quantized(model, bits)
     merged = AutoModelForCausalLM.from_pretrained(merge_adapter(RunFolder(spec.run))).eval()
     assert merged.dtype == torch.float32 and not hasattr(merged.config, "quantization_config")
     logits = model(IDS).logits
@@ -240,13 +246,18 @@ def test_a_machine_where_bitsandbytes_does_not_work_is_told(
 
 def test_the_memory_of_the_weights_is_foreseen(tmp_path: Path, base: Path) -> None:
     foreseen = {}
-    for bits in (None, *KINDS):
-        job = make_job(tmp_path, **qlora(base, bits))
-        built = build_model(job, base, CPU)
-        held = sum(p.numel() * p.element_size() for p in built.parameters())
-        foreseen[bits] = model_sizes(load_config(job), job).weight_bytes
-        assert foreseen[bits] == pytest.approx(held, rel=0.02)  # the scales are not parameters
-    assert foreseen["int4"] < foreseen["int8"]
+    for bits in KINDS:
+        for precision in ("fp32", "bf16"):
+            job = make_job(tmp_path, **qlora(base, bits), train={"mixed_precision": precision})
+            built = build_model(job, base, CPU)
+            held = sum(p.numel() * p.element_size() for p in built.parameters())
+            foreseen[bits, precision] = model_sizes(load_config(job), job).weight_bytes
+            assert foreseen[bits, precision] == held
+            assert n_parameters(built) == model_sizes(load_config(job), job).total
+    for bits in KINDS:
+        assert foreseen[bits, "bf16"] < foreseen[bits, "fp32"]
+    for precision in ("fp32", "bf16"):
+        assert foreseen["int4", precision] < foreseen["int8", precision]
 
 
 @pytest.mark.parametrize("bits", ["int4", "int8"])
@@ -266,3 +277,88 @@ def test_a_quantized_base_whose_weights_do_not_fit_is_refused(tmp_path: Path, ba
         ):
             with pytest.raises(ModelError, match=rf"do not fit its config(?s:.*){said}"):
                 refused()
+
+
+# --- how often weights are dequantized, and what a compiler sees
+
+
+WARNINGS_OF_THE_COMPILER = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute"),
+]
+
+
+@pytest.mark.parametrize(
+    ("bits", "checkpointing"),
+    [("int4", False), ("int4", True), ("int8", "selective")],
+)
+@pytest.mark.parametrize(
+    "compiled", [False, pytest.param(True, marks=[*WARNINGS_OF_THE_COMPILER, pytest.mark.slow])]
+)
+def test_a_weight_is_dequantized_once_for_each_product_in_its_dtype_and_breaks_no_graph(
+    tmp_path: Path,
+    base: Path,
+    bits: str,
+    checkpointing: bool | str,
+    compiled: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"mixed_precision": "bf16", "gradient_checkpointing": checkpointing}
+    model = build_model(make_job(tmp_path, **qlora(base, bits), train=options), base, CPU)
+    batch = packed((13, 1, 18), VOCABULARY)
+    batch["labels"] = batch["input_ids"].roll(-1, 1)
+    expected = gradients(model, batch)
+    if compiled:
+        torch._dynamo.reset()
+        for layer in layers_of(model):
+            layer.forward = torch.compile(layer.forward, backend="aot_eager", fullgraph=True, dynamic=False)
+        gradients(model, batch)
+        assert not torch._dynamo.utils.counters["graph_break"]
+    seen: list[torch.dtype] = []
+
+    def count(*args: Any) -> torch.Tensor:
+        seen.append(args[-1])
+        return dequantize(*args)
+
+    dequantize = quantization._dequantized
+    monkeypatch.setattr(quantization, "_dequantized", count)
+    found = gradients(model, batch)
+    forward, backward = 14, 14 - 3  # what enters the first layer needs no gradient
+    # the compiler finds that a layer's last product is not needed again
+    recomputed = 0 if checkpointing is not True else forward - 2 if compiled else forward
+    assert seen == [torch.bfloat16] * (forward + recomputed + backward)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=2e-2, atol=2e-2 * largest(expected[name]))
+
+
+@pytest.mark.parametrize("bits", KINDS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_product_with_its_adapter_is_one_graph_that_keeps_no_weight(
+    tmp_path: Path, base: Path, bits: str
+) -> None:
+    model = build_model(make_job(tmp_path, **qlora(base, bits)), base, CPU)
+    layer = next(m for m in model.modules() if isinstance(getattr(m, "base_layer", None), QuantizedLinear))
+    x = torch.linspace(-2, 2, 3 * layer.in_features).view(1, 3, -1)
+    found, kept = [], []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    for forward in (layer.forward, torch.compile(layer.forward, backend="aot_eager", fullgraph=True)):
+        given = x.clone().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = forward(given)
+        out.square().sum().backward()
+        found.append((out, given.grad))
+    torch.testing.assert_close(found[1], found[0])
+    dense = (layer.out_features, layer.in_features)
+    assert kept and not [tensor for tensor in kept if tensor.shape == dense]
+
+
+def gradients(model: nn.Module, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model.zero_grad()
+    with autocast(CPU, "bf16"):
+        loss = loss_of(model, batch)
+    loss.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
