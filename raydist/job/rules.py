@@ -133,15 +133,6 @@ def _quantized_needs_adapter(quantization: str | None, adapter: Any) -> str:
     return ""
 
 
-def _quantized_not_under_fsdp(quantization: str | None, strategy: str) -> str:
-    if quantization is not None and strategy == "fsdp":
-        return (
-            f"{quantization} does not work under strategy fsdp: FSDP2 shards a weight as a plain tensor and"
-            " drops the scales that bitsandbytes keeps with it; take ddp or zero"
-        )
-    return ""
-
-
 def _only_for_zero(key: str, value: Any, strategy: str) -> str:
     if strategy != "zero" and value not in (None, "none", {}):
         return f"name: {strategy} has no {key}; only zero has"
@@ -315,7 +306,6 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("train.global_batch_tokens", "packing.block_size", "stages.*.max_tokens"), _whole_blocks),
     (("stages.<each>.block_size", "train.global_batch_tokens"), _whole_blocks_of_stage),
     (("quantization", "adapter"), _quantized_needs_adapter),
-    (("quantization", "strategy.name"), _quantized_not_under_fsdp),
     (("strategy.stage", "strategy.name"), partial(_only_for_zero, "stage")),
     (("strategy.offload", "strategy.name"), partial(_only_for_zero, "offload")),
     (("strategy.config", "strategy.name"), partial(_only_for_zero, "config")),

@@ -165,6 +165,12 @@ class QuantizedLinear(nn.Linear):
         out: Tensor = _product(x, self.weight, self.scales, self.out_features, self.bits)
         return out if self.bias is None else out + self.bias.to(out.dtype)
 
+    def store_as(self, dtype: torch.dtype) -> None:
+        """Hold the same bytes in `dtype`, for a sharding strategy that would cast any other."""
+        weight = self.weight.detach().flatten().view(dtype).unsqueeze(1)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scales = nn.Parameter(self.scales.detach().view(dtype), requires_grad=False)
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight, (out, in)."""
         return _dequantized(self.weight, self.scales, self.out_features, self.in_features, self.bits, dtype)

@@ -22,8 +22,8 @@ def build_on_ranks(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
     """Collective: `build_model`, the same model on every rank.
 
     Where the strategy shards weights, rank 0 has the model on its CPU and the others have it on meta, without
-    weights. Only rank 0 can try the model then; the others take what it found. Quantized weights are
-    read by every rank, because their scales could not be recognized and sent.
+    weights. Only rank 0 can try the model then; the others take what it found. A quantized base
+    is read by every rank, which quantizes it on its own device.
     """
     if not job.strategy.shards_weights or job.quantization is not None:
         return build_model(job, tokenizer_folder, world.device)

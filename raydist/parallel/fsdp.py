@@ -2,7 +2,7 @@
 
 Each decoder layer is gathered for its forward and its backward pass and freed after it. Gradients
 are reduce-scattered after every micro batch: kept whole until the last one they would need the
-memory that sharding saves.
+memory that sharding saves. A quantized layer is sharded too, as bytes that go by the dtype of the others.
 
 `Replicated` shards nothing: it is DDP, whose layers compute in 16 bits over weights of fp32.
 """
@@ -19,6 +19,7 @@ from raydist.job.schema import Job
 from raydist.model.layers import layers_of
 from raydist.model.loss import loss_of
 from raydist.model.precision import DTYPES
+from raydist.model.quantization import QuantizedLinear
 from raydist.parallel.optimizer import gradient_norm
 from raydist.parallel.own_optimizer import OwnOptimizer
 from raydist.parallel.weights import broadcast_weights, materialize
@@ -35,6 +36,9 @@ class Fsdp(OwnOptimizer):
         compute = DTYPES[job.train.mixed_precision]
         narrow = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         policy = MixedPrecisionPolicy() if compute == torch.float32 else narrow
+        for module in model.modules():
+            if isinstance(module, QuantizedLinear):
+                module.store_as(compute)
         for module in [*layers_of(model), model]:
             broadcast_weights(module)
             _sum_gradients(fully_shard(module, mesh=mesh, mp_policy=policy))

@@ -70,10 +70,6 @@ CASES: list[tuple[tuple[str, ...], str]] = [
         "--set stages: stages.1.block_size: train.global_batch_tokens 128 is not a multiple of a block_size",
     ),
     (("quantization=int4",), "--set quantization: quantization: int4 needs an adapter"),
-    (
-        ("quantization=int4", "adapter.r=2", "strategy.name=fsdp"),
-        "--set quantization: quantization: int4 does not work under strategy fsdp",
-    ),
     (("strategy.stage=2",), "--set strategy.stage: strategy.stage: name: ddp has no stage"),
     (("strategy.offload=cpu",), "--set strategy.offload: strategy.offload: name: ddp has no offload"),
     (("strategy.config={a: 1}",), "--set strategy.config: strategy.config: name: ddp has no config"),

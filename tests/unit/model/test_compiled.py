@@ -71,11 +71,19 @@ def test_on_a_quantized_base_too(bits: str, tmp_path: Path) -> None:
     assert read_jsonl(whole / "metrics.jsonl")[0]["compiled"]
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
-def test_two_ranks_train_as_without_a_compiler(strategy: str, tmp_path: Path) -> None:
-    plain = make_spec(tmp_path, run="plain", train={"max_steps": 6})
+@pytest.mark.parametrize(
+    ("strategy", "bits"),
+    [
+        pytest.param("ddp", None, marks=pytest.mark.slow),
+        ("fsdp", None),
+        pytest.param("fsdp", "int4", marks=pytest.mark.slow),
+    ],
+)
+def test_two_ranks_train_as_without_a_compiler(strategy: str, bits: str | None, tmp_path: Path) -> None:
+    base = qlora(write_base(tmp_path / "base", LLAMA), bits) if bits else {}
+    plain = make_spec(tmp_path, run="plain", train={"max_steps": 6}, **base)
     train(plain)
-    spec = make_spec(tmp_path, run="two", world_size=2, strategy={"name": strategy}, **options())
+    spec = make_spec(tmp_path, run="two", world_size=2, strategy={"name": strategy}, **options(), **base)
     run_ranks(spec)
     assert losses(spec.run) == pytest.approx(losses(plain.run), rel=1e-5)
     assert read_jsonl(spec.run / "metrics.jsonl")[0]["compiled"]

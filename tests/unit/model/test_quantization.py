@@ -203,11 +203,9 @@ def test_another_base_is_refused_for_a_quantized_run_and_taken_for_others(tmp_pa
 # --- what cannot be
 
 
-def test_it_needs_an_adapter_and_weights_that_are_not_taken_apart(tmp_path: Path, base: Path) -> None:
+def test_it_needs_an_adapter_and_is_part_of_a_runs_identity(tmp_path: Path, base: Path) -> None:
     with pytest.raises(JobError, match="int4 needs an adapter"):
         make_job(tmp_path, **{**qlora(base, "int4"), "adapter": None})
-    with pytest.raises(JobError, match=r"int4 .*under strategy fsdp"):
-        make_job(tmp_path, **qlora(base, "int4"), strategy={"name": "fsdp"})
     one, other = (make_job(tmp_path, **qlora(base, bits)) for bits in ("int4", "int8"))
     assert differences(one, other) == ["quantization: 'int4' -> 'int8'"]
 

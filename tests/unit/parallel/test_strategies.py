@@ -39,16 +39,13 @@ from tests.train_parts import (
     write_tokenizer,
 )
 from tests.unit.parallel.matrix import (
-    ALL,
     CASES,
     METHODS,
     QUICK,
-    REFUSED,
     STRATEGIES,
     WITHIN,
     name_of,
     run_matrix,
-    sections,
 )
 from tests.unit.parallel.replicated import CASES as REPLICATED
 from tests.unit.parallel.replicated import run_replicated
@@ -254,12 +251,6 @@ def judge(case: tuple[str, str, str], found: dict[str, Any], quick: Path) -> Non
 @pytest.mark.parametrize("case", REPLICATED, ids=name_of)
 def test_ddp_as_gpus_have_it_is_ddp(case: tuple[str, str, str], replicated: Path, quick: Path) -> None:
     judge(case, found_in(replicated, case), quick)
-
-
-@pytest.mark.parametrize("case", [c for c in ALL if c not in CASES], ids=name_of)
-def test_what_is_not_tested_is_refused_and_says_why(case: tuple[str, str, str], tmp_path: Path) -> None:
-    with pytest.raises(JobError, match=REFUSED[case[:2]]):
-        make_job(tmp_path, **sections(case, tmp_path / "base"))
 
 
 def test_the_matrix_has_every_strategy_that_the_schema_has() -> None:
