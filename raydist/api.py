@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydist.cluster.connect import ray_address, ray_session
+from raydist.cluster.connect import ray_address, ray_session, start_ray
 from raydist.corpus.log import open_log
 from raydist.errors import RunError
 from raydist.files import storage_watched
@@ -89,10 +90,9 @@ def blocks(job_or_run: Job | str | Path, start: int = 0, stop: int | None = None
 
     Columns: input_ids, labels, position_ids (int64, shape (block_size,)) and sample. labels are
     already shifted: the next token of the same document, else -100. stop: default one epoch; a
-    weighted mixture has no end and needs it.
+    weighted mixture has no end and needs it. Read on this process's Ray, on RAY_ADDRESS, or on an
+    embedded one, which then stays until the process ends.
     """
-    import ray.data
-
     prepared = _prepared(job_or_run)
     feed = prepared.feed()
     stop = feed.samples_per_epoch if stop is None else stop
@@ -113,7 +113,11 @@ def blocks(job_or_run: Job | str | Path, start: int = 0, stop: int | None = None
         del made["document_lengths"]  # position_ids say the same to other programs
         return made
 
+    start_ray(ray_address(None))
+    import ray.data
+
     ray.data.DataContext.get_current().execution_options.preserve_order = True
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # else a dozen lines for each read
     return ray.data.range(stop - start, override_num_blocks=tasks).map_batches(
         read, batch_size=BLOCKS_PER_TASK
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,8 @@ def init(path: Path, kind: str, force: bool) -> None:
         raise JobError(f"{path} exists", fix="choose another name, or --force to replace it")
     template = resources.files("raydist.job") / "templates" / f"{kind}.yaml"
     files.write_text(path, template.read_text(encoding="utf-8"))
-    click.echo(f"wrote {path}. Next: fix its paths, then  raydist plan {path}  and  raydist submit {path}")
+    run = "tune" if kind == "sweep" else "submit"
+    click.echo(f"wrote {path}. Next: fix its paths, then  raydist plan {path}  and  raydist {run} {path}")
 
 
 @click.command(short_help="Check job files without starting anything.")
@@ -56,12 +58,19 @@ def plan(job_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from raydist.job.load import load_job
     from raydist.run.estimate import plan_job
 
-    planned = plan_job(load_job(job_file, overrides))
+    job = load_job(job_file, overrides)
+    planned = plan_job(job)
     if as_json:
         show.as_json(planned)
     else:
         show.planned(planned)
-        click.echo(f"next: raydist submit {job_file}")
+        click.echo(f"next: {to_run(job, job_file, overrides)}")
+
+
+def to_run(job: Job, job_file: str, overrides: tuple[str, ...]) -> str:
+    """The command that runs the job as it was given here."""
+    words = ["raydist", "submit" if job.tune is None else "tune", job_file]
+    return shlex.join([*words, *(word for value in overrides for word in ("--set", value))])
 
 
 @click.command(short_help="Only make a job's token logs.")
@@ -87,7 +96,7 @@ def prepare(
         show.as_json(described)
     else:
         show.prepared(described)
-        click.echo(f"next: raydist submit {job_file}")
+        click.echo(f"next: {to_run(job, job_file, overrides)}")
 
 
 @click.command(short_help="Run a job on this process's Ray.")

@@ -29,7 +29,10 @@ def _option(name: str, parameter: Parameter) -> Callable[[Any], Any]:
     names = [name, *(alias for alias, parameter in ALIASES.items() if parameter == name)]
     flags = ["--" + n.replace("_", "-") for n in names]
     default = f"  [default: {parameter.default}]" if str(parameter.default) not in ("None", "False") else ""
-    more: dict[str, Any] = {"help": parameter.meaning[0].upper() + parameter.meaning[1:] + "." + default}
+    choices = [str(value) for value in parameter.values or () if value is not None]
+    known = f" One of: {', '.join(choices)}." if choices else ""
+    meaning = parameter.meaning[0].upper() + parameter.meaning[1:]
+    more: dict[str, Any] = {"help": f"{meaning}.{known}{default}"}
     if parameter.kinds == (bool,):
         flags[0] += "/--no-" + flags[0].removeprefix("--")
     elif name == "resume_from_checkpoint":

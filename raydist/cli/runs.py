@@ -64,7 +64,7 @@ def status(run: str, storage: str, address: str | None, as_json: bool) -> None:
 
 @click.command(short_help="Print what a run has done, or does.")
 @of_a_run
-@click.option("--follow", is_flag=True, help="Go on until the run ends.")
+@click.option("-f", "--follow", is_flag=True, help="Go on until the run ends.")
 @at_cluster
 def logs(run: str, storage: str, follow: bool, address: str | None) -> None:
     """Print RUN's records as lines. The exit status is that of the run, once it has ended."""

@@ -100,6 +100,15 @@ def _own_temporary_folder() -> Iterator[None]:
             del os.environ["RAY_TMPDIR"]
 
 
+def start_ray(address: str | None = None) -> None:
+    """As `ray_session` finds or starts one, and left running: its results are read later."""
+    set_environment()
+    import ray
+
+    if not ray.is_initialized():
+        _join(address) if address is not None else _start_embedded(1)
+
+
 def _join(address: str) -> None:
     import ray
 

@@ -24,7 +24,7 @@ from raydist import files
 from raydist.cluster import checks
 from raydist.cluster.checks import SHARED_MEMORY, Finding
 from raydist.cluster.connect import ENVIRONMENT, SAFE_PATH, connection_error, ray_session
-from raydist.cluster.remote import READY_SECONDS, ask_until_answered, connect, send
+from raydist.cluster.remote import READY_SECONDS, ask_until_answered, connect, run_async, send
 from raydist.errors import ClusterError
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
@@ -77,7 +77,7 @@ def _examine_as_ray_job(address: str, job: Job | None) -> list[Finding]:
             runtime_env={**environment, "env_vars": ENVIRONMENT | SAFE_PATH},
             submission_id=f"raydist-doctor-{uuid.uuid4().hex[:12]}",
         )
-    output = asyncio.run(_final_output(client, submission))
+    output = run_async(_final_output(client, submission))
     if (start := output.find('{\n  "findings"')) < 0:
         raise ClusterError(
             "the checks did not finish on the cluster",

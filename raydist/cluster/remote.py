@@ -9,8 +9,10 @@ import asyncio
 import logging
 import os
 import socket
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -117,11 +119,29 @@ def follow_job(client: JobSubmissionClient, submission: str, say: Callable[[str]
     When the connection breaks, it goes on after the last printed line. Raises ClusterError when the cluster
     is silent for LOST_SECONDS, or does not know the job any more. Ctrl-C detaches: KeyboardInterrupt.
     """
-    job = asyncio.run(_follow(client, submission, OutputPrinter(say)))
+    job = run_async(_follow(client, submission, OutputPrinter(say)))
     code = exit_status(job)
     if code != 0:
         say(f"job {submission}: {job.status.name}, exit status {code}. {_message(job)}")
     return code
+
+
+def run_async(work: Coroutine[Any, Any, T]) -> T:
+    """asyncio.run; in a thread of its own where this one has a running loop already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    outcome: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(asyncio.run(work))
+        except BaseException as error:  # noqa: BLE001 - it is raised below
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="follow", daemon=True).start()
+    return outcome.result()
 
 
 def exit_status(job: JobDetails) -> int:

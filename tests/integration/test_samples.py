@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import runpy
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def job(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Job:
 def test_blocks_are_the_feed_in_order(job: Job) -> None:
     feed = raydist.open_feed(job)
     rows = raydist.blocks(job, start=7, stop=300).take_all()
+    assert not logging.getLogger("ray.data").isEnabledFor(logging.WARNING)  # nothing is printed
     assert [row["sample"] for row in rows] == list(range(7, 300))
     assert set(rows[0]) == {"input_ids", "labels", "position_ids", "sample"}
     for row in rows[::17]:

@@ -10,6 +10,9 @@ import pytest
 from click.testing import CliRunner
 
 from raydist.cli import group
+from raydist.cli.jobs import to_run
+from raydist.job.load import build_job
+from raydist.job.tune import Distribution, Tune
 
 HEAVY = {"torch", "ray", "transformers", "pydantic", "pyarrow", "numpy", "mlflow", "yaml", "rich"}
 
@@ -34,10 +37,33 @@ def test_every_command_has_help(name: str) -> None:
     assert (group.commands[name].short_help or "").split()[0] in result.output
 
 
+def test_help_names_the_choices_and_the_short_option() -> None:
+    text = " ".join(CliRunner().invoke(group, ["llm", "--help"]).output.split())
+    assert "One of: linear, cosine, constant, constant_with_warmup, wsd. [default: linear]" in text
+    assert "-f, --follow" in CliRunner().invoke(group, ["logs", "--help"]).output
+
+
+def test_the_next_command_runs_the_job_as_it_was_given() -> None:
+    one = build_job(
+        {
+            "name": "a",
+            "model": {"base": "b"},
+            "corpus": {"sources": {"s": {"path": "p"}}},
+            "train": {"max_steps": 1},
+        }
+    )
+    sweep = one.model_copy(update={"tune": Tune(search={"train.lr": Distribution(choice=[1e-4])})})
+    assert to_run(one, "my job.yaml", ("train.lr=1e-3",)) == (
+        "raydist submit 'my job.yaml' --set train.lr=1e-3"
+    )
+    assert to_run(sweep, "job.yaml", ()) == "raydist tune job.yaml"
+
+
 @pytest.mark.parametrize("kind", ["pretrain", "continue", "fsdp", "zero3", "qlora", "sweep"])
 def test_init_writes_a_valid_job_and_replaces_nothing(tmp_path: Path, kind: str) -> None:
     made = raydist("init", "job.yaml", "--kind", kind, cwd=tmp_path)
-    assert made.returncode == 0 and "raydist submit job.yaml" in made.stdout
+    run = "tune" if kind == "sweep" else "submit"
+    assert made.returncode == 0 and f"raydist {run} job.yaml" in made.stdout
     assert raydist("validate", "job.yaml", cwd=tmp_path).stdout == "job.yaml: valid\n"
     again = raydist("init", "job.yaml", cwd=tmp_path)
     assert again.returncode == 2 and "job.yaml exists" in again.stderr

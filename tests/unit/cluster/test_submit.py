@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
-from raydist.cluster.remote import OutputPrinter
+from raydist.cluster.remote import OutputPrinter, run_async
 from raydist.cluster.submit import own_modules, run_key, with_absolute_paths
-from raydist.errors import JobError
+from raydist.errors import ClusterError, JobError
 from raydist.job.load import build_job
 from raydist.job.schema import Job
 
@@ -52,6 +53,23 @@ def test_a_run_is_known_by_its_absolute_storage(tmp_path: Path, monkeypatch: pyt
     assert keys == {f"{tmp_path}/runs/mine"}
     with pytest.raises(JobError, match="storage: runs"):
         with_absolute_paths(job(), "http://head:8265")
+
+
+def test_a_job_is_followed_also_inside_a_running_event_loop() -> None:
+    """As in a notebook. What it raises is raised there too."""
+
+    async def answer(given: int) -> int:
+        await asyncio.sleep(0)
+        if given < 0:
+            raise ClusterError("lost")
+        return given
+
+    async def notebook() -> int:
+        with pytest.raises(ClusterError, match="lost"):
+            run_async(answer(-1))
+        return run_async(answer(7))
+
+    assert run_async(answer(3)) == 3 and asyncio.run(notebook()) == 7
 
 
 def test_every_line_of_a_jobs_output_is_printed_once() -> None:
