@@ -35,6 +35,14 @@ def checked(paths: Sequence[str], load: Callable[[str], object]) -> None:
         raise SystemExit(code)
 
 
+MICRO_BATCH_FROM = {
+    "job": "",
+    "earlier attempts": " (found by earlier attempts)",
+    "first guess, halved if memory runs out": " (a first guess, halved if memory runs out)",
+    "first guess": " (a first guess: on a GPU the largest that fits is found before the first step)",
+}
+
+
 def planned(plan: dict[str, Any]) -> None:
     from raydist.track.humanize import size
 
@@ -52,7 +60,8 @@ def planned(plan: dict[str, Any]) -> None:
         f"  tokenizer {plan['data']['tokenizer']}; about {plan['data']['blocks']:,} blocks\n"
         f"  {steps['optimizer_steps']:,} steps of {steps['tokens_per_step']:,} tokens{_stages(steps)}"
         f" on {steps['workers']} workers:"
-        f" {steps['accumulation_steps']} micro batches of {steps['micro_batch_size']} sequences each\n"
+        f" {steps['accumulation_steps']} micro batches of {steps['micro_batch_size']} sequences each"
+        f"{MICRO_BATCH_FROM[steps['micro_batch_from']]}\n"
         f"  {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained\n"
         f"  memory per worker: {_parts(plan['memory_per_worker_bytes'])}\n"
         f"  disk: {_parts(plan['disk_bytes'])}"

@@ -32,7 +32,7 @@ from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Commit
 from raydist.training.hooks import Hook
 from raydist.training.loop import Attempt, TrainResult, train
-from raydist.training.memory import out_of_memory
+from raydist.training.room import Room
 
 COLLECTIVE_TIMEOUT_SECONDS = 300
 NODES_BACK_SECONDS = 600
@@ -160,7 +160,7 @@ def _explain(error: TrainingFailedError, spec: AttemptSpec) -> RaydistError:
         return _explain_controller(error, spec)
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
     if killed := next((failure for failure in failures if _is_for_memory(failure)), None):
-        return out_of_memory("on a worker's node: Ray ended the worker", killed)
+        return Room(spec, None).out_of_memory(killed, "on a worker's node: Ray ended the worker")
     raised = [failure for failure in failures if not _is_loss(failure)]
     own = next((failure for failure in raised if isinstance(failure, RaydistError)), None)
     if own is not None:

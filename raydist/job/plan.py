@@ -12,7 +12,7 @@ from raydist.job.schema import Job
 CPU_MICRO_BATCH_TOKENS = 4096
 """`micro_batch_size: auto` on CPU: enough to keep a core busy, and it fits its caches and 8 GB of memory."""
 GPU_MICRO_BATCH_TOKENS = 65_536
-"""The same on a GPU: enough to keep it busy. When memory runs out it is halved until the model fits."""
+"""The same on a GPU where nothing is tried: enough to keep it busy, and halved when memory runs out."""
 
 DEFAULT_GLOBAL_BATCH_SIZE = 32
 

@@ -161,7 +161,9 @@ class Train(Section):
         None, description="instead of global_batch_size: tokens per step, a multiple of the block size"
     )
     micro_batch_size: Count | Literal["auto"] = Field(
-        "auto", description="sequences per forward pass of a worker; auto: halved when memory runs out"
+        "auto",
+        description="sequences per forward pass of a worker; auto: on a GPU the largest that fits, found"
+        " before the first step; halved when memory runs out",
     )
     lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="peak learning rate")
     scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(

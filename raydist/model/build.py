@@ -362,7 +362,8 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
         model = model if job.adapter is None else add_lora(model, job.adapter)
     total, trainable = n_parameters(model), n_parameters(model, trainable=True)
     held = 4 * total if job.adapter is None else base_bytes + 4 * trainable
-    return Sizes(total, trainable, held, rows, config.num_hidden_layers, config.hidden_size, model)
+    text: Any = config.get_text_config()
+    return Sizes(total, trainable, held, rows, text.num_hidden_layers, text.hidden_size, model)
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:

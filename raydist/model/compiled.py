@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Literal
 
 import torch
@@ -20,6 +21,14 @@ def allow_recompiling() -> None:
     """From now on for as many shapes as a run has: torch gives up after 8, and runs uncompiled then."""
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, RECOMPILE_LIMIT)
+
+
+def compile_seconds() -> float:
+    """Seconds that torch.compile has taken in this process until now."""
+    dynamo = sys.modules.get(
+        "torch._dynamo.utils"
+    )  # importing it takes long, and without it nothing is compiled
+    return 0.0 if dynamo is None else float(dynamo.calculate_time_spent()["total_wall_time"])
 
 
 def why_not_compiled(asked: Compile, device: torch.device, strategy: str) -> str:

@@ -11,5 +11,6 @@ world       this rank among the others, and the sums they take
 weights     from rank 0's weights to shards, without a whole copy on each rank
 loss_scale  what fp16 needs: a factor of the loss, and steps that are skipped
 optimizer   which optimizer a job has, and its step: norm, clipping, learning rate
+footprint   the memory that a worker needs, by part: an estimate
 state       weights and optimizer state by name in safetensors, one format for every strategy
 """

@@ -52,18 +52,20 @@ def train(
     job, folder, lost = life.job, life.folder, 0
     life.training()
     life.listener.history(read_metrics(folder))
-    found: int | None = folder.data().get("micro_batch_tokens")
+    start: int | None = None
     why = life.why
     while True:
         life.phases.begin("start")
         nodes = node_resources()
-        plan = plan_attempt(job, samples_per_epoch, nodes, found)
+        known = remembered(folder, device_type(job, nodes))
+        plan = plan_attempt(job, samples_per_epoch, nodes, known or start)
         cpus = cpus_per_worker(job, nodes)
         spec = attempt_spec(
             prepared,
             folder,
             plan,
             folder.next_attempt(),
+            find_micro_batch=known is None,
             profile=profile,
             driver_seconds=life.phases.take(),
             why=why,
@@ -73,8 +75,8 @@ def train(
         try:
             return _watch(spec, folder, rest, life.listener)
         except OutOfMemory as error:
-            found = halved(job, folder, plan, spec.attempt, error)
-            smaller = plan_attempt(job, samples_per_epoch, nodes, found).micro_batches
+            tokens = halved(job, folder, plan, spec.attempt, error)
+            smaller = plan_attempt(job, samples_per_epoch, nodes, tokens).micro_batches
             why = f"{error.what}; going on with {smaller} of the same global batch"
             life.listener.message(why)
         except WorkerLost as error:
@@ -87,7 +89,7 @@ def train(
                     fix="see ray/ in the run's folder; submit again to go on from the last checkpoint",
                 ) from error
             # a GPU node that is gone now may be back before the next attempt's workers start
-            found = found or starting_tokens(job, nodes)
+            start = remembered(folder, device_type(job, nodes)) or start or starting_tokens(job, nodes)
             why = f"a worker was lost; going on from the last checkpoint ({error.what})"
             life.listener.message(why)
 
@@ -103,28 +105,47 @@ def plan_attempt(
     return make_plan(job, job.scaling.num_workers, samples_per_epoch, tokens)
 
 
+def device_type(job: Job, nodes: Sequence[Resources]) -> str:
+    """What the job's workers would run on: cuda or cpu."""
+    return "cuda" if job.scaling.on_gpus(sum(node.get("GPU", 0) for node in nodes)) else "cpu"
+
+
 def starting_tokens(job: Job, nodes: Sequence[Resources]) -> int:
-    """Tokens of a micro batch that `auto` tries first."""
-    on_gpus = job.scaling.on_gpus(sum(node.get("GPU", 0) for node in nodes))
-    return first_micro_batch_tokens("cuda" if on_gpus else "cpu")
+    """Tokens of a micro batch that `auto` begins with where nothing is known."""
+    return first_micro_batch_tokens(device_type(job, nodes))
 
 
 def first_micro_batch_tokens(device_type: str) -> int:
     return GPU_MICRO_BATCH_TOKENS if device_type == "cuda" else CPU_MICRO_BATCH_TOKENS
 
 
-def halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMemory) -> int:
-    """Half the tokens of the largest micro batch of `plan`, which the run's folder keeps for later attempts.
+def remembered(folder: RunFolder, device_type: str) -> int | None:
+    """Tokens of a micro batch that the run knows to fit: found by trying on such a device, or by halving."""
+    tried = [
+        record["micro_batch_tokens"]
+        for record in read_metrics(folder)
+        if "micro_batch_tokens" in record and record.get("device") == device_type
+    ]
+    halved = folder.data().get("micro_batch_tokens")
+    return min([*tried[-1:], *([halved] if halved else [])], default=None)
 
+
+def halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMemory) -> int:
+    """Half the tokens of the attempt's largest micro batch, which the run's folder keeps for later attempts.
+
+    plan: what the attempt began with; its workers may have found other micro batches.
     Raises `error` where the job says how large micro batches are, or they are one sequence already. Also
     where the attempt did not get as far as to record its start: then the model itself does not fit.
     """
     starts = [record for record in read_metrics(folder) if record["kind"] in ("start", "resume")]
-    begun = any(record["attempt"] == attempt for record in starts)
+    begun = next((record for record in starts if record["attempt"] == attempt), None)
+    if begun and "micro_batch_tokens" in begun:
+        tokens = begun["micro_batch_tokens"]
+        plan = make_plan(job, plan.world_size, plan.samples_per_epoch, tokens)
     above_one = [
         stage.micro_batch_size * stage.block_size for stage in plan.stages if stage.micro_batch_size > 1
     ]
-    if job.train.micro_batch_size != "auto" or not above_one or not begun:
+    if job.train.micro_batch_size != "auto" or not above_one or begun is None:
         raise error
     tokens = max(above_one) // 2
     folder.add_data(micro_batch_tokens=tokens)
@@ -137,6 +158,7 @@ def attempt_spec(
     plan: Plan,
     attempt: int,
     *,
+    find_micro_batch: bool = False,
     profile: Path | None = None,
     driver_seconds: dict[str, float] | None = None,
     why: str = "",
@@ -145,7 +167,7 @@ def attempt_spec(
 ) -> AttemptSpec:
     """An attempt that is about to be given away. Paths are absolute: a worker's working directory is another.
 
-    driver_seconds, why, cpus, threads: see AttemptSpec.
+    find_micro_batch: if the job leaves it open. All but it: see AttemptSpec.
     """
     from raydist.model.build import base_path
     from raydist.training.attempt_spec import AttemptSpec
@@ -163,6 +185,7 @@ def attempt_spec(
         plan=plan,
         attempt=attempt,
         growing=not prepared.complete,
+        find_micro_batch=find_micro_batch and job.train.micro_batch_size == "auto",
         profile=profile,
         modules=module_folders(function for _, function in named_functions(job)),
         driver_seconds=driver_seconds or {},

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from raydist.corpus.build import estimate, plan_log
 from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
-from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
-from raydist.job.schema import Job, Train
+from raydist.job.plan import Plan, make_plan
+from raydist.job.schema import Job
 from raydist.model.build import Sizes, check_fits, load_config, model_sizes
-from raydist.model.head import rows_at_once
+from raydist.parallel.footprint import FP32, worker_memory
 from raydist.parallel.optimizer import state_bytes
+from raydist.run.attempts import first_micro_batch_tokens, remembered
+from raydist.run.lifecycle import folder_of
 from raydist.storage import Storage
+from raydist.training.micro_batch import WHY_NOT
 
-FP32, BF16 = 4, 2
 BYTES_PER_TOKEN_OF_NEW_BPE = 3.0
 """Assumed for a tokenizer that the job has yet to train; measured on a log once there is one."""
 
@@ -30,7 +31,9 @@ def plan_job(job: Job) -> dict[str, Any]:
     blocks = max(1, round((tokens + eos) / job.block_sizes[0]))
     weighted = any(source.weight is not None for source in job.corpus.sources.values())
     known = None if weighted or job.stages else blocks
-    micro = GPU_MICRO_BATCH_TOKENS if job.scaling.use_gpu is True else CPU_MICRO_BATCH_TOKENS
+    device_type = "cuda" if job.scaling.use_gpu is True else "cpu"
+    found = remembered(folder_of(job), device_type)
+    micro = found or first_micro_batch_tokens(device_type)
     plan = make_plan(job, job.scaling.num_workers, known, micro)
     config = load_config(job, tokenizer.vocab_size if tokenizer else _new_vocabulary(job))
     check_fits(config, job)
@@ -42,7 +45,7 @@ def plan_job(job: Job) -> dict[str, Any]:
             "blocks": blocks,
             "tokenizer": "to be trained" if tokenizer is None else "ready",
         },
-        "steps": _steps(plan),
+        "steps": {**_steps(plan), "micro_batch_from": micro_batch_from(job, found)},
         "parameters": {"total": sizes.total, "trainable": sizes.trainable},
         "memory_per_worker_bytes": worker_memory(job, plan, sizes),
         "disk_bytes": _disk(job, sizes, int(tokens)),
@@ -85,47 +88,14 @@ def _steps(plan: Plan) -> dict[str, Any]:
     }
 
 
-def worker_memory(job: Job, plan: Plan, sizes: Sizes) -> dict[str, int]:
-    """Bytes by part, without what a sharding strategy gathers of a layer at a time.
-
-    Activations: 34 bytes per token, layer and hidden unit in 16 bits, 4 in a layer that is recomputed, 24 in
-    one that keeps its products and attention (6 for queries, keys and values, 2 for attention and 2 for its
-    projection, 8 and 2 in the MLP, 4 as above). The rule is that of Korthikanti et al. 2022, "Reducing
-    Activation Recomputation in Large Transformer Models", section 4, without its attention-score term: the
-    scores are never kept.
-    """
-    compute = FP32 if job.train.mixed_precision == "fp32" else BF16
-    tokens = plan.micro_batch_tokens
-    strategy, sharded = job.strategy, 3 if job.strategy.name == "fsdp" else job.strategy.stage or 0
-    stepped = state_bytes(sizes.model, job.train)
-    if strategy.name == "zero":
-        stepped += sizes.trainable * FP32  # DeepSpeed steps a copy of the weights
-    host = "_in_host_memory" if strategy.offload == "cpu" else ""
-
-    def share(n_bytes: int, stage: int) -> int:
-        """Of what is sharded from this stage on."""
-        return math.ceil(n_bytes / plan.world_size) if sharded >= stage else n_bytes
-
-    parts = {
-        f"weights{host if sharded == 3 else ''}": share(sizes.weight_bytes, 3),
-        "gradients": share(sizes.trainable * FP32, 2),
-        f"optimizer{host}": share(stepped, 1),
-        "activations": tokens * sizes.hidden * compute * kept_values(job.train, sizes.layers),
-        "logits": 2 * rows_at_once(tokens, sizes.vocabulary) * sizes.vocabulary * FP32,
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
-def kept_values(train: Train, layers: int) -> int:
-    """Activations kept for the backward pass, per token and hidden unit, in all layers."""
-    whole, recomputed, selective = 34 // 2, 4 // 2, 24 // 2
-    which = train.gradient_checkpointing
-    if which == "selective":
-        return layers * selective
-    if isinstance(which, bool):
-        return layers * (recomputed if which else whole)
-    n = math.ceil(layers / which)
-    return n * recomputed + (layers - n) * whole
+def micro_batch_from(job: Job, found: int | None) -> str:
+    """Where the micro batch size that the plan shows comes from."""
+    if job.train.micro_batch_size != "auto":
+        return "job"
+    if found:
+        return "earlier attempts"
+    tries = job.strategy.name not in WHY_NOT and job.scaling.use_gpu is not False
+    return "first guess" if tries else "first guess, halved if memory runs out"
 
 
 def _disk(job: Job, sizes: Sizes, tokens: int) -> dict[str, int]:

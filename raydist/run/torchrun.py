@@ -21,7 +21,13 @@ from raydist.folder import RunFolder
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
 from raydist.parallel.world import World
-from raydist.run.attempts import POLL_SECONDS, Follower, attempt_spec, first_micro_batch_tokens
+from raydist.run.attempts import (
+    POLL_SECONDS,
+    Follower,
+    attempt_spec,
+    first_micro_batch_tokens,
+    remembered,
+)
 from raydist.run.dataset import find_prepared
 from raydist.run.lifecycle import Life, keep_collator
 from raydist.run.preflight import check_job
@@ -84,7 +90,9 @@ class _Lead:
         life.listener.phase("packing")
         feed = prepared.feed(life.listener)
         write_data(folder, prepared, feed)
-        tokens = folder.data().get("micro_batch_tokens") or first_micro_batch_tokens(self.world.device.type)
+        device_type = self.world.device.type
+        known = remembered(folder, device_type)
+        tokens = known or first_micro_batch_tokens(device_type)
         plan = make_plan(self.job, self.world.world_size, feed.samples_per_epoch, tokens)
         number = folder.next_attempt()
         folder.attempt(number).mkdir(parents=True)
@@ -97,6 +105,7 @@ class _Lead:
             folder,
             plan,
             number,
+            find_micro_batch=known is None,
             profile=self.profile,
             driver_seconds=spent,
             why=life.why,

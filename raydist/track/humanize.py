@@ -53,6 +53,20 @@ def phases(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {spent:,.1f} s" for name, spent in seconds.items())
 
 
+def tried(record: Mapping[str, Any]) -> str:
+    """Of an attempt's start: which micro batches were tried to find the largest that fits, or why none was.
+
+    Empty where nothing was to be found.
+    """
+    if why := record.get("micro_batch_not_tried"):
+        return f"not tried for size: {why}"
+    tries = ", ".join(
+        f"{each['sequences']} ({size(each['bytes']) if each['bytes'] else 'out of memory'})"
+        for each in record.get("micro_batches_tried", ())
+    )
+    return f"tried {tries} of {size(record['device_bytes'])}" if tries else ""
+
+
 def date(seconds: float | None) -> str:
     """Date and time in UTC, to the second."""
     return "" if seconds is None else datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")

@@ -19,7 +19,7 @@ from rich import progress
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from raydist.track.humanize import clean, duration, number, workers
+from raydist.track.humanize import clean, duration, number, tried, workers
 from raydist.track.listener import Listener
 from raydist.track.records import Record, evaluations, supersede
 
@@ -101,6 +101,8 @@ class View(Listener):
             self.message(
                 f"resumed at step {record['step']:,} with {workers(record.get('world_size', 1))}{why}"
             )
+        if text := tried(record):
+            self.message(f"micro batches of {record['micro_batch_size']} sequences, {text}")
 
     def _train(self, record: Record) -> None:
         step, total = record["step"], max(self._total_steps, record["step"])

@@ -19,6 +19,8 @@ copies         micro batches reach a GPU ahead of their step
 norms          ends an attempt whose gradients are no numbers, without making a GPU wait
 data           opens what an attempt reads
 memory         recognizes errors that mean out of memory
+room           what a worker needs by the estimate and what its device has; what would fit
+micro_batch    finds the largest micro batch that fits a GPU, by trying
 export, card   model/ and its README.md
 attempt_spec   what an attempt needs to know, the same on every rank
 torchrun       the process group and signals of a rank without Ray; run/torchrun.py uses it

@@ -15,6 +15,7 @@ class AttemptSpec:
     """run: the run's folder.  logs, eval_logs: token logs by source.  tokenizer: a Hugging Face folder.
 
     attempt counts from 1 over the life of the run.  growing: the logs to train on are still being made.
+    find_micro_batch: nobody knows yet which micro batches fit, so the plan's are only a start.
     profile: a folder for a trace of a few steps; None for none.  modules: folders of the modules whose
     functions the job names, by `module_folders`.  driver_seconds: what the driver spent until then, by phase.
     sent: when it gave the attempt away, as UNIX time; None where nobody waited.
@@ -30,6 +31,7 @@ class AttemptSpec:
     attempt: int = 1
     eval_logs: dict[str, Path] = field(default_factory=dict)
     growing: bool = False
+    find_micro_batch: bool = False
     profile: Path | None = None
     modules: dict[str, str] = field(default_factory=dict)
     driver_seconds: dict[str, float] = field(default_factory=dict)

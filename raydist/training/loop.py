@@ -18,6 +18,7 @@ from raydist.files import storage_watched
 from raydist.folder import RunFolder
 from raydist.job.functions import find_in
 from raydist.model.build import fitted_of, n_parameters
+from raydist.model.compiled import compile_seconds
 from raydist.model.work import work_of
 from raydist.parallel.build import build_on_ranks, make_strategy
 from raydist.parallel.world import World, contact
@@ -31,11 +32,13 @@ from raydist.training.evaluate import evaluate
 from raydist.training.export import export
 from raydist.training.hooks import Hook, KeepBest, MemoryFigures, StepResult, StopOnRequest, load_hooks
 from raydist.training.memory import memory_watched
+from raydist.training.micro_batch import Found, find_micro_batch
 from raydist.training.norms import Norms, Taken
 from raydist.training.phases import Phases
 from raydist.training.profiler import Profile
 from raydist.training.progress import progress_written
 from raydist.training.records import Records
+from raydist.training.room import Room
 from raydist.training.schedule import learning_rate
 
 if TYPE_CHECKING:
@@ -63,20 +66,23 @@ def train(
     Raises WorkerLost when the other ranks cannot be reached, OutOfMemory when a micro batch does not fit,
     StorageError for what a disk refuses.
     """
-    world, phases = world or World(), Phases("load", spec.seconds_before())
+    world, phases = world or World(), Phases("load", spec.seconds_before(), compiling=compile_seconds)
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     find_in(spec.modules)
+    room = Room(spec, world.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage_watched(spec.run))
         stack.enter_context(contact(world.rank))
-        stack.enter_context(memory_watched(spec.plan.micro_batches))
+        stack.enter_context(memory_watched(room))
         if world.is_main:
             folder = RunFolder(spec.run)
             stack.enter_context(folder.writer())
             stack.enter_context(progress_written(folder, spec.attempt, phases))
+        room.require_fixed_parts()
         attempt = Attempt(spec, world, data or open_data(spec), phases, hooks)
         try:
+            find_micro_batch(attempt, room)
             stopped = attempt.fit()
             if not stopped:
                 phases.begin("export")
@@ -95,6 +101,7 @@ class Attempt:
     ) -> None:
         self.spec, self.job, self.plan, self.folder = spec, spec.job, spec.plan, RunFolder(spec.run)
         self.world, self.data, self.phases = world, data, phases
+        self.micro_batch_found: Found | None = None
         self.collate = make_collator(self.job.train.collator)
         model = build_on_ranks(self.job, spec.tokenizer, world)
         self.fitted = fitted_of(model)

@@ -1,14 +1,16 @@
 """Where the seconds of an attempt go: each counts for one phase.
 
-    plan ─▶ prepare ─▶ start ─▶ load ─▶ compile ─▶ first_step ─▶ steps ─▶ export
-    └────── the driver ─────┘  └─────────────────── rank 0, with evaluation and checkpoint within ────────┘
+    plan ─▶ prepare ─▶ start ─▶ load ─▶ probe ─▶ first_step ─▶ steps ─▶ export
+    └────── the driver ─────┘  └──── rank 0, with compile, evaluation and checkpoint within ────┘
 
 plan        the job checked, before Ray is joined
 prepare     token logs made; where training begins early, until it can
 start       Ray started or joined; from an attempt's plan until rank 0 runs, waiting for nodes included
 load        token logs opened; the model built, its attention chosen, spread over ranks; a checkpoint read
+probe       micro batches tried, to find the largest that fits
 first_step  the attempt's first optimizer step, with the wait for its data
 steps       all others
+compile     torch.compile, in whichever phase it happens, which does not count it then
 evaluation, checkpoint    whenever they happen; a checkpoint as long as training waits for it
 export      model/ written
 
@@ -23,14 +25,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 PHASES = (
-    "plan", "prepare", "start", "load", "compile", "first_step", "steps", "evaluation", "checkpoint",
+    "plan", "prepare", "start", "load", "compile", "probe", "first_step", "steps", "evaluation", "checkpoint",
     "export",
 )  # fmt: skip
 """In the order in which they are shown; others follow them."""
 
 
 class Phases:
-    """A clock that runs for one phase at a time, `first` to begin with. spent: seconds counted before."""
+    """A clock that runs for one phase at a time, `first` to begin with. spent: seconds counted before.
+
+    compiling: seconds spent on compiling until now, which count as `compile`, whatever phase runs.
+    """
 
     def __init__(
         self,
@@ -38,7 +43,9 @@ class Phases:
         spent: Mapping[str, float] | None = None,
         *,
         clock: Callable[[], float] = time.perf_counter,
+        compiling: Callable[[], float] = lambda: 0.0,
     ) -> None:
+        self._compiling, self._compiled = compiling, compiling()
         self._clock, self._seconds = clock, dict(spent or {})
         self._running: str | None = first
         self._since = clock()
@@ -81,7 +88,13 @@ class Phases:
         return taken
 
     def _count(self) -> None:
-        now = self._clock()
+        now, compiled = self._clock(), self._compiling()
+        took = min(max(compiled - self._compiled, 0.0), now - self._since)
         if self._running is not None:
-            self._seconds[self._running] = self._seconds.get(self._running, 0.0) + now - self._since
-        self._since = now
+            self._add(self._running, now - self._since - took)
+            if took:
+                self._add("compile", took)
+        self._since, self._compiled = now, compiled
+
+    def _add(self, name: str, seconds: float) -> None:
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds

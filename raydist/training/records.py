@@ -46,6 +46,7 @@ class Records(Hook):
             tf32=uses_tf32(),
             versions=_versions(),
             **attempt.fitted.to_json(),
+            **(attempt.micro_batch_found.to_json() if attempt.micro_batch_found else {}),
         )
         if not attempt.data.feed.complete:
             attempt.record(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import ModelError
+from raydist.files import read_jsonl
 from raydist.job.schema import Job
 from raydist.model.attention.choose import NAMES, Chosen, set_attention, use_attention
 from raydist.model.attention.per_document import PER_DOCUMENT
@@ -150,6 +152,31 @@ def test_every_optimizer_learns_and_resumes_bit_identical(tmp_path: Path, world:
     assert losses(whole)[20] < losses(whole)[1]
     assert losses(cut) == losses(whole)
     assert weight_hash(cut / "model") == weight_hash(whole / "model")
+
+
+@pytest.mark.parametrize("world", [on("cuda")], indirect=True)
+def test_the_largest_micro_batch_is_found_and_nothing_is_left_of_the_tries(
+    tmp_path: Path, world: World
+) -> None:
+    """In 4 GiB, where a sequence takes about 20 MiB. On the CPU: tests/unit/training/test_micro_batch.py."""
+    wide = {**LLAMA, "intermediate_size": 16_384, "num_hidden_layers": 1}
+    sizes = {"global_batch_size": 512, "max_steps": 3, "micro_batch_size": "auto"}
+    sections = {"model": {"config": wide}, "packing": {"block_size": 64}}
+    found = make_spec(tmp_path, run="found", train=sizes, **sections)
+    total = torch.cuda.get_device_properties(world.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(4 * 2**30 / total, world.device)
+    try:
+        train(replace(found, find_micro_batch=True), world)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, world.device)
+    start = read_jsonl(found.run / "metrics.jsonl")[0]
+    tried = {each["sequences"]: each["bytes"] for each in start["micro_batches_tried"]}
+    assert tried[512] is None and 8 <= start["micro_batch_size"] < 512
+    assert tried[start["micro_batch_size"]] < 4 * 2**30
+    named = {**sizes, "micro_batch_size": start["micro_batch_size"]}
+    alone = make_spec(tmp_path, run="named", train=named, **sections)
+    train(alone, world)
+    assert [*losses(found.run).values()] == pytest.approx([*losses(alone.run).values()], rel=1e-5)
 
 
 @pytest.mark.parametrize("world", [on("cuda")], indirect=True)

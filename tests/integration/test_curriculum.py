@@ -74,6 +74,7 @@ def test_a_curriculum_over_several_corpora(
     assert planned == 0
     told = "".join(capfd.readouterr())
     assert "15 of 64 tokens a block, then 15 of 128 tokens a block" in told
+    assert "sequences each (a first guess: on a GPU the largest that fits is found" in told
     assert "words a document" in told and "are unique" in told
 
     assert ended("submit", str(file)) == 0

@@ -14,6 +14,7 @@ from raydist.model import compiled
 from raydist.model.build import build_model
 from raydist.model.compiled import why_not_compiled
 from raydist.model.loss import loss_of
+from raydist.track.records import phase_seconds
 from raydist.training.loop import train
 from tests.train_parts import LLAMA, losses, make_spec, run_ranks, stopped_and_resumed
 from tests.unit.model.test_attention import CPU, packed
@@ -51,6 +52,9 @@ def test_it_trains_as_without_a_compiler_and_resumes_bit_identical(
     assert losses(whole) == pytest.approx(losses(plain.run), rel=within)
     start = read_jsonl(whole / "metrics.jsonl")[0]
     assert start["compiled"] and start["attention"] == "sdpa"
+    seconds = phase_seconds(read_jsonl(whole / "metrics.jsonl"))
+    assert seconds["compile"] > 5 * seconds["first_step"]
+    assert "compile" not in phase_seconds(read_jsonl(plain.run / "metrics.jsonl"))
     assert "compiled again for each batch" in start["attention_passed_over"]["raydist_per_document"]
     assert "auto compiles on GPUs" in read_jsonl(plain.run / "metrics.jsonl")[0]["uncompiled"]
 

@@ -23,7 +23,7 @@ from raydist.model.build import quietly
 from raydist.model.layers import layers_of
 from raydist.model.loss import loss_of
 from raydist.model.recompute import SELECTIVE, _keep_products, checkpoint_layers
-from raydist.run.estimate import kept_values
+from raydist.parallel.footprint import kept_values
 from tests.train_parts import LLAMA, VOCABULARY, make_job
 
 CHOICES: tuple[Any, ...] = (False, SELECTIVE, 2, True)

@@ -20,8 +20,8 @@ from raydist.folder import RunFolder
 from raydist.job.identity import differences
 from raydist.job.schema import Train
 from raydist.model.build import build_model, load_config, model_sizes
+from raydist.parallel.footprint import worker_memory
 from raydist.parallel.optimizer import make_optimizer, state_bytes
-from raydist.run.estimate import worker_memory
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.loop import train
 from tests.train_parts import (

@@ -7,6 +7,7 @@ from pathlib import Path
 from raydist.folder import RunFolder
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS
 from raydist.run.attempts import plan_attempt, starting_tokens, threads_of
+from raydist.run.estimate import micro_batch_from
 from tests.train_parts import make_job
 
 
@@ -33,3 +34,12 @@ def test_a_run_keeps_the_threads_that_it_began_with(tmp_path: Path) -> None:
     assert threads_of(two, folder, 1) == 1  # another world size is another order of sums in any case
     asked = make_job(tmp_path, scaling={"num_workers": 2, "cpus_per_worker": 4})
     assert threads_of(asked, folder, 4) == 4 and threads_of(two, folder, 1) == 4
+
+
+def test_a_plan_says_where_its_micro_batches_come_from(tmp_path: Path) -> None:
+    auto = {"train": {"micro_batch_size": "auto"}}
+    job = make_job(tmp_path, **auto)
+    assert micro_batch_from(job, 64) == "earlier attempts" and micro_batch_from(job, None) == "first guess"
+    assert micro_batch_from(make_job(tmp_path), 64) == "job"
+    for other in ({"strategy": {"name": "fsdp"}}, {"scaling": {"use_gpu": False}}):
+        assert "halved" in micro_batch_from(make_job(tmp_path, **auto, **other), None)

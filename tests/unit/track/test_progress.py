@@ -78,6 +78,20 @@ def test_the_end_is_expected_by_recent_steps_and_again_after_a_resume() -> None:
     assert lines[32].endswith("ETA 13:10")
 
 
+def test_what_was_tried_for_micro_batches_is_shown() -> None:
+    stream = io.StringIO()
+    tries = [{"sequences": n, "block_size": 2048, "bytes": peak} for n, peak in ((24, 61e9), (48, None))]
+    begin = {"kind": "start", "step": 0, "micro_batch_size": 24}
+    with make_view(stream) as progress:
+        progress.record({**begin, "micro_batches_tried": tries, "device_bytes": 79.6e9})
+        progress.record({**begin, "micro_batch_not_tried": "the ranks would wait"})
+        progress.record(begin)
+    assert stream.getvalue().splitlines() == [
+        "micro batches of 24 sequences, tried 24 (61 GB), 48 (out of memory) of 79.6 GB",
+        "micro batches of 24 sequences, not tried for size: the ranks would wait",
+    ]
+
+
 def test_a_terminal_shows_the_figures_live(monkeypatch: Any) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.setenv("COLUMNS", "100")

@@ -211,7 +211,9 @@ def test_runs_that_hardly_began_have_a_page(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(json.dumps(_eval(0, 1, 5.0)) + "\n")
     with (tmp_path / "metrics.jsonl").open("a") as stream:
         stream.write('{"kind": "start"}\n{"kind": "incident"}\n')
+        stream.write('{"kind": "resume", "micro_batch_size": 4, "micro_batch_not_tried": "one <waits>"}\n')
     page = render(RunFolder(tmp_path))
+    assert "micro batches of 4 (not tried for size: one &lt;waits&gt;)" in page
     assert page.count("<svg") == 1 and "Attempt 1 started with 1 worker" in text_of(page)
 
 

@@ -198,6 +198,17 @@ def test_what_rank_0_is_doing_stands_in_the_folder(tmp_path: Path) -> None:
         assert folder.progress(1) is None
 
 
+def test_compiling_counts_for_itself_whatever_runs() -> None:
+    now = compiled = 100.0
+    phases = Phases("load", clock=lambda: now, compiling=lambda: compiled)
+    now, compiled = 105.0, 103.0
+    phases.begin("first_step")
+    now, compiled = 108.0, 110.0  # two threads compiled
+    phases.begin("steps")
+    now, compiled = 110.0, 0.0  # the compiler was reset
+    assert phases.take() == {"load": 2, "compile": 6, "first_step": 0, "steps": 2}
+
+
 class AddPhase(Hook):
     def on_step(self, attempt: Attempt, result: StepResult) -> None:
         with attempt.phases.during("thinking"):
@@ -210,7 +221,7 @@ def test_an_attempt_records_where_its_time_went(tmp_path: Path) -> None:
     train(replace(spec, driver_seconds={"prepare": 5.0, "start": 1.0}, sent=began - 3), hooks=[AddPhase()])
     (record,) = of_kind(spec.run, "phases")
     seconds, took = record["seconds"], time.time() - began
-    assert set(seconds) == {*PHASES, "thinking"} - {"plan", "compile"}
+    assert set(seconds) == {*PHASES, "thinking"} - {"plan", "compile", "probe"}
     assert seconds["prepare"] == 5.0 and 4.0 <= seconds["start"] <= 4.0 + took
     own = sum(spent for name, spent in seconds.items() if name not in ("prepare", "start"))
     assert 0.5 * took < own <= took + 0.01
