@@ -15,6 +15,7 @@
     │   ├── WorkerLost         7   a worker died; the next attempt goes on from the last checkpoint
     │   └── OutOfMemory        7   a worker's micro batch did not fit; the next attempt takes half
     ├── ClusterError           8   the cluster does not answer or is too small
+    │   └── ClusterLost        8   Ray itself ended while it was needed
     ├── StorageError           9   a disk is full or read-only, a quota is used up, or a permission is missing
     └── Stopped                130 stopped on request, after a checkpoint
 
@@ -111,6 +112,10 @@ class OutOfMemory(TrainingError):
 
 class ClusterError(RaydistError):
     exit_code = 8
+
+
+class ClusterLost(ClusterError):
+    pass
 
 
 class StorageError(RaydistError):

@@ -61,6 +61,7 @@ class RunFolder:
         self.ledger_file = path / "ledger.jsonl"
         self.checkpoints = path / "checkpoints"
         self.ray = path / "ray"
+        self.ray_output = self.ray / "driver.log"
         self.model = path / "model"
         self.merged = path / "export" / "merged"
         self.report = path / "report.html"
@@ -276,6 +277,10 @@ class RunFolder:
     def attempt(self, number: int) -> Path:
         """Ray Train's own folder of an attempt."""
         return self.ray / f"attempt-{number}"
+
+    def ranks(self, attempt: int) -> Path:
+        """Signs of life of an attempt's ranks, and their stacks once they hang."""
+        return self.attempt(attempt) / "ranks"
 
     def next_attempt(self) -> int:
         """Attempts count from 1 over the whole life of the run."""

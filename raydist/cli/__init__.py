@@ -20,6 +20,7 @@ from pathlib import Path
 import click
 
 from raydist.cli import clusters, jobs, llm, runs
+from raydist.cluster.ray_output import stderr_set_aside
 from raydist.errors import RaydistError
 from raydist.files import storage_watched
 from raydist.redact import redact
@@ -55,7 +56,7 @@ for command in (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; a RaydistError becomes its message and its exit code."""
     try:
-        with storage_watched(Path.cwd()):
+        with stderr_set_aside(), storage_watched(Path.cwd()):
             group.main(args=arguments, prog_name="raydist")
     except RaydistError as error:
         click.secho(f"raydist: {error}", fg="red", err=True)

@@ -10,7 +10,7 @@ import click
 
 from raydist.cli import show
 from raydist.cli.options import JOB, address, as_json, of_a_job, overrides, plain
-from raydist.errors import JobError
+from raydist.errors import JobError, TrainingError
 
 if TYPE_CHECKING:
     from raydist.job.schema import Job
@@ -192,14 +192,20 @@ def tune(job_file: str, overrides: tuple[str, ...], address: str | None, plain: 
     from raydist.run.lifecycle import folder_of
     from raydist.track.progress import make_view
 
+    whole = True
     try:
         with make_view(name=job.name, plain=plain) as view:  # before the imports, which take their time
             from raydist.sweep.sweep import run_sweep
 
             run_sweep(job, address=cluster, listener=view)
+    except TrainingError:  # trials failed; the others are compared
+        raise
+    except BaseException:
+        whole = False
+        raise
     finally:
         from raydist.sweep.sweep import read_sweep
 
         if folder_of(job).trials_file.exists():
             result = read_sweep(job)
-            show.as_json(result) if as_json else show.sweep(result)
+            show.as_json(result) if as_json else show.sweep(result, whole=whole)

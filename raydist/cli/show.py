@@ -126,6 +126,7 @@ def run(known: dict[str, Any]) -> None:
         ("", f"{known['name']}: {known['state']} since {_date(known)}"),
         ("error", known.get("error")),
         ("driver", known.get("driver")),
+        ("silent", known.get("silence")),
         ("step", _step(known)),
         ("tokens", f"{known['tokens']:,}" if known.get("tokens") else None),
         ("loss", _figure(known.get("loss"))),
@@ -191,8 +192,8 @@ def result(result: RunResult) -> None:
     click.echo(f"model   {folder.model}\nreport  {folder.report}")
 
 
-def sweep(result: SweepResult) -> None:
-    """Every trial, best first."""
+def sweep(result: SweepResult, *, whole: bool = True) -> None:
+    """Every trial, best first. whole: the sweep came to its end, so that the best one is known."""
     from raydist.folder import RunFolder
 
     searched = list(result.trials[0].parameters) if result.trials else []
@@ -204,5 +205,5 @@ def sweep(result: SweepResult) -> None:
     click.echo()
     _table(rows)
     click.echo(f"report  {RunFolder(result.folder).sweep_page}")
-    if result.best is not None:
+    if result.best is not None and whole:
         click.echo(f"next: raydist submit {result.best}")

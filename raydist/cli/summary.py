@@ -7,6 +7,7 @@ from typing import Any
 from raydist.folder import RunFolder
 from raydist.redact import redact
 from raydist.track.records import evaluations, phase_seconds, read_metrics, supersede
+from raydist.track.silence import silence_now
 
 
 def summary(folder: RunFolder) -> dict[str, Any]:
@@ -21,6 +22,7 @@ def summary(folder: RunFolder) -> dict[str, Any]:
         "since": status.get("since"),
         "error": redact(status["error"]) if "error" in status else None,
         "driver": folder.driver() or None,
+        "silence": silence_now(folder) if folder.state() == "training" else None,
         "step": step.get("step"),
         "steps": begun[-1]["steps"] if begun else None,
         "tokens": step.get("tokens_seen"),

@@ -6,17 +6,19 @@ be torn, and the run's own COMMIT.json files are the authority in any case.
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import torch
-from ray.exceptions import OutOfMemoryError, RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import Checkpoint
 from ray.train.torch import get_device
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -25,7 +27,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from raydist import files
 from raydist.cluster.network import BetweenHosts
-from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost
+from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost, first_line
 from raydist.folder import RunFolder
 from raydist.parallel.world import World, backend_of
 from raydist.training.attempt_spec import AttemptSpec
@@ -42,10 +44,10 @@ NODES_BACK_SECONDS = 600
 def run_attempt(spec: AttemptSpec, say: Callable[[str], None] = lambda text: None) -> TrainResult:
     """Train `spec` on the Ray that this process is connected to, until it ends or stops.
 
-    Raises WorkerLost when a worker process or its node went away, so that another attempt can go on
-    from the last checkpoint; ClusterError when there was no room for the workers, in a later attempt
-    only after a wait for nodes, which `say` announces; what the training function raised, if it is a
-    RaydistError, else TrainingError with the worker's traceback.
+    Raises WorkerLost when a worker process, its node or Ray Train's controller went away, so that another
+    attempt can go on from the last checkpoint; ClusterError when there was no room for the workers, in a
+    later attempt only after a wait for nodes, which `say` announces; what the training function raised, if
+    it is a RaydistError, else TrainingError with the worker's traceback.
     """
     deadline = time.monotonic() + (NODES_BACK_SECONDS if spec.attempt > 1 else 0)
     if spec.attempt > 1 and (missing := _missing(spec)):
@@ -82,6 +84,8 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         # Its frames hold the controller, and that one the CPUs of workers that did not all start.
         traceback.clear_frames(error.__traceback__)
         raise _explain(error, spec) from error
+    except RayError as error:
+        raise _explain_ray(error, spec) from error
     return TrainResult(**fitted.return_value)  # type: ignore[attr-defined]
 
 
@@ -132,7 +136,7 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         return asdict(train(spec, world, hooks=[ReportToRay()]))
     except RaydistError:
         raise
-    except Exception as error:  # whole, since Ray cuts a traceback to 1,000 characters
+    except Exception as error:  # whole: Ray cuts a traceback to 1,000 characters
         raise TrainingError(
             f"rank {context.get_world_rank()}: {type(error).__name__}: {error}", why=traceback.format_exc()
         ) from error
@@ -166,8 +170,33 @@ def _explain(error: TrainingFailedError, spec: AttemptSpec) -> RaydistError:
     if own is not None:
         return own
     if raised:
-        return TrainingError(f"a worker failed: {raised[0]}", where=_logs(spec), why=str(error))
-    return WorkerLost(_first_line(failures) or "a worker was lost", where=_logs(spec))
+        return TrainingError(f"a worker failed: {first_line(raised[0])}", where=_whole(error, spec))
+    return WorkerLost(_first_line(failures) or "a worker was lost", where=_whole(error, spec))
+
+
+def _explain_ray(error: RayError, spec: AttemptSpec) -> RaydistError:
+    """What Ray raises by itself, without Ray Train's wrapping: the controller of the attempt is gone."""
+    if isinstance(error, OutOfMemoryError):
+        what = "on the driver's node: Ray ended the training's controller"
+        return Room(spec, None).out_of_memory(error, what)
+    return WorkerLost(
+        f"the process that controls the workers was lost: {_died(error)}", where=_whole(error, spec)
+    )
+
+
+def _died(error: RayError) -> str:
+    """Of Ray's long text the sentence that says how a process ended."""
+    found = re.search(r"Worker exit type: (\w+) Worker exit detail: ([^.]*)", str(error))
+    return f"{found[1]}, {found[2]}" if found else first_line(error)
+
+
+def _whole(error: Exception, spec: AttemptSpec) -> str:
+    """Where Ray's own text about the error is, in full."""
+    file = RunFolder(spec.run).attempt(spec.attempt) / "error.txt"
+    with suppress(OSError):
+        files.write_text(file, "".join(traceback.format_exception(error)))
+        return str(file)
+    return _logs(spec)
 
 
 def _is_loss(failure: Exception) -> bool:

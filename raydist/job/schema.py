@@ -273,7 +273,12 @@ class Scaling(Section):
         "auto", description="auto: if the cluster has a GPU for each worker"
     )
     max_failures: Annotated[int, Field(ge=0, le=2**48)] = Field(
-        3, description="lost workers that one submission survives"
+        3, description="lost workers, and Rays, that one submission survives"
+    )
+    hang_timeout: Annotated[float, Field(gt=0)] | None = Field(
+        1800,
+        description="seconds without a step, an evaluation or a checkpoint after which the workers are ended"
+        " and the run goes on from its last checkpoint, as when one was lost; null: never",
     )
 
     def on_gpus(self, gpus: float) -> bool:

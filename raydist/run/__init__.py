@@ -12,10 +12,10 @@
     preflight     checks before anything is prepared or trained
     dataset       the tokenizer and the token logs: made where missing, pinned, opened
     attempts      the plan of each attempt, and attempts until one ends by itself
+    hang          an attempt that makes no progress: said, and ended in the end
     describe      the data in figures, for the report and `raydist prepare`
     text_sample   how the trained model continues a held-out document
     estimate      what a job would cost, without starting anything: `raydist plan`
-    background    work in a thread
     torchrun      the same run without Ray, by the ranks that torchrun started
 
 Sweeps use lifecycle, preflight and dataset too; each of their trials is a run.

@@ -10,23 +10,24 @@ An exception in the training function would only come again, so it ends the run.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydist.cluster.background import in_background
 from raydist.cluster.resources import Resources, cpus_per_worker, node_resources
-from raydist.errors import OutOfMemory, TrainingError, WorkerLost
+from raydist.errors import ClusterLost, OutOfMemory, RaydistError, WorkerLost
 from raydist.folder import RunFolder
 from raydist.job.functions import module_folders, named_functions
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
-from raydist.run.background import in_background
 from raydist.run.dataset import Prepared
+from raydist.run.hang import HangWatch
 from raydist.run.lifecycle import Life
 from raydist.track.humanize import workers
 from raydist.track.listener import Listener
-from raydist.track.records import Tail, read_metrics
+from raydist.track.records import Record, Tail, read_metrics
 
 if TYPE_CHECKING:
     from raydist.training.attempt_spec import AttemptSpec
@@ -50,12 +51,35 @@ def train(
     allows, and whatever else ended an attempt.
     """
     job, folder, lost = life.job, life.folder, 0
+
+    def survived(error: RaydistError, what: str) -> str:
+        """Why the next attempt is made. Raises `error` where the job does not allow one."""
+        nonlocal lost
+        lost += 1
+        if lost > job.scaling.max_failures:
+            raise type(error)(
+                f"training lost {what} {lost} times, and scaling.max_failures is {job.scaling.max_failures}",
+                where=error.where or str(folder.path),
+                why=error.what,
+                fix="submit again to go on from the last checkpoint; Ray's own logs are in ray/ of the run",
+            ) from error
+        why = f"{what} was lost; going on from the last checkpoint ({error.what})"
+        life.listener.message(why)
+        return why
+
     life.training()
     life.listener.history(read_metrics(folder))
     start: int | None = None
     why = life.why
     while True:
         life.phases.begin("start")
+        try:
+            life.ray.require()
+        except ClusterLost as error:
+            if not life.ray.can_restart or (rest is not None and not rest.done()):
+                raise
+            why = survived(error, "Ray")
+            life.ray.restart()
         nodes = node_resources()
         known = remembered(folder, device_type(job, nodes))
         plan = plan_attempt(job, samples_per_epoch, nodes, known or start)
@@ -73,25 +97,18 @@ def train(
             threads=threads_of(job, folder, cpus),
         )
         try:
-            return _watch(spec, folder, rest, life.listener)
+            return _watch(spec, life, rest)
         except OutOfMemory as error:
             tokens = halved(job, folder, plan, spec.attempt, error)
             smaller = plan_attempt(job, samples_per_epoch, nodes, tokens).micro_batches
             why = f"{error.what}; going on with {smaller} of the same global batch"
             life.listener.message(why)
-        except WorkerLost as error:
-            lost += 1
-            if lost > job.scaling.max_failures:
-                raise TrainingError(
-                    f"training lost a worker {lost} times",
-                    where=str(folder.path),
-                    why=error.what,
-                    fix="see ray/ in the run's folder; submit again to go on from the last checkpoint",
-                ) from error
+        except (WorkerLost, ClusterLost) as error:
+            if life.ray.lost():
+                continue  # to where Ray is required
+            why = survived(error, "a worker")
             # a GPU node that is gone now may be back before the next attempt's workers start
             start = remembered(folder, device_type(job, nodes)) or start or starting_tokens(job, nodes)
-            why = f"a worker was lost; going on from the last checkpoint ({error.what})"
-            life.listener.message(why)
 
 
 def plan_attempt(
@@ -211,8 +228,14 @@ def threads_of(job: Job, folder: RunFolder, cpus: int) -> int:
 class Follower:
     """Passes on to the listener what an attempt records from now on, and what its rank 0 is doing."""
 
-    def __init__(self, spec: AttemptSpec, folder: RunFolder, listener: Listener) -> None:
-        self._attempt, self._folder, self._listener = spec.attempt, folder, listener
+    def __init__(
+        self,
+        spec: AttemptSpec,
+        folder: RunFolder,
+        listener: Listener,
+        heard: Callable[[Record], None] = lambda record: None,
+    ) -> None:
+        self._attempt, self._folder, self._listener, self._heard = spec.attempt, folder, listener, heard
         records = folder.metrics_file
         self._tail = Tail(records, offset=records.stat().st_size if records.exists() else 0)
         listener.phase(f"starting {workers(spec.plan.world_size)}")
@@ -220,15 +243,21 @@ class Follower:
     def poll(self) -> None:
         for record in self._tail.poll():
             self._listener.record(record)
+            self._heard(record)
         if now := self._folder.progress(self._attempt):
             self._listener.progress(*now)
 
 
-def _watch(spec: AttemptSpec, folder: RunFolder, rest: Future[Any] | None, listener: Listener) -> TrainResult:
-    """One attempt, in a thread, so that this one can pass on its records and receive signals."""
+def _watch(spec: AttemptSpec, life: Life, rest: Future[Any] | None) -> TrainResult:
+    """One attempt, in a thread, so that this one can pass on its records and receive signals.
+
+    Raises ClusterLost when Ray is gone meanwhile.
+    """
     from raydist.cluster.trainer import run_attempt
 
-    follower = Follower(spec, folder, listener)
+    listener = life.listener
+    watch = HangWatch(life.folder, spec.attempt, life.job.scaling.hang_timeout, listener.message)
+    follower = Follower(spec, life.folder, listener, watch.record)
     attempt = in_background(lambda: run_attempt(spec, listener.message), "attempt")
     done = False
     while not done:
@@ -236,5 +265,11 @@ def _watch(spec: AttemptSpec, folder: RunFolder, rest: Future[Any] | None, liste
         follower.poll()
         if rest is not None and rest.done():
             rest.result()
-        time.sleep(0 if done else POLL_SECONDS)
-    return attempt.result()
+        if not done:
+            life.ray.require(attempt)
+            watch.look()
+            time.sleep(POLL_SECONDS)
+    try:
+        return attempt.result()
+    except RaydistError as error:
+        raise watch.explained(error) from error

@@ -19,7 +19,8 @@ from types import FrameType
 from typing import Any
 
 from raydist import files
-from raydist.cluster.connect import ray_session
+from raydist.cluster.connect import Session, ray_session
+from raydist.cluster.ray_output import ray_output_to
 from raydist.cluster.resources import cpus_per_worker_here
 from raydist.errors import RunChanged, Stopped
 from raydist.folder import Kind, RunFolder
@@ -42,6 +43,7 @@ class Life:
         self.job, self.kind, self.listener = job, kind, listener
         self.folder = folder_of(job)
         self.phases = Phases("plan")
+        self.ray = Session()
         self.why = ""
         """Why this driver begins; known once its folder is held."""
         self._changed: list[str] = []
@@ -90,7 +92,8 @@ class Life:
         self.phases.begin("start")
         self.listener.phase("joining the cluster" if address else "starting Ray")
         with (
-            ray_session(scaling.num_workers, cpus_per_worker_here(self.job), address),
+            ray_output_to(self.folder.ray_output),
+            ray_session(scaling.num_workers, cpus_per_worker_here(self.job), address) as self.ray,
             self._stop_signals(),  # again: joining a cluster puts Ray's own handlers in place
         ):
             yield

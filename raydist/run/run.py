@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydist.cluster.background import in_background
 from raydist.cluster.resources import spare
 from raydist.errors import JobError
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
-from raydist.run.background import in_background
 from raydist.run.dataset import Prepared, can_begin_early, prepare_first, prepare_logs
 from raydist.run.lifecycle import Life, at_the_end, keep_collator, state_after
 from raydist.track.listener import Listener

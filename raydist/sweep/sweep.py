@@ -6,17 +6,21 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ray import tune
+from ray.exceptions import RayError
+from ray.tune import TuneError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from raydist import files
+from raydist.cluster.background import in_background
 from raydist.cluster.resources import cpus_per_worker, node_resources, require_room
-from raydist.errors import JobError, TrainingError
+from raydist.errors import ClusterError, ClusterLost, JobError, TrainingError, first_line
 from raydist.folder import RunFolder
 from raydist.job.functions import module_folders, named_functions
 from raydist.job.load import kept_yaml
@@ -34,6 +38,8 @@ from raydist.track.listener import Listener
 from raydist.track.mlflow import finish_parent, start_parent
 from raydist.track.progress import make_view
 from raydist.track.sweep_page import Trial, ranked, write_sweep_page
+
+POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -84,9 +90,8 @@ def _prepare_and_search(life: Life) -> None:
     cpus = cpus_per_worker(all_workers, node_resources())
     life.listener.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
     with _concluded(life) as parent:
-        ended = {n: state for n, (state, _) in enumerate(_states(job, folder)) if state in ENDED}
         modules = module_folders(function for _, function in named_functions(job))
-        spec = SweepSpec(job, folder.path.resolve(), prepared.pins(), parent, ended, cpus, modules)
+        spec = SweepSpec(job, folder.path.resolve(), prepared.pins(), parent, {}, cpus, modules)
         _search(spec, life, at_a_time)
         life.stop_if_asked()
         _refuse_failed(folder, read_sweep(job))
@@ -108,7 +113,31 @@ def _require_held_out(prepared: Prepared) -> None:
 
 
 def _search(spec: SweepSpec, life: Life, at_a_time: int) -> None:
-    """Tune keeps its own records in ray/attempt-N; nothing is ever read from there."""
+    """Go through all trials; with a new Ray through those that have not ended, where an embedded one is lost.
+
+    Raises ClusterError where Ray cannot be replaced, or Tune gives up.
+    """
+    lost = 0
+    while True:
+        ended = {n: state for n, (state, _) in enumerate(_states(spec.job, life.folder)) if state in ENDED}
+        try:
+            _search_once(replace(spec, ended=ended), life, at_a_time)
+            return
+        except ClusterLost as error:
+            lost += 1
+            if not life.ray.can_restart or lost > spec.job.scaling.max_failures:
+                raise
+            life.listener.message(
+                f"Ray was lost; going on with the trials that have not ended ({error.what})"
+            )
+            life.ray.restart()
+
+
+def _search_once(spec: SweepSpec, life: Life, at_a_time: int) -> None:
+    """In a thread, so that this one sees when Ray is gone.
+
+    Tune keeps its own records in ray/attempt-N; nothing is ever read from there.
+    """
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1")
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a job's relative paths mean this folder
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints errors even where verbose is 0
@@ -119,7 +148,7 @@ def _search(spec: SweepSpec, life: Life, at_a_time: int) -> None:
     journal = Journal(spec.job, folder)
     # no CPU: all are for the workers; and Ray refuses a request for nothing
     trainable = tune.with_resources(tune.with_parameters(TrialRun, spec=spec), {"memory": 2**20})
-    tune.Tuner(
+    tuner = tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
             search_alg=journal,
@@ -136,7 +165,20 @@ def _search(spec: SweepSpec, life: Life, at_a_time: int) -> None:
             failure_config=tune.FailureConfig(max_failures=spec.job.scaling.max_failures),
             verbose=0,
         ),
-    ).fit()
+    )
+    search = in_background(tuner.fit, "search")
+    while not search.done():
+        life.ray.require(search)
+        wait([search], POLL_SECONDS)
+    try:
+        search.result()
+    except (RayError, TuneError) as error:
+        life.ray.require()
+        raise ClusterError(
+            f"Ray Tune gave up: {first_line(error)}",
+            where=str(folder.ray_output),
+            fix="submit the sweep again: it goes on with the trials that have not ended",
+        ) from error
 
 
 def _scheduler(spec: Tune) -> TrialScheduler:

@@ -10,6 +10,7 @@ hooks          what happens around it: the protocol, a user's own, stop requests
 records        the hook that writes metrics.jsonl, and its figures
 peak           what a device computes at most, by its name
 phases         where the seconds of an attempt go
+beat           a rank's signs of life, and its stacks
 profiler       the hook that writes a trace of a few steps
 checkpoint     where a run stands, what counts as saved, the ledger
 evaluate       loss, perplexity and bits per byte of the held-out sets

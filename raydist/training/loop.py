@@ -24,6 +24,7 @@ from raydist.parallel.build import build_on_ranks, make_strategy
 from raydist.parallel.world import World, contact
 from raydist.redact import redacted
 from raydist.training.attempt_spec import AttemptSpec
+from raydist.training.beat import beating
 from raydist.training.checkpoint import Checkpoints, Counts, Position
 from raydist.training.collate import make_collator
 from raydist.training.copies import copier
@@ -70,13 +71,13 @@ def train(
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     find_in(spec.modules)
-    room = Room(spec, world.device)
+    folder, room = RunFolder(spec.run), Room(spec, world.device)
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage_watched(spec.run))
         stack.enter_context(contact(world.rank))
         stack.enter_context(memory_watched(room))
+        stack.enter_context(beating(folder.ranks(spec.attempt), world.rank, phases))
         if world.is_main:
-            folder = RunFolder(spec.run)
             stack.enter_context(folder.writer())
             stack.enter_context(progress_written(folder, spec.attempt, phases))
         room.require_fixed_parts()
@@ -292,6 +293,7 @@ class Attempt:
 
     def _end_with_the_run(self) -> None:
         """Called while the data does not go on: once the driver has given up, nothing more will come."""
+        self.phases.heard()
         state = self.folder.status().get("state")
         if state != "training":
             raise TrainingError(f"the run is {state}: its token logs do not grow any more")

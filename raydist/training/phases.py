@@ -48,7 +48,7 @@ class Phases:
         self._compiling, self._compiled = compiling, compiling()
         self._clock, self._seconds = clock, dict(spent or {})
         self._running: str | None = first
-        self._since = clock()
+        self._since = self._heard = clock()
         self._at = 0, 0
 
     @property
@@ -64,6 +64,7 @@ class Phases:
     def at(self, done: int, total: int) -> None:
         """How much of the phase that runs is done."""
         self._at = done, total
+        self.heard()
 
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
@@ -75,6 +76,19 @@ class Phases:
         finally:
             self._count()
             self._running, self._at = outer, at
+
+    @property
+    def running(self) -> str:
+        """The phase that runs; empty where the clock stands still."""
+        return self._running or ""
+
+    def heard(self) -> None:
+        """The work goes on, though no phase begins."""
+        self._heard = self._clock()
+
+    def quiet_seconds(self) -> float:
+        """Since a phase or another step began, or `heard` was called. May be asked from any thread."""
+        return self._clock() - max(self._since, self._heard)
 
     def of(self, *names: str) -> float:
         """Seconds of these phases up to now."""
