@@ -138,7 +138,7 @@ def test_an_optimizers_defaults_written_out_are_the_same_run() -> None:
     assert differences(adamw, with_optimizer(written)) == []
     assert differences(adamw, build_job(yaml.safe_load(job_yaml(with_optimizer("adamw"))))) == []
     assert differences(adamw, with_optimizer({"betas": [0.9, 0.95]})) == [
-        "train.optimizer.betas: (0.9, 0.999) -> (0.9, 0.95)"
+        "train.optimizer.betas: [0.9, 0.999] -> [0.9, 0.95]"
     ]
     assert differences(adamw, with_optimizer("muon")) == ["train.optimizer.name: 'adamw' -> 'muon'"]
 
