@@ -14,7 +14,7 @@ from raydist.folder import find_run
 from raydist.job.load import load_job
 from raydist.job.schema import Job
 from raydist.run.dataset import Prepared, find_prepared, prepare_logs
-from raydist.run.lifecycle import folder_of
+from raydist.run.lifecycle import began_with, folder_of
 from raydist.run.run import RunResult, run_job
 from raydist.track.listener import Listener
 from raydist.track.progress import make_view
@@ -65,13 +65,13 @@ def tune(job: Job, *, address: str | None = None) -> SweepResult:
 def prepare(job: Job, *, address: str | None = None, listener: Listener | None = None) -> Prepared:
     """Make the token logs of `job`, or find them made; returns them opened.
 
-    listener: by default a live view, or lines, on stderr.
+    Reads what exists, and makes again what is damaged. listener: by default a live view, or lines, on stderr.
     """
     view, address = listener or make_view(name=job.name), ray_address(address)
     with storage_watched(Path(job.storage).expanduser()), view:
         view.phase("joining the cluster" if address else "starting Ray")
         with ray_session(0, 1, address):
-            return prepare_logs(job, view)
+            return prepare_logs(job, view, verify=True)
 
 
 def open_feed(job_or_run: Job | str | Path) -> Feed:
@@ -141,5 +141,5 @@ def _prepared(job_or_run: Job | str | Path) -> Prepared:
         folder, job = folder_of(job_or_run), job_or_run
     else:
         folder = find_run(job_or_run)
-        job = load_job(folder.job_file)
+        job = began_with(folder)
     return find_prepared(job, folder.data().get("pins"))

@@ -17,8 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+import xxhash
 
-from raydist.errors import RaydistError, StorageError
+from raydist.errors import RaydistError, RunError, StorageError
+
+HASH_CHUNK_BYTES = 2**24
 
 
 @contextmanager
@@ -69,23 +72,29 @@ def read_json(path: Path) -> Any:
     return orjson.loads(path.read_bytes())
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The JSON object in the file; {} if there is no such file."""
-    record: dict[str, Any] = read_json(path) if path.exists() else {}
-    return record
+def measure(path: Path) -> dict[str, Any]:
+    """Size in bytes and checksum of a file, as records of files have them: {size, xxh3_128}."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(HASH_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"size": size, "xxh3_128": digest.hexdigest()}
 
 
 def append_json(path: Path, record: dict[str, Any], *, flush: bool = False) -> None:
-    """Append one record as a line. `flush`: return only when it is on disk.
+    """Append one record as a line. `flush`: return only when it is on disk."""
+    append_line(path, orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), flush=flush)
 
-    A line that does not fit on the disk is taken back, so that the next one does not continue it.
-    """
-    line = memoryview(orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY) + b"\n")
+
+def append_line(path: Path, line: bytes, *, flush: bool = False) -> None:
+    """line: without its newline. One that does not fit on the disk is taken back."""
+    rest = memoryview(line + b"\n")
     with path.open("ab", buffering=0) as stream:
         end = stream.seek(0, os.SEEK_END)
         try:
-            while line:
-                line = line[stream.write(line) :]
+            while rest:
+                rest = rest[stream.write(rest) :]
             if flush:
                 os.fsync(stream.fileno())
         except OSError:
@@ -98,12 +107,39 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """Every whole line of `path` as a record; [] if there is no such file.
 
     A process killed while appending leaves a last line without a newline: that line is not a record
-    and is left out.
+    and is left out. Raises RunError for a whole line that is no record.
     """
     if not path.exists():
         return []
     whole = path.read_bytes().rpartition(b"\n")[0]
-    return [orjson.loads(line) for line in whole.split(b"\n") if line.strip()]
+    return [_record(line, path, n) for n, line in enumerate(whole.split(b"\n"), 1) if line.strip()]
+
+
+def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        record = orjson.loads(line)
+        if isinstance(record, dict):
+            return record
+        why = "it is no JSON object"
+    except orjson.JSONDecodeError as error:
+        why = str(error)
+    raise RunError(
+        f"{path.name} is damaged",
+        where=f"{path}, line {number}",
+        why=why,
+        fix="restore the file from a copy, or remove this line if what it recorded can be done without",
+    )
+
+
+def cut_torn_line(path: Path) -> bool:
+    """Take off a last line without its newline, which a killed writer left. Whether there was one.
+
+    It was never a record, and must not swallow the next one.
+    """
+    whole, newline, torn = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
+    if torn:
+        os.truncate(path, len(whole) + len(newline))
+    return bool(torn)
 
 
 def write_over(spare: Path, path: Path, content: bytes) -> None:

@@ -20,28 +20,44 @@ from pathlib import Path
 from typing import Any, Literal
 
 import orjson
+import xxhash
 
 from raydist import files
 from raydist.errors import RunBusy, RunError
+from raydist.sealed import is_sealed, read_sealed, sealed, write_sealed
 
 LIVE = ("planning", "preparing", "training")
 STATES = (*LIVE, "finished", "failed", "stopped")
+DAMAGED = "damaged"
+"""The state of a run whose status cannot be read. It can be resumed, which writes a new one."""
 
 Kind = Literal["run", "sweep"]
 MARKER = ".raydist"
 COMMIT = "COMMIT.json"
 """In a checkpoint's folder, written last: what makes it count."""
 
+PINS = ("tokenizer", "logs", "eval_logs")
+"""What a run is pinned to, in data.json."""
+
+RESTORE_DATA = (
+    "restore it from a copy; or remove it: then the token logs are found by the source files as they are now,"
+    " and refused if they are not those that the run began with"
+)
+
 OLD_JOB = "job.yaml"
 """What the resolved job was called before runs had a marker."""
+
+_CHECKSUM_LINE = "# checksum: "
+"""Starts the resolved job's first line, which ends with the xxh3-128 of all that follows it."""
 
 LOCKS = (".lease", ".writer")
 SPARE = ".status.spare"
 SPARE_BYTES = 8192
 """Room for a status on a full disk; its error is cut to an eighth of so many characters there."""
 CONTENTS = (
-    "raydist-job.yaml", "status.json", "progress.json", "data.json", "metrics.jsonl", "ledger.jsonl", "stop",
-    "report.html", "trials.jsonl", "optuna.jsonl", "best.yaml", "sweep.html", "mlflow.json", "wandb.json",
+    "raydist-job.yaml", "status.json", "progress.json", "data.json", "metrics.jsonl", "ledger.jsonl",
+    "damaged-ledger.jsonl", "stop", "report.html", "trials.jsonl", "optuna.jsonl", "best.yaml", "sweep.html",
+    "mlflow.json", "wandb.json",
     "checkpoints", "ray", "model", ".model.tmp", "export", "tensorboard", "wandb",
 )  # fmt: skip
 """All that raydist writes into a run's or a sweep's folder, except the marker, the locks and SPARE."""
@@ -59,6 +75,7 @@ class RunFolder:
         self.data_file = path / "data.json"
         self.metrics_file = path / "metrics.jsonl"
         self.ledger_file = path / "ledger.jsonl"
+        self.damaged_ledger = path / "damaged-ledger.jsonl"
         self.checkpoints = path / "checkpoints"
         self.ray = path / "ray"
         self.ray_output = self.ray / "driver.log"
@@ -112,21 +129,24 @@ class RunFolder:
                 fix=f"give the {kind} another name or storage, or move these files away",
             )
 
+    def check_marker(self) -> None:
+        """Raises RunError where the marker is damaged."""
+        if self.marker.is_file():
+            self._marked()
+
     def _marked(self) -> str:
-        try:
-            return str(files.read_json(self.marker)["kind"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise RunError(
-                f"the marker {self.marker} cannot be read",
-                why=f"{type(error).__name__}: {error}; so raydist cannot know whether the folder is its own",
-                fix='if it is a run\'s, write {"kind": "run"} into it; else give the job another name',
-            ) from error
+        fix = 'if the folder is a run\'s, write {"kind": "run"} into it; else give the job another name'
+        kind = str(read_sealed(self.marker, RunError, fix, keys=("kind",))["kind"])
+        if kind not in ("run", "sweep"):
+            why = f"it is that of a {kind}, which raydist does not know"
+            raise RunError(f"{self.marker.name} is damaged", where=str(self.marker), why=why, fix=fix)
+        return kind
 
     def mark(self, kind: Kind) -> None:
         """Make the folder that of a run (or sweep). Raises RunError as `check_place` does."""
         self.check_place(kind)
         if not self.marker.is_file():
-            files.write_json(self.marker, {"kind": kind, "format": 1})
+            write_sealed(self.marker, {"kind": kind, "format": 1})
 
     def clear(self) -> None:
         """Remove the run, and nothing that raydist did not write. For the holder of the lease, once marked.
@@ -146,11 +166,28 @@ class RunFolder:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def write_job(self, text: str) -> None:
-        """The resolved job, as YAML."""
+        """The resolved job, as YAML. It is written with a checksum."""
         old = self.path / OLD_JOB if self._is_unmarked() else None
-        files.write_text(self.path / "raydist-job.yaml", text)
+        sealed = f"{_CHECKSUM_LINE}{xxhash.xxh3_128_hexdigest(text.encode())}\n{text}"
+        files.write_text(self.path / "raydist-job.yaml", sealed)
         if old is not None:
             old.unlink()
+
+    def check_job(self) -> None:
+        """Raises RunError where the resolved job is not what was written. One without a checksum passes."""
+        first, _, text = self.job_file.read_bytes().partition(b"\n")
+        start = _CHECKSUM_LINE.encode()
+        if first.startswith(start) and first != start + xxhash.xxh3_128_hexdigest(text).encode():
+            raise self.damaged_job("its content does not match its checksum")
+
+    def damaged_job(self, why: str) -> RunError:
+        file = self.job_file
+        return RunError(
+            f"{file.name}, the job that {self.path.name} began with, is damaged",
+            where=str(file),
+            why=why,
+            fix="restore it from a copy, or put the job file in its place that the run was submitted with",
+        )
 
     def _is_unmarked(self) -> bool:
         """Whether a run is here that was made before runs had a marker."""
@@ -170,18 +207,32 @@ class RunFolder:
     # --- status and data ---------------------------------------------------------------------------
 
     def status(self) -> dict[str, Any]:
-        """{} for a run that was never started."""
-        return files.read_record(self.status_file)
+        """{} for a run that was never started; {state: DAMAGED, error} where the file is damaged."""
+        if not self.status_file.exists():
+            return {}
+        fix = "resume the run, which writes a new one"
+        try:
+            status = read_sealed(self.status_file, RunError, fix, keys=("state",))
+            if "since" in status:
+                datetime.fromisoformat(status["since"])
+            if status["state"] in STATES:
+                return status
+            why = f"no state {status['state']!r} is known"
+        except RunError as error:
+            why = error.why
+        except (TypeError, ValueError) as error:
+            why = str(error)
+        return {"state": DAMAGED, "error": f"{self.status_file.name} is damaged: {why}; {fix}"}
 
     def state(self) -> str:
-        """One of STATES; `interrupted` where the status names work under way and its driver is dead."""
+        """One of STATES or DAMAGED; `interrupted` where the status names work and no driver lives."""
         state = str(self.status().get("state", "planning"))
         return "interrupted" if state in LIVE and not self.driver() else state
 
     def driver(self) -> str:
         """The process that holds the run, as "process 12 on host"; empty while none does."""
         lease = self.path / ".lease"
-        return lease.read_text() if lease.exists() and _is_held(lease) else ""
+        return lease.read_text(errors="replace") if lease.exists() and _is_held(lease) else ""
 
     def set_status(self, state: str, **more: Any) -> None:
         """A full disk takes it as well, once `reserve_status` has kept room for it there."""
@@ -189,13 +240,13 @@ class RunFolder:
         since = datetime.now(UTC).isoformat(timespec="seconds")
         status = {"state": state, "since": since, **more}
         try:
-            files.write_json(self.status_file, status)
+            write_sealed(self.status_file, status)
         except OSError as error:
             if error.errno not in files.FULL or not self._spare.exists():
                 raise
             # in JSON a character takes up to 6 bytes
             short = {key: str(value)[: SPARE_BYTES // 8] for key, value in status.items()}
-            files.write_over(self._spare, self.status_file, files.json_bytes(short))
+            files.write_over(self._spare, self.status_file, files.json_bytes(sealed(short)))
 
     def reserve_status(self) -> None:
         """Keep room for one status. Random bytes, since a file system may store zeros without taking room."""
@@ -211,7 +262,7 @@ class RunFolder:
         total is 0 where it is not known.
         """
         try:
-            now = files.read_record(self.progress_file)
+            now = files.read_json(self.progress_file)
             known = now.get("attempt") == attempt and now["phase"] is not None
             return (str(now["phase"]), int(now["done"]), int(now["total"])) if known else None
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -225,11 +276,25 @@ class RunFolder:
         temporary.replace(self.progress_file)
 
     def data(self) -> dict[str, Any]:
-        """What is known of the run's tokens, and the fingerprints of the token logs it is pinned to."""
-        return files.read_record(self.data_file)
+        """What is known of the run's tokens, and the fingerprints of the token logs it is pinned to.
+
+        {} where nothing is known yet. Raises RunError where the file is damaged.
+        """
+        return self._read_data() if self.data_file.exists() else {}
+
+    def _read_data(self) -> dict[str, Any]:
+        data = read_sealed(self.data_file, RunError, RESTORE_DATA)
+        known = is_sealed(self.data_file) or {"pins", "sources", "audit", "collator"} & data.keys()
+        pins = data.get("pins", {key: {} for key in PINS})
+        if not known or not (isinstance(pins, dict) and all(isinstance(pins.get(key), dict) for key in PINS)):
+            why = "it does not hold what raydist writes there"
+            raise RunError(
+                f"{self.data_file.name} is damaged", where=str(self.data_file), why=why, fix=RESTORE_DATA
+            )
+        return data
 
     def add_data(self, **more: Any) -> None:
-        files.write_json(self.data_file, {**self.data(), **more})
+        write_sealed(self.data_file, {**self.data(), **more})
 
     def threads(self, num_workers: int) -> int | None:
         """Threads of each worker in the attempts before, with so many workers; None for the first."""
@@ -249,8 +314,8 @@ class RunFolder:
 
     def checkpoint_steps(self) -> list[int]:
         """Steps of all folders of checkpoints, whole or not, in order."""
-        found = self.checkpoints.glob("step-????????")
-        return sorted(int(path.name.removeprefix("step-")) for path in found)
+        names = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-????????"))
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def committed_steps(self) -> list[int]:
         """Steps of the checkpoints that have a COMMIT.json, in order."""
@@ -259,20 +324,9 @@ class RunFolder:
     def committed(self) -> bool:
         return bool(self.committed_steps())
 
-    def append_ledger(self, line: dict[str, Any]) -> None:
+    def append_ledger(self, line: str) -> None:
         """The line is on disk when this returns."""
-        files.append_json(self.ledger_file, line, flush=True)
-
-    def cut_torn_lines(self) -> None:
-        """Take the last line without its newline, which a killed writer left, off the streams of records.
-
-        It was never a record, and must not swallow the next one.
-        """
-        for path in (self.ledger_file, self.metrics_file, self.trials_file, self.optuna_journal):
-            if path.exists():
-                whole, newline, torn = path.read_bytes().rpartition(b"\n")
-                if torn:
-                    os.truncate(path, len(whole) + len(newline))
+        files.append_line(self.ledger_file, line.encode(), flush=True)
 
     def attempt(self, number: int) -> Path:
         """Ray Train's own folder of an attempt."""
@@ -284,8 +338,8 @@ class RunFolder:
 
     def next_attempt(self) -> int:
         """Attempts count from 1 over the whole life of the run."""
-        taken = [int(p.name.removeprefix("attempt-")) for p in self.ray.glob("attempt-*")]
-        return max(taken, default=0) + 1
+        names = (path.name.removeprefix("attempt-") for path in self.ray.glob("attempt-*"))
+        return max((int(name) for name in names if name.isdecimal()), default=0) + 1
 
     # --- locks -------------------------------------------------------------------------------------
 
@@ -335,7 +389,7 @@ def _is_held(path: Path) -> bool:
 def _busy(path: Path) -> RunBusy:
     return RunBusy(
         f"another process is writing the run {path.parent.name}",
-        where=f"{path.parent}, held by {path.read_text() or 'a process that just started'}",
+        where=f"{path.parent}, held by {path.read_text(errors='replace') or 'a process that just started'}",
         why="two writers would mix their checkpoints",
         fix=f"wait for it, or stop it: raydist stop {path.parent}",
     )

@@ -151,11 +151,42 @@ def _stop_job(run: str, address: str) -> None:
 def resume(context: click.Context, run: str, storage: str, address: str | None, as_json: bool) -> None:
     """Submit RUN's own job again: it goes on from its last checkpoint."""
     from raydist.folder import find_run
-    from raydist.job.load import load_job
+    from raydist.run.lifecycle import began_with
 
-    file = find_run(run, storage).job_file
-    command = jobs.submit if load_job(file).tune is None else jobs.tune
-    context.invoke(command, job_file=str(file), overrides=(), address=address, as_json=as_json)
+    folder = find_run(run, storage)
+    command = jobs.submit if began_with(folder).tune is None else jobs.tune
+    context.invoke(command, job_file=str(folder.job_file), overrides=(), address=address, as_json=as_json)
+
+
+@click.command(short_help="Compare a run's or a token log's files with their checksums.")
+@click.argument("run", metavar="RUN|LOG")
+@storage
+@as_json
+def verify(run: str, storage: str, as_json: bool) -> None:
+    """Read RUN (a folder or a name), its checkpoints and its token logs; or the token log in the folder LOG.
+
+    Compares all files with their checksums, and changes nothing. Says what is damaged and what to do; the
+    exit status is not 0 then.
+    """
+    from raydist.corpus.log_folder import LogFolder
+    from raydist.folder import find_run
+    from raydist.run.verify import verify_log, verify_run
+
+    def say(text: str) -> None:
+        click.echo(f"reading {text}", err=True)
+
+    log = LogFolder(Path(run))
+    found = (
+        verify_log(log.path, say)
+        if log.begun() or log.complete()
+        else verify_run(find_run(run, storage), say)
+    )
+    if as_json:
+        show.as_json(found.to_json())
+    else:
+        show.verified(found)
+    if found.damage:
+        raise SystemExit(found.damage[0].exit_code)
 
 
 @click.command(short_help="Write a run's model in another form.")

@@ -12,6 +12,7 @@ from raydist.errors import RaydistError
 
 if TYPE_CHECKING:
     from raydist.run.run import RunResult
+    from raydist.run.verify import Verified
     from raydist.sweep.sweep import SweepResult
 
 
@@ -102,6 +103,16 @@ def prepared(described: dict[str, Any]) -> None:
             f"packed ({packing['strategy']}): {packing['n_blocks']:,} blocks of {packing['block_size']:,}"
             f" tokens, {packing['padding_share']:.2%} padding"
         )
+
+
+def verified(found: Verified) -> None:
+    """What was read, and each damage with what to do."""
+    from raydist.track.humanize import size
+
+    for error in found.damage:
+        click.secho(f"damaged: {error}", fg="red")
+    outcome = f"{len(found.damage):,} damaged" if found.damage else "all as they were written"
+    click.echo(f"{found.n_files:,} files, {size(found.n_bytes)}: {outcome}")
 
 
 def runs(rows: list[dict[str, Any]]) -> None:

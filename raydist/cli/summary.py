@@ -24,7 +24,7 @@ def summary(folder: RunFolder) -> dict[str, Any]:
         "driver": folder.driver() or None,
         "silence": silence_now(folder) if folder.state() == "training" else None,
         "step": step.get("step"),
-        "steps": begun[-1]["steps"] if begun else None,
+        "steps": begun[-1].get("steps") if begun else None,
         "tokens": step.get("tokens_seen"),
         "loss": step.get("loss"),
         "perplexity": {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, islice
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist.corpus.formats import READERS
-from raydist.corpus.log import FORMAT, TokenLog, open_log, token_dtype
+from raydist.corpus.log import FORMAT, Shard, TokenLog, gathered, open_log, token_dtype
 from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.slices import Slice, from_json, to_json
 from raydist.corpus.source import SourceFiles, open_source
@@ -35,6 +37,7 @@ ESTIMATE_TOKENIZED_BYTES = 4 * 2**20
 ASSUMED_COMPRESSION = 3.0
 POLL_SECONDS = 0.5
 CPU_PATIENCE_SECONDS = 20.0
+VERIFYING_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -66,8 +69,17 @@ class LogPlan:
     @functools.cached_property
     def slices(self) -> list[Slice]:
         """Read from the token log's plan if there is one, because planning may read every source file."""
-        known = self.folder.read_plan()
+        known = self.written
         return from_json(known["slices"]) if known else self.source.plan()
+
+    @property
+    def written(self) -> dict[str, Any]:
+        """The plan in the token log's folder; {} if there is none, or one that is damaged or another's."""
+        try:
+            plan = self.folder.read_plan()
+        except LogError:
+            return {}
+        return plan if plan and fingerprint(plan["identity"]) == self.fingerprint else {}
 
     @property
     def n_slices(self) -> int:
@@ -129,14 +141,17 @@ def build_log(
     on_progress: Callable[[Progress], None] = lambda now: None,
     stop: int | None = None,
     share: Share | None = None,
+    verify: bool = False,
 ) -> TokenLog:
     """The token log of `plan`. Only missing slices are made, on the Ray that the caller has started.
 
+    verify: read the shards that exist, and make those again whose bytes are not what was written. Damaged
+    records are always made again.
     on_error: "fail" raises BadRecords for unreadable records, "quarantine" leaves them out; in both cases
     finished slices are kept.  stop: make only the slices before this number, and return the token log as far
     as it goes. Raises EmptyCorpus if no document is left, ClusterError if no CPU is free.
     """
-    slices = _Slices(plan)
+    slices = _Slices(plan, verify)
     slices.begin()
     _refuse_bad(slices, on_error)
     if wanted := [number for number in slices.missing if stop is None or number < stop]:
@@ -148,7 +163,7 @@ def build_log(
     _refuse_bad(slices, on_error)
     if slices.missing:
         return open_log(plan.path, growing=True)
-    if not plan.complete or slices.repaired:
+    if slices.repaired or not _has_manifest(slices):
         _finish(slices)
     return open_log(plan.path)
 
@@ -156,27 +171,51 @@ def build_log(
 class _Slices:
     """The commit records of a token log that is being made. repaired: it was complete, but lacked files."""
 
-    def __init__(self, plan: LogPlan) -> None:
+    def __init__(self, plan: LogPlan, verify: bool = False) -> None:
         self.plan, self.folder = plan, plan.folder
         self.records: dict[int, dict[str, Any]] = {}
         self.poll()
+        if verify:
+            self._leave_out_damaged()
         self.repaired = plan.complete and bool(self.missing)
 
     def begin(self) -> None:
         """Write the plan, the first file of the folder."""
-        if not self.folder.begun():
+        if not self.plan.written:
             slices = to_json(self.plan.slices)
             self.folder.write_plan(
                 {"identity": self.plan.identity, "log": _head(self.plan), "slices": slices}
             )
 
     def poll(self) -> None:
-        """Add the slices that were committed since. A slice does not count if one of its files is missing."""
+        """Add the slices that were committed since.
+
+        A slice does not count if one of its files is missing or its record is damaged.
+        """
         committed = set(self.folder.committed())
         for number in self.missing:
-            record = self.folder.read_commit(number) if number in committed else None
+            record = None
+            with contextlib.suppress(LogError):
+                record = self.folder.read_commit(number) if number in committed else None
             if record is not None and self.folder.is_whole(number, record):
                 self.records[number] = record
+
+    def _leave_out_damaged(self) -> None:
+        """Slices with a shard whose bytes are not those that were written are committed no more."""
+        numbers = list(self.records)
+        with ThreadPoolExecutor(VERIFYING_THREADS) as pool:
+            for number, intact in zip(numbers, pool.map(self._is_intact, numbers), strict=True):
+                if not intact:
+                    self.folder.remove_commit(number)
+                    del self.records[number]
+
+    def _is_intact(self, number: int) -> bool:
+        try:
+            for shard in self.records[number]["shards"]:
+                Shard(path=self.folder.shard(shard["name"]), **shard).verify()
+        except LogError:
+            return False
+        return True
 
     @property
     def missing(self) -> list[int]:
@@ -222,8 +261,9 @@ def _make(slices: _Slices, wanted: Sequence[int], on_error: str, share: Share | 
     try:
         write_slices(plan.source, missing, plan.tokenizer, plan.backend, sink, share or WHOLE_CLUSTER)
     except RaydistError:
-        # If it is complete, another process finished it first, and tidied the folder while this one worked.
-        if not plan.complete:
+        # Another process may have made them first, and tidied the folder while this one worked.
+        slices.poll()
+        if set(wanted) & set(slices.missing):
             raise
 
 
@@ -283,17 +323,19 @@ def _finish(slices: _Slices) -> None:
     slices.folder.tidy(slices.records)
     if slices.bad:
         slices.folder.join_quarantines(slices.bad)
-    slices.folder.write_manifest(
-        {
-            **_head(plan),
-            "shards": slices.shards,
-            "n_documents": n_documents,
-            "n_tokens": slices.shard_total("n_tokens"),
-            "n_bytes": slices.shard_total("n_bytes"),
-            "n_quarantined": n_bad,
-            "n_empty": slices.total("n_empty"),
-        }
-    )
+    slices.folder.write_manifest(_manifest(slices))
+
+
+def _manifest(slices: _Slices) -> dict[str, Any]:
+    return {**_head(slices.plan), **gathered([slices.records[number] for number in sorted(slices.records)])}
+
+
+def _has_manifest(slices: _Slices) -> bool:
+    """Whether there is a manifest that says what the commit records say."""
+    try:
+        return slices.folder.read_manifest() == _manifest(slices)
+    except (FileNotFoundError, LogError):
+        return False
 
 
 def _head(plan: LogPlan) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import os
 import re
 import stat
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from raydist.job.schema import Source
 from raydist.redact import is_redacted, redact
 
 MIB = 2**20
+SECOND_NS = 10**9
 HASHED_WHOLE_BYTES = 64 * MIB
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "LastModified", "last_modified", "created")
 
@@ -71,6 +73,54 @@ def list_files(source: Source) -> list[File]:
             File(file.name, file.location, file.size, identity, *form)
             for file, identity, form in zip(distinct, identities, formats, strict=True)
         ]
+
+
+@contextmanager
+def unchanged(files: Sequence[File]) -> Iterator[None]:
+    """Raises CorpusError at the end if one of `files` is not as it was when it was listed, or was written to.
+
+    Each one's identity is compared with what it was, and its size and time with those at the start, so that a
+    file that was changed and changed back is noticed too.
+    """
+    before = [_now(file) for file in files]
+    yield
+    for file, found in zip(files, before, strict=True):
+        if _now(file) != found or not _is_same(file, found):
+            raise CorpusError(
+                f"{file.name} changed while it was read",
+                where=file.location,
+                why="the token log stands for the files as they were when they were planned",
+                fix="run again once nothing writes to it; what is made then is made of the new content",
+            )
+
+
+def _now(file: File) -> Found:
+    """The file as it is now. Raises CorpusError if it cannot be read any more."""
+    try:
+        if not is_uri(file.location):
+            status = os.stat(file.location)
+            return Found(file.name, file.location, status.st_size, str(status.st_mtime_ns), True)
+        filesystem, inside = open_filesystem(file.location)
+        info = filesystem.get_file_info(inside)
+        if not info.is_file:
+            raise FileNotFoundError(file.location)
+        return _remote(filesystem, info, file.name, file.location)
+    except OSError as error:
+        cannot_read(error, file.location, file.name)
+
+
+def _is_same(file: File, now: Found) -> bool:
+    """Whether the file is as it was listed. S3 gives milliseconds in a listing, and seconds of one object."""
+    identity = _identity(now)
+    planned, found = file.identity.split(":"), identity.split(":")
+    if (
+        is_uri(file.location)
+        and len(planned) == len(found) == 2
+        and planned[1].isdigit()
+        and found[1].isdigit()
+    ):
+        return planned[0] == found[0] and abs(int(planned[1]) - int(found[1])) < SECOND_NS
+    return identity == file.identity
 
 
 def _substitute(entry: str) -> str:

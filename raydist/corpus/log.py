@@ -20,9 +20,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
-from raydist.corpus.log_folder import LogFolder
+from raydist.corpus.log_folder import MADE_AGAIN, LogFolder
 from raydist.errors import LogError
-from raydist.files import replacing
+from raydist.files import measure, replacing
 
 FORMAT = 1
 SHARD_BYTES = 128 * 2**20
@@ -195,6 +195,19 @@ class Shard:
                 f"a shard cannot be read: {error}", where=str(self.path), fix="run `raydist prepare` again"
             ) from error
 
+    def verify(self) -> None:
+        """Read the whole file. Raises LogError if its bytes are not those that the manifest promises."""
+        expected = {"size": self.size, "xxh3_128": self.xxh3_128}
+        actual = measure(self.path) if self.path.is_file() else None
+        if actual != expected:
+            found = f"{actual['size']} bytes, {actual['xxh3_128']}" if actual else "no such file"
+            raise LogError(
+                f"the shard {self.name} of the token log is damaged",
+                where=str(self.path),
+                why=f"the manifest promises {self.size} bytes, {self.xxh3_128}; found {found}",
+                fix=MADE_AGAIN,
+            )
+
     def tokens(self) -> Tokens:
         """[M], uint16 or uint32."""
         values: Tokens = self.batch().column("input_ids").values.to_numpy(zero_copy_only=True)
@@ -265,23 +278,31 @@ class TokenLog:
 
 
 def open_log(path: Path, *, growing: bool = False) -> TokenLog:
-    """The token log in folder `path`; LogError if it is incomplete or a shard is cut short.
+    """The token log in folder `path`; LogError if it is incomplete, damaged or a shard is cut short.
 
-    growing: accept one that is still being made.
+    growing: accept one that is still being made. The content of shards is not read, see `Shard.verify`.
     """
     folder = LogFolder(path)
     manifest = _read_begun(folder) if growing and not folder.complete() else _read_manifest(folder)
-    for shard in manifest["shards"]:
-        if not folder.has_shard(shard):
-            raise LogError(
-                f"a shard of the token log is missing or torn: {shard['name']}",
-                where=str(folder.shard(shard["name"])),
-                why=f"the manifest promises {shard['size']} bytes",
-                fix="run `raydist prepare` again: it makes only what is missing",
-            )
-    shards = tuple(Shard(path=folder.shard(shard["name"]), **shard) for shard in manifest["shards"])
-    same = {key: value for key, value in manifest.items() if key not in ("format", "dtype", "shards")}
-    return TokenLog(path=path, dtype=np.dtype(manifest["dtype"]), shards=shards, **same)
+    try:
+        for shard in manifest["shards"]:
+            if not folder.has_shard(shard):
+                raise LogError(
+                    f"a shard of the token log is missing or torn: {shard['name']}",
+                    where=str(folder.shard(shard["name"])),
+                    why=f"the manifest promises {shard['size']} bytes",
+                    fix=MADE_AGAIN,
+                )
+        shards = tuple(Shard(path=folder.shard(shard["name"]), **shard) for shard in manifest["shards"])
+        same = {key: value for key, value in manifest.items() if key not in ("format", "dtype", "shards")}
+        return TokenLog(path=path, dtype=np.dtype(manifest["dtype"]), shards=shards, **same)
+    except (KeyError, TypeError) as error:
+        raise LogError(
+            f"{folder.manifest_file.name} is damaged",
+            where=str(folder.manifest_file),
+            why=f"it does not hold what raydist writes there: {error}",
+            fix=MADE_AGAIN,
+        ) from error
 
 
 def _read_begun(folder: LogFolder) -> dict[str, Any]:
@@ -293,25 +314,26 @@ def _read_begun(folder: LogFolder) -> dict[str, Any]:
     records: list[dict[str, Any]] = []
     while (record := folder.read_commit(len(records))) is not None:
         records.append(record)
+    return {**head, **gathered(records), "complete": False}
+
+
+def gathered(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The part of a manifest that these commit records give: the shards in planned order, and sums."""
     shards = [shard for record in records for shard in record["shards"]]
     sums = {key: sum(shard[key] for shard in shards) for key in ("n_documents", "n_tokens", "n_bytes")}
     sums |= {key: sum(record[key] for record in records) for key in ("n_quarantined", "n_empty")}
-    return {**head, **sums, "shards": shards, "complete": False}
+    return {**sums, "shards": shards}
 
 
 def _read_manifest(folder: LogFolder) -> dict[str, Any]:
-    fix = "run `raydist prepare` on the job that makes it: only missing slices are made"
     where, file = str(folder.path), folder.manifest_file
     try:
         manifest = folder.read_manifest()
     except FileNotFoundError:
         unfinished = f"it has no {file.name} yet; {len(folder.committed())} slices are done"
         why = unfinished if folder.path.is_dir() else "there is no such folder"
+        fix = "run `raydist prepare` on the job that makes it: only missing slices are made"
         raise LogError("the token log is not complete", where=where, why=why, fix=fix) from None
-    except ValueError as error:
-        raise LogError(
-            "the token log's manifest is damaged", where=str(file), why=str(error), fix=fix
-        ) from error
     if manifest.get("format") != FORMAT:
         raise LogError(
             f"the token log has format {manifest.get('format')!r}, this version reads {FORMAT}",

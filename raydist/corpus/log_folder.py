@@ -9,8 +9,10 @@
         manifest.json            written last: the token log is complete
         .<name>.<12 hex>.tmp     a file that is being written
 
-Each file appears complete, by rename. So a preparation may be killed at any instant, and two may make the
-same slice at once: both write the same bytes. raydist.corpus.log describes the content of the shards.
+The plan, the commit records and the manifest carry their own checksums; the commit records and the manifest
+hold those of the shards. Each file appears complete, by rename. So a preparation may be killed at any
+instant, and two may make the same slice at once: both write the same bytes. raydist.corpus.log describes the
+content of the shards.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from typing import Any
 
 import orjson
 
-from raydist.files import read_json, read_jsonl, read_record, write_bytes, write_json
+from raydist.errors import LogError
+from raydist.files import read_jsonl, write_bytes
+from raydist.sealed import read_sealed, write_sealed
 
 PLAN, MANIFEST, QUARANTINE = "plan.json", "manifest.json", "quarantine.jsonl"
 
@@ -32,6 +36,8 @@ _OURS = re.compile(
     r"|(?:\w+/)?\.[\w.-]+\.[0-9a-f]{12}\.tmp"
 )
 """Names that raydist writes, as paths within the folder, finished or temporary."""
+
+MADE_AGAIN = "run `raydist prepare` on the job that makes the token log: it makes again what is damaged"
 
 Record = dict[str, Any]
 
@@ -48,10 +54,10 @@ class LogFolder:
         self.manifest_file = path / MANIFEST
         self.quarantine_file = path / QUARANTINE
         self.quarantine = path / "quarantine"
-        self._plan_file = path / PLAN
+        self.plan_file = path / PLAN
 
     def begun(self) -> bool:
-        return self._plan_file.exists()
+        return self.plan_file.exists()
 
     def complete(self) -> bool:
         return self.manifest_file.exists()
@@ -60,19 +66,20 @@ class LogFolder:
 
     def write_plan(self, plan: Record) -> None:
         """{identity, log: the manifest's head, slices}"""
-        write_json(self._plan_file, plan)
+        write_sealed(self.plan_file, plan)
 
     def read_plan(self) -> Record:
-        """{} if there is none yet."""
-        return read_record(self._plan_file)
+        """{} if there is none yet. Raises LogError if it is damaged."""
+        if not self.plan_file.exists():
+            return {}
+        return read_sealed(self.plan_file, LogError, MADE_AGAIN, keys=("identity", "log", "slices"))
 
     def write_manifest(self, manifest: Record) -> None:
-        write_json(self.manifest_file, manifest)
+        write_sealed(self.manifest_file, manifest)
 
     def read_manifest(self) -> Record:
-        """Raises FileNotFoundError, or ValueError if it is damaged."""
-        manifest: Record = read_json(self.manifest_file)
-        return manifest
+        """Raises FileNotFoundError, or LogError if it is damaged."""
+        return read_sealed(self.manifest_file, LogError, MADE_AGAIN, keys=("format",))
 
     # --- slices ------------------------------------------------------------------------------------
 
@@ -88,14 +95,23 @@ class LogFolder:
         path = self.shard(record["name"])
         return path.is_file() and path.stat().st_size == record["size"]
 
+    def commit_file(self, number: int) -> Path:
+        return self.path / _commit(number)
+
     def write_commit(self, number: int, record: Record) -> None:
         """To be called once all other files of the slice are written."""
-        write_json(self.path / _commit(number), record)
+        write_sealed(self.commit_file(number), record)
 
     def read_commit(self, number: int) -> Record | None:
-        """None for a slice that is not committed."""
-        path = self.path / _commit(number)
-        return read_json(path) if path.exists() else None
+        """None for a slice that is not committed. Raises LogError if the record is damaged."""
+        path = self.commit_file(number)
+        if not path.exists():
+            return None
+        return read_sealed(path, LogError, MADE_AGAIN, keys=("shards", "n_quarantined", "n_empty"))
+
+    def remove_commit(self, number: int) -> None:
+        """The slice will be made again."""
+        self.commit_file(number).unlink(missing_ok=True)
 
     def committed(self) -> list[int]:
         """Numbers of the slices with a commit record, in order."""

@@ -27,6 +27,7 @@ from ray.data.datasource import Datasink
 from ray.exceptions import RayTaskError
 
 from raydist.corpus.clean import Cleaner, make_cleaner
+from raydist.corpus.files import unchanged
 from raydist.corpus.formats import Bad, Item, ReadOptions, Record
 from raydist.corpus.locations import File
 from raydist.corpus.log import HASH_BYTES, Documents, SliceWriter
@@ -106,11 +107,15 @@ class Chunk:
 def read_blocks(
     number: int, files: Sequence[File], slice_: Slice, options: ReadOptions
 ) -> Iterator[pd.DataFrame]:
-    """A frame per chunk of a few MiB of text, then one with the empty chunk that ends the slice."""
+    """A frame per chunk of a few MiB of text, then one with the empty chunk that ends the slice.
+
+    Raises CorpusError in place of the end if one of the files changed, so that the slice is not committed.
+    """
     names = [file.name for file in files]
-    for items in read_slice(files, slice_, options):
-        if items:
-            yield _frame("chunk", [Chunk(number, names, items)])
+    with unchanged(files):
+        for items in read_slice(files, slice_, options):
+            if items:
+                yield _frame("chunk", [Chunk(number, names, items)])
     yield _frame("chunk", [Chunk(number, names, [])])
 
 

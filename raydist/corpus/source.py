@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from raydist.corpus.clean import Cleaner, make_cleaner
-from raydist.corpus.files import list_files
+from raydist.corpus.files import list_files, unchanged
 from raydist.corpus.formats import ReadOptions, Record, check_column
 from raydist.corpus.locations import File
 from raydist.corpus.slices import Slice, plan_slices, read_slice
@@ -39,7 +39,13 @@ class SourceFiles:
         }
 
     def plan(self) -> list[Slice]:
-        return plan_slices(self.files, self.options, self.slice_bytes)
+        """Raises CorpusError if a file that is cut into parts changes meanwhile."""
+        with unchanged([file for file in self.files if file.size > self.slice_bytes]):
+            return plan_slices(self.files, self.options, self.slice_bytes)
+
+    def files_of(self, slice_: Slice) -> list[File]:
+        """Those that the slice reads."""
+        return [self.files[index] for index in sorted({part.file for part in slice_.parts})]
 
     def texts(self, slices: Sequence[Slice]) -> Iterator[str]:
         """The cleaned documents of `slices`, read in this process; unreadable and empty ones are left out."""

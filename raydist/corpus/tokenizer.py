@@ -22,16 +22,20 @@ import tokenizers
 import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from raydist.corpus.files import unchanged
 from raydist.corpus.log import Ints, Tokens, held_out, token_dtype
 from raydist.corpus.source import SourceFiles, open_source
 from raydist.errors import EmptyCorpus, ModelError
-from raydist.files import flush_to_disk
+from raydist.files import flush_to_disk, measure
 from raydist.fingerprint import fingerprint
 from raydist.job.schema import Job, NewTokenizer
 from raydist.limits import oversized
+from raydist.sealed import read_sealed, write_sealed
 from raydist.storage import Storage
 
 EOS = "<|endoftext|>"
+CHECKSUMS = "checksums.json"
+"""In the folder of a tokenizer that was trained here: {file: {size, xxh3_128}}."""
 SAMPLE_BYTES = 32 * 2**20
 """Text that a new tokenizer is trained on, divided evenly among the sources."""
 
@@ -149,6 +153,7 @@ def load_tokenizer(spec: TokenizerSpec, backend: str) -> Tokenizer:
 
 def _read(folder: Path) -> TokenizerSpec:
     """The tokenizer in a folder that `train_tokenizer` wrote, without loading transformers."""
+    check_trained(folder)
     content = (folder / "tokenizer.json").read_text("utf-8")
     eos = tokenizers.Tokenizer.from_str(content).token_to_id(EOS)
     return TokenizerSpec.from_content(content, folder, eos)
@@ -223,7 +228,23 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Path
         "model_max_length": 10**30,
     }
     (folder / "tokenizer_config.json").write_text(jsonlib.dumps(settings, indent=2) + "\n", "utf-8")
+    write_sealed(folder / CHECKSUMS, {path.name: measure(path) for path in sorted(folder.iterdir())})
     return folder
+
+
+def check_trained(folder: Path) -> None:
+    """Raises ModelError where a tokenizer that was trained here is not as it was written.
+
+    Any other folder passes, and one of an older version, which has no checksums.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return
+    fix = f"remove the folder {folder}: the tokenizer is trained again, and is the same for the same files"
+    for name, expected in read_sealed(folder / CHECKSUMS, ModelError, fix).items():
+        actual = measure(folder / name) if (folder / name).is_file() else None
+        if actual != expected:
+            why = f"its bytes are not those that were written: {actual}, not {expected}"
+            raise ModelError(f"the tokenizer's {name} is damaged", where=str(folder / name), why=why, fix=fix)
 
 
 def pretrained_tokenizer(name: str) -> TokenizerSpec:
@@ -300,13 +321,18 @@ def _sample(sources: Sequence[SourceFiles], holdout: float) -> Iterator[str]:
     """The first documents of each source in planned order, without those held out for evaluation."""
     n_bytes = 0
     for i, source in enumerate(sources, start=1):
-        for text in source.texts(source.plan()):
-            encoded = text.encode()
-            first_8_bytes = xxhash.xxh3_128_intdigest(encoded) >> 64
-            if not held_out(np.array([first_8_bytes], np.uint64), holdout)[0]:
-                yield text
-                n_bytes += len(encoded)
-            if n_bytes >= SAMPLE_BYTES * i / len(sources):
+        enough = SAMPLE_BYTES * i / len(sources)
+        for slice_ in source.plan():
+            with unchanged(source.files_of(slice_)):
+                for text in source.texts([slice_]):
+                    encoded = text.encode()
+                    first_8_bytes = xxhash.xxh3_128_intdigest(encoded) >> 64
+                    if not held_out(np.array([first_8_bytes], np.uint64), holdout)[0]:
+                        yield text
+                        n_bytes += len(encoded)
+                    if n_bytes >= enough:
+                        break
+            if n_bytes >= enough:
                 break
     if n_bytes == 0:
         raise EmptyCorpus(

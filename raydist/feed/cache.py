@@ -7,13 +7,14 @@ can be deleted: it is made again when it is missing or damaged.
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import xxhash
 
-from raydist.corpus.log import Ints, TokenLog
+from raydist.corpus.log import Ints, Shard, TokenLog
 from raydist.files import replacing
 from raydist.storage import Storage
 
@@ -39,6 +40,26 @@ def cached_array(path: Path, make: Callable[[], Ints]) -> Ints:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise
     return made
+
+
+def verified(shard: Shard) -> Shard:
+    """The same shard, once its bytes were compared with what the manifest promises. Raises LogError.
+
+    For what is kept: an array that was computed from a damaged shard would outlive it.
+    """
+    _verify(shard, shard.path.stat().st_mtime_ns if shard.path.exists() else 0)
+    return shard
+
+
+@functools.cache
+def _verify(shard: Shard, time_ns: int) -> None:
+    """Once a process for a file that was written at time_ns."""
+    shard.verify()
+
+
+def is_intact(path: Path) -> bool:
+    """Whether a kept array is what was written."""
+    return _read(path) is not None
 
 
 def _read(path: Path) -> Ints | None:

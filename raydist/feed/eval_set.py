@@ -10,7 +10,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from raydist.corpus.log import Ints, TokenLog, held_out
-from raydist.feed.cache import cached_array, pack_index_folder
+from raydist.feed.cache import cached_array, pack_index_folder, verified
 from raydist.feed.packing import pack
 from raydist.feed.stage import blocks_for
 from raydist.job.schema import Packing
@@ -25,6 +25,7 @@ class EvalSet:
     holdout: share of the documents to choose from, those that a Feed with the same share leaves out; None for
     a token log that is for evaluation only: all of them.  unique: each text once. The choice is made once and
     kept on disk.
+    shards: those that hold the documents.
     n_tokens: document tokens.  n_labels: predicted tokens, EOS among them.  n_bytes: of the documents' text.
     """
 
@@ -43,13 +44,14 @@ class EvalSet:
         selection = xxhash.xxh3_64_hexdigest(f"1/{holdout}/{max_tokens}{'/unique' * unique}".encode())
         chosen = cached_array(
             pack_index_folder(log) / f"{log.fingerprint}-eval" / f"{selection}.pack",
-            lambda: lowest_hashes(log, 1.0 if holdout is None else holdout, max_tokens, unique).ravel(),
+            lambda: _choose(log, 1.0 if holdout is None else holdout, max_tokens, unique).ravel(),
         ).reshape(-1, 4)
         self.n_documents = len(chosen)
         self.n_tokens, self.n_bytes = chosen[:, 2:].sum(axis=0).tolist()
         keep, eos = np.ones(len(chosen), bool), packing.add_eos_token
         self.index = pack(chosen[:, 2], keep, block_size=packing.block_size, strategy="concat", eos=eos)
         self.n_blocks, self.n_labels = self.index.n_blocks, int(self.index.counts[:, 3].sum())
+        self.shards = [log.shards[number] for number in np.unique(chosen[:, 0]).tolist()]
         self._tokens = _read_documents(log, chosen[:, :2])
 
     def batches(self, rank: int, world_size: int, micro_batch_size: int) -> Iterator[Tensors]:
@@ -63,6 +65,14 @@ class EvalSet:
             for row in np.flatnonzero(blocks >= 0).tolist():
                 self.blocks.fill(batch, row, self._tokens, self.index, int(blocks[row]))
             yield from micro_batches(batch, micro_batch_size)
+
+
+def _choose(log: TokenLog, share: float, max_tokens: float, unique: bool) -> Ints:
+    """`lowest_hashes`, from shards whose bytes were verified. Raises LogError."""
+    chosen = lowest_hashes(log, share, max_tokens, unique)
+    for number in np.unique(chosen[:, 0]).tolist():
+        verified(log.shards[number])
+    return chosen
 
 
 def lowest_hashes(log: TokenLog, share: float, max_tokens: float, unique: bool = False) -> Ints:

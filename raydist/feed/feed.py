@@ -14,7 +14,7 @@ import orjson
 import xxhash
 from numpy.typing import NDArray
 
-from raydist.corpus.log import Ints, TokenLog, open_log
+from raydist.corpus.log import Ints, Shard, TokenLog, open_log
 from raydist.feed.pack_index import FeedSource
 from raydist.feed.packing import REVISION, Batch
 from raydist.feed.selection import select
@@ -164,13 +164,15 @@ class Feed:
         global_batch_size: int | Sequence[int],
         micro_batch_size: int | Sequence[int],
         while_waiting: Callable[[], None] = lambda: None,
+        on_shards: Callable[[Sequence[Shard]], None] = lambda shards: None,
         collate: Callable[[Tensors], Tensors] | None = None,
         place: Callable[[Tensors], Tensors] | None = None,
     ) -> Iterator[Step]:
         """Steps (see `loader.Step`) of samples [start, stop) for one rank; without end if `stop` is None.
 
         Both sizes count sequences: one number for all stages, or one for each. Closing or dropping the
-        iterator ends its thread. while_waiting: see `grown`. collate, place: see `loader.read_step`.
+        iterator ends its thread. while_waiting: see `grown`. on_shards: called with the shards of each global
+        batch, all ranks' together, before they are read. collate, place: see `loader.read_step`.
         """
         from raydist.feed.loader import global_batches, prefetch, read_step  # torch is needed only here
 
@@ -181,6 +183,7 @@ class Feed:
         def steps(feed: Feed) -> Iterator[Step]:
             for stage, lo, hi in global_batches([s.start for s in feed.stages], start, stop, batches):
                 feed = feed.grown(hi, while_waiting)
+                on_shards(feed.stages[stage].shards_read(lo, hi))
                 yield read_step(feed.stages[stage], lo, hi, rank, world_size, micro[stage], collate, place)
 
         return prefetch(steps(self))

@@ -18,7 +18,7 @@ import orjson
 import xxhash
 
 from raydist.corpus.log import Ints, TokenLog
-from raydist.feed.cache import cached_array, pack_index_folder
+from raydist.feed.cache import cached_array, pack_index_folder, verified
 from raydist.feed.packing import REVISION, PackIndex, pack
 from raydist.feed.selection import Selection
 from raydist.job.schema import Packing
@@ -91,7 +91,7 @@ class PackedSource:
         return PackIndex.from_flat(cached_array(path, lambda: self._pack(shard).flat()))
 
     def _pack(self, shard: int) -> PackIndex:
-        lengths = self.log.shards[shard].lengths()
+        lengths = verified(self.log.shards[shard]).lengths()
         keep = ~(self.selection.held_out(shard) | self.selection.repeated(shard))
         size, strategy, eos = self.packing.block_size, self.packing.strategy, self.packing.add_eos_token
         return pack(lengths, keep, block_size=size, strategy=strategy, eos=eos)
@@ -106,7 +106,7 @@ class PackedSource:
     def _totals_of(self, shard: int) -> list[int]:
         key = self.folder, self.log.shards[shard].name
         if key not in _TOTALS:  # a token log that grows is opened again and again
-            index, lengths = self.index(shard), self.log.shards[shard].lengths()
+            index, lengths = self.index(shard), verified(self.log.shards[shard]).lengths()
             held_out = self.selection.held_out(shard)
             duplicate = self.selection.repeated(shard) & ~held_out
             left_out = [int(n) for rows in (held_out, duplicate) for n in (rows.sum(), lengths[rows].sum())]

@@ -16,7 +16,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from raydist.corpus.log import Ints, TokenLog, held_out
-from raydist.feed.cache import cached_array, pack_index_folder
+from raydist.feed.cache import cached_array, pack_index_folder, verified
 
 DOCUMENTS_AT_ONCE = 1 << 24
 """Hashes held in memory: about 1 GB while they are sorted. More documents take several passes."""
@@ -133,7 +133,7 @@ def _hashes(logs: Sequence[TokenLog], nth: int, n_ranges: int) -> Iterator[tuple
     first, width = 0, -(-(1 << 64) // n_ranges)
     for log in logs:
         for shard in log.shards:
-            high, low = shard.hash_halves()
+            high, low = verified(shard).hash_halves()
             in_range = high // np.uint64(width) == nth if n_ranges > 1 else np.ones(len(high), bool)
             rows = np.flatnonzero(in_range)
             yield high[rows], low[rows], first + rows

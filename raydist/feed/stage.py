@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from raydist.corpus.log import Ints, TokenLog
+from raydist.corpus.log import Ints, Shard, TokenLog
 from raydist.errors import EmptyCorpus, LogError
 from raydist.feed.mixture import Mixture
 from raydist.feed.pack_index import FeedSource, PackedSource
@@ -148,6 +148,13 @@ class Stage:
     def shards_of(self, number: int, window: int) -> list[tuple[int, int]]:
         """(source, shard) of each shard in a window of a stream."""
         return [self._shards[number][stream_shard] for stream_shard in self.streams[number].shards_of(window)]
+
+    def shards_read(self, start: int, stop: int) -> list[Shard]:
+        """The shards of the windows that samples [start, stop) come from, each once."""
+        found: dict[tuple[int, int], None] = {}
+        for number, span in self.spans(start, stop):
+            found |= dict.fromkeys(self.shards_of(number, span.window))
+        return [self.sources[source].log.shards[shard] for source, shard in found]
 
     def indexes(self, number: int, span: Span) -> Iterator[tuple[int, int, PackIndex, Ints]]:
         """For each shard that a span reads from: source, shard, the shard's index, and the blocks read."""

@@ -14,6 +14,7 @@
     attempts      the plan of each attempt, and attempts until one ends by itself
     hang          an attempt that makes no progress: said, and ended in the end
     describe      the data in figures, for the report and `raydist prepare`
+    verify        every file compared with its checksum: `raydist verify`
     text_sample   how the trained model continues a held-out document
     estimate      what a job would cost, without starting anything: `raydist plan`
     torchrun      the same run without Ray, by the ranks that torchrun started

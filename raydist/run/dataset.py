@@ -10,12 +10,13 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist.corpus.build import LogPlan, build_log, plan_log
 from raydist.corpus.log import TokenLog, open_log
-from raydist.corpus.log_folder import LogFolder
-from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer, resolve_tokenizer
+from raydist.corpus.log_folder import MADE_AGAIN, LogFolder
+from raydist.corpus.tokenizer import TokenizerSpec, check_trained, planned_tokenizer, resolve_tokenizer
 from raydist.errors import CorpusError, EmptyCorpus, LogError
 from raydist.job.schema import Job, Source
 from raydist.storage import Storage
@@ -78,9 +79,11 @@ def prepare_logs(
     *,
     pinned: dict[str, Any] | None = None,
     stop: Callable[[], None] = lambda: None,
+    verify: bool = False,
 ) -> Prepared:
     """The tokenizer and every token log of `job`, made where missing. Needs a Ray to run on.
 
+    verify: read the shards that exist, and make those again whose bytes are not what was written.
     pinned: what `Prepared.pins` returned when the run began.  stop: called between token logs; raises to
     end the work.
     """
@@ -92,7 +95,7 @@ def prepare_logs(
 
     def made(name: str, plan: LogPlan) -> TokenLog:
         stop()
-        return _make(name, plan, job.corpus.on_error, listener)
+        return _make(name, plan, job.corpus.on_error, listener, verify)
 
     return _of_plans(job, _tokenizer(job, pinned), made, pinned)
 
@@ -158,7 +161,7 @@ def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
         raise LogError(
             "the job's tokenizer is not trained yet", fix="raydist prepare makes it and the token logs"
         )
-    return _of_plans(job, tokenizer, lambda name, plan: open_log(plan.path))
+    return _of_plans(job, tokenizer, lambda name, plan: _opened(plan.path, plan.fingerprint))
 
 
 def _storage(job: Job) -> Storage:
@@ -170,7 +173,14 @@ def _plan(source: Source, job: Job, tokenizer: TokenizerSpec) -> LogPlan:
 
 
 def _tokenizer(job: Job, pinned: dict[str, Any] | None) -> TokenizerSpec:
-    return TokenizerSpec.from_json(pinned["tokenizer"]) if pinned else resolve_tokenizer(job, _storage(job))
+    return _pinned_tokenizer(pinned) if pinned else resolve_tokenizer(job, _storage(job))
+
+
+def _pinned_tokenizer(pins: dict[str, Any]) -> TokenizerSpec:
+    """Raises ModelError where it was trained here and is damaged."""
+    tokenizer = TokenizerSpec.from_json(pins["tokenizer"])
+    check_trained(Path(tokenizer.folder))
+    return tokenizer
 
 
 def _plans(
@@ -214,11 +224,12 @@ def _complete(job: Job, pins: dict[str, Any]) -> bool:
     return not any(folder.begun() and not folder.complete() for folder in folders)
 
 
-def _make(name: str, plan: LogPlan, on_error: str, listener: Listener) -> TokenLog:
+def _make(name: str, plan: LogPlan, on_error: str, listener: Listener, verify: bool) -> TokenLog:
     listener.phase(f"preparing {name}", f"{plan.n_files:,} files, {plan.n_slices:,} slices")
     log = build_log(
         plan,
         on_error=on_error,
+        verify=verify,
         on_progress=lambda now: listener.prepare(now.n_done, now.n_slices, now.n_documents, now.n_tokens),
     )
     if log.n_quarantined:
@@ -245,16 +256,25 @@ def _open_pinned(job: Job, pins: dict[str, Any]) -> Prepared:
     logs, eval_logs = (
         {name: _open(job, pin) for name, pin in pins[kind].items()} for kind in ("logs", "eval_logs")
     )
-    return Prepared(job, TokenizerSpec.from_json(pins["tokenizer"]), logs, eval_logs)
+    return Prepared(job, _pinned_tokenizer(pins), logs, eval_logs)
 
 
 def _open(job: Job, fingerprint: str) -> TokenLog:
     try:
-        return open_log(_storage(job).tokens / fingerprint)
+        return _opened(_storage(job).tokens / fingerprint, fingerprint)
     except LogError as error:
         raise LogError(
             f"the token log {fingerprint} that this run is pinned to cannot be opened",
             where=error.where,
-            why=error.what,
+            why=error.what + (f": {error.why}" if error.why else ""),
             fix="restore it (raydist prepare makes the same bytes of the same files), or take a new name",
         ) from error
+
+
+def _opened(path: Path, fingerprint: str) -> TokenLog:
+    log = open_log(path)
+    if log.fingerprint != fingerprint:
+        raise LogError(
+            f"the token log in this folder is another one: {log.fingerprint}", where=str(path), fix=MADE_AGAIN
+        )
+    return log

@@ -22,7 +22,7 @@ from raydist import files
 from raydist.cluster.connect import Session, ray_session
 from raydist.cluster.ray_output import ray_output_to
 from raydist.cluster.resources import cpus_per_worker_here
-from raydist.errors import RunChanged, Stopped
+from raydist.errors import JobError, RunChanged, Stopped
 from raydist.folder import Kind, RunFolder
 from raydist.job.identity import differences
 from raydist.job.load import kept_yaml, load_job
@@ -34,6 +34,15 @@ from raydist.training.phases import Phases
 
 def folder_of(job: Job) -> RunFolder:
     return RunFolder(Path(job.storage).expanduser() / job.name)
+
+
+def began_with(folder: RunFolder) -> Job:
+    """The resolved job in the folder. Raises RunError if it is damaged."""
+    folder.check_job()
+    try:
+        return load_job(folder.job_file)
+    except JobError as error:
+        raise folder.damaged_job(str(error)) from error
 
 
 class Life:
@@ -121,7 +130,7 @@ class Life:
         """Raises RunChanged where what is trained here already was trained under another job."""
         if not self.folder.job_file.exists():
             return
-        old, self._known = load_job(self.folder.job_file), True
+        old, self._known = began_with(self.folder), True
         self._old = old.scaling
         self._changed = differences(old, self.job)
         if self.kind == "sweep" and _search(old) != _search(self.job):

@@ -144,7 +144,8 @@ def _search_once(spec: SweepSpec, life: Life, at_a_time: int) -> None:
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # OutcomeLog says what goes wrong
     assert spec.job.tune is not None
     folder = life.folder
-    folder.cut_torn_lines()
+    for path in (folder.trials_file, folder.optuna_journal):
+        files.cut_torn_line(path)
     journal = Journal(spec.job, folder)
     # no CPU: all are for the workers; and Ray refuses a request for nothing
     trainable = tune.with_resources(tune.with_parameters(TrialRun, spec=spec), {"memory": 2**20})

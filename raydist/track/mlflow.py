@@ -10,10 +10,11 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
-from raydist import files
+from raydist.errors import RunError
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.redact import redact
+from raydist.sealed import read_sealed, write_sealed
 from raydist.storage import Storage
 from raydist.track.records import Record, figures, flatten, key
 from raydist.track.tracker import Warn, warned
@@ -67,7 +68,7 @@ class Mlflow:
     def __init__(self, job: Job, folder: RunFolder, parent: str | None = None) -> None:
         uri = tracking_uri(job, folder)
         self._client, self._folder = _client(uri), folder
-        experiment, self._pin = self._experiment(uri), files.read_record(folder.mlflow_pin)
+        experiment, self._pin = self._experiment(uri), self._read_pin()
         same, wanted = self._pin.get("uri") == redact(uri), f"run_id = '{self._pin.get('run_id')}'"
         if not (same and self._client.search_runs([experiment], wanted)):
             tags = {"mlflow.parentRunId": parent} if parent else {}
@@ -98,7 +99,7 @@ class Mlflow:
         folder = self._folder
         for path in (folder.job_file, folder.report, folder.sweep_page, folder.best_file):
             if path.exists():
-                self._client.log_text(self.run_id, redact(path.read_text()), path.name)
+                self._client.log_text(self.run_id, redact(path.read_text(errors="replace")), path.name)
         self._client.set_terminated(self.run_id, STATUS[state])
 
     def _log_parameters(self, values: dict[str, str]) -> None:
@@ -115,8 +116,14 @@ class Mlflow:
             self._client.log_metric(self.run_id, key(name), value)
         self._log_parameters({f"best.{name}": text for name, text in flatten(params).items()})
 
+    def _read_pin(self) -> Record:
+        """{} if there is none. Raises RunError for a damaged one: records could be sent twice or never."""
+        path = self._folder.mlflow_pin
+        fix = "restore it, or remove it: then all records are sent to a new MLflow run"
+        return read_sealed(path, RunError, fix, keys=("uri", "run_id", "offset")) if path.exists() else {}
+
     def _save(self) -> None:
-        files.write_json(self._folder.mlflow_pin, self._pin)
+        write_sealed(self._folder.mlflow_pin, self._pin)
 
     def _experiment(self, uri: str) -> str:
         """The id of the experiment, which is created if there is none."""

@@ -24,6 +24,26 @@ Record = dict[str, Any]
 HISTORY = frozenset({"start", "resume", "stage", "incident"})
 """Kinds of records that are kept even when their steps are trained again."""
 
+_NUMBERS = frozenset(
+    {
+        "step",
+        "steps",
+        "attempt",
+        "time",
+        "loss",
+        "samples",
+        "tokens_seen",
+        "learning_rate",
+        "grad_norm",
+        "mfu",
+    }
+    | {"tokens_per_second", "data_wait_seconds", "step_seconds", "perplexity", "bits_per_byte", "eval_loss"}
+)
+"""Values that readers take for numbers, or null."""
+
+_NEEDED = {"train": ("step",), "eval": ("step", "source", "perplexity"), "phases": ("seconds",)}
+"""Values that readers of this kind of record take for granted."""
+
 NOT_FIGURES = frozenset({"step", "attempt", "time"})
 
 
@@ -122,9 +142,18 @@ def key(name: str) -> str:
 
 
 def _parse(line: bytes) -> Record | None:
-    """None for a line that is not a record: a killed writer left it incomplete, a later one ended it."""
+    """None for a line that is no record: a killed writer left it incomplete, or something else wrote it."""
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError:
         return None
-    return record if isinstance(record, dict) and "kind" in record else None
+    return record if isinstance(record, dict) and _is_record(record) else None
+
+
+def _is_record(record: Record) -> bool:
+    kind = record.get("kind")
+    if not isinstance(kind, str) or any(record.get(name) is None for name in _NEEDED.get(kind, ())):
+        return False
+    if not isinstance(record.get("source", ""), str) or not isinstance(record.get("seconds", {}), dict):
+        return False
+    return all(isinstance(record.get(name) or 0, int | float) for name in _NUMBERS)

@@ -72,7 +72,9 @@ def render(run: RunFolder, *, state: str = "", error: str = "") -> str:
         state=state or status.get("state", "not started"),
         error=error or status.get("error", ""),
         train=train,
-        tokens_per_second=statistics.median([r["tokens_per_second"] for r in train] or [0]),
+        tokens_per_second=statistics.median(
+            [r["tokens_per_second"] for r in train if "tokens_per_second" in r] or [0]
+        ),
         mfu=statistics.median([r["mfu"] for r in train if r.get("mfu") is not None] or [0]),
         phases=phase_seconds(written),
         seconds=wall_seconds(written) if written else None,

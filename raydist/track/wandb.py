@@ -11,10 +11,11 @@ import os
 import shutil
 import uuid
 
-from raydist import files
+from raydist.errors import RunError
 from raydist.folder import RunFolder
 from raydist.job.identity import dotted_items
 from raydist.job.schema import Job
+from raydist.sealed import read_sealed, write_sealed
 from raydist.track.records import Record, figures, flatten, key
 
 
@@ -71,8 +72,9 @@ def _run_id(run: RunFolder, *, online: bool) -> str:
     """The run's id in W&B, the same for every driver. Removes what earlier drivers wrote offline."""
     path = run.wandb_pin
     if not path.exists():
-        files.write_json(path, {"run_id": uuid.uuid4().hex[:12]})
-    run_id = str(files.read_json(path)["run_id"])
+        write_sealed(path, {"run_id": uuid.uuid4().hex[:12]})
+    fix = "restore it, or remove it: then the run gets a new id in W&B"
+    run_id = str(read_sealed(path, RunError, fix, keys=("run_id",))["run_id"])
     for old in run.wandb.glob(f"offline-run-*-{run_id}") if not online else ():
         shutil.rmtree(old)
     return run_id

@@ -12,12 +12,14 @@ peak           what a device computes at most, by its name
 phases         where the seconds of an attempt go
 beat           a rank's signs of life, and its stacks
 profiler       the hook that writes a trace of a few steps
-checkpoint     where a run stands, what counts as saved, the ledger
+checkpoint     where a run stands, what counts as saved
+ledger         the chain of lines, one per commit: checked, and made whole again from COMMITs
 evaluate       loss, perplexity and bits per byte of the held-out sets
 schedule       the learning rate of a step
 collate        the user's function between the feed and the model
 copies         micro batches reach a GPU ahead of their step
 norms          ends an attempt whose gradients are no numbers, without making a GPU wait
+shard_check    verifies the shards that are read, in the background
 data           opens what an attempt reads
 memory         recognizes errors that mean out of memory
 room           what a worker needs by the estimate and what its device has; what would fit

@@ -1,12 +1,13 @@
 """Checkpoints: a folder of state that counts once its COMMIT.json, written last, verifies.
 
-    <run>/ledger.jsonl                       a line per commit, on disk before its COMMIT.json
+    <run>/ledger.jsonl                       a line per commit, on disk before its COMMIT.json; see ledger
     <run>/checkpoints/step-00000100/         the strategy's files, then COMMIT.json
 
     Checkpoints.save ─▶ Strategy.save ─▶ SaveHandle ─ done ─▶ Checkpoints.poll ─▶ ledger line, COMMIT.json
 
-A ledger line that no COMMIT names is void: its attempt died between the two. Each line names the one
-before it, so that from the newest COMMIT the whole history can be added up, also of removed checkpoints.
+A ledger line that no COMMIT names is void: its attempt died between the two. Each line names the commit
+before its own, so that from the newest COMMIT the whole history can be added up, also of removed checkpoints.
+COMMIT.json carries its own checksum, those of the state's files, and a copy of its ledger line.
 """
 
 from __future__ import annotations
@@ -17,18 +18,17 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import orjson
-import xxhash
-
 from raydist import files
 from raydist.errors import CheckpointError
 from raydist.folder import COMMIT, RunFolder
 from raydist.parallel.world import World
+from raydist.sealed import read_sealed, write_sealed
+from raydist.training import ledger
 
 if TYPE_CHECKING:
     from raydist.parallel.strategy import SaveHandle, Strategy
 
-HASH_CHUNK_BYTES = 2**24
+GO_ON = "submit the job again: the run goes on from the checkpoint before it"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class Position:
 class Commit(Position):
     """A position whose state is in `path` and counts. feed: the fingerprint of the data.
 
-    ledger: the id of its ledger line.  files: {name: {size, xxh3_128}}, known to rank 0 and to readers.
+    ledger: the id of its ledger line.  line: that line, "" in a COMMIT.json of an older version, which has no
+    checksum either.  files: {name: {size, xxh3_128}}. Both are known to rank 0 and to readers.
     """
 
     path: Path
@@ -77,6 +78,7 @@ class Commit(Position):
     attempt: int
     world_size: int
     ledger: str = ""
+    line: str = ""
     files: dict[str, dict[str, Any]] | None = None
 
 
@@ -92,14 +94,13 @@ class Checkpoints:
         self.resumed_from = 0
         self._saving: tuple[Position, SaveHandle] | None = None
 
-    def resume(self, on_damage: Callable[[CheckpointError], None]) -> Commit | None:
+    def resume(self, say: Callable[[str], None]) -> Commit | None:
         """The newest checkpoint that verifies, as rank 0 finds it, loaded; None for a run without one.
 
-        Raises CheckpointError when it was trained on other data, or does not fit the model.
+        say: called with what was damaged. Raises CheckpointError when the checkpoint was trained on other
+        data or does not fit the model, or when the ledger has lost lines for good.
         """
-        found = newest_valid(self.folder, on_damage) if self.world.is_main else None
-        if self.world.is_main:
-            tidy(self.folder, found)
+        found = go_on_from(self.folder, say) if self.world.is_main else None
         step = self.world.from_main(found.step if found else -1)
         if step < 0:
             return None
@@ -135,6 +136,8 @@ class Checkpoints:
     def load_weights(self, step: int) -> Commit:
         """Those of an earlier commit, without its optimizer state."""
         found = read_commit(self.folder.checkpoint(step))
+        if self.world.is_main:
+            verify(found)
         self.strategy.load(found.path, None)
         return found
 
@@ -169,7 +172,7 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
     """
     state = sorted(path for path in made.path.iterdir() if path.name != COMMIT)
     done = replace(made, files={path.name: _sealed(path) for path in state})
-    line = {
+    values = {
         "id": done.ledger,
         "previous": since.ledger if since else None,
         "attempt": done.attempt,
@@ -179,8 +182,8 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
         "samples": [since.samples if since else 0, done.samples],
         **asdict(done.seen - since.seen if since else done.seen),
     }
-    folder.append_ledger(line)
-    files.write_json(done.path / COMMIT, {k: v for k, v in asdict(done).items() if k != "path"})
+    done = replace(done, line=ledger.append(folder, values))
+    write_sealed(done.path / COMMIT, {k: v for k, v in asdict(done).items() if k != "path"})
     files.flush_to_disk(folder.checkpoints)
     return done
 
@@ -188,16 +191,7 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
 def _sealed(path: Path) -> dict[str, Any]:
     files.like_its_folder(path)
     files.flush_to_disk(path)
-    return measure(path)
-
-
-def measure(path: Path) -> dict[str, Any]:
-    """Size and checksum of a file, as COMMIT.json has them."""
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as stream:
-        while chunk := stream.read(HASH_CHUNK_BYTES):
-            digest.update(chunk)
-    return {"size": path.stat().st_size, "xxh3_128": digest.hexdigest()}
+    return files.measure(path)
 
 
 def commits(folder: RunFolder) -> Iterator[Commit]:
@@ -210,49 +204,98 @@ def commits(folder: RunFolder) -> Iterator[Commit]:
 
 
 def read_commit(path: Path) -> Commit:
+    """Raises CheckpointError for a COMMIT.json that is damaged, or of another step than its folder."""
+    file = path / COMMIT
     try:
-        raw = files.read_json(path / COMMIT)
-        return Commit(**{**raw, "path": path, "seen": Counts(**raw["seen"])})
-    except (orjson.JSONDecodeError, KeyError, TypeError) as error:
+        raw = read_sealed(file, CheckpointError, GO_ON)
+        found = Commit(**{**raw, "path": path, "seen": Counts(**raw["seen"])})
+    except (FileNotFoundError, KeyError, TypeError) as error:
+        why = f"it does not hold what raydist writes there: {error}"
+        raise CheckpointError(f"{COMMIT} is damaged", where=str(file), why=why, fix=GO_ON) from error
+    if path.name != f"step-{found.step:08d}":
         raise CheckpointError(
-            f"{COMMIT} cannot be read",
-            where=str(path),
-            why=str(error),
-            fix="remove the folder; the run goes on from the checkpoint before it",
-        ) from error
+            f"{COMMIT} is of another checkpoint",
+            where=str(file),
+            why=f"it says step {found.step}, and its folder is {path.name}",
+            fix=GO_ON,
+        )
+    return found
 
 
 def verify(found: Commit) -> None:
     """Raises CheckpointError for a file that is missing, cut short or altered."""
     for name, expected in (found.files or {}).items():
         path = found.path / name
-        actual = measure(path) if path.exists() else None
+        actual = files.measure(path) if path.is_file() else None
         if actual != expected:
             raise CheckpointError(
                 f"{name} does not match its {COMMIT}",
                 where=str(path),
                 why=f"expected {expected['size']} bytes, {expected['xxh3_128']}; found "
                 + (f"{actual['size']} bytes, {actual['xxh3_128']}" if actual else "no such file"),
-                fix="remove the folder; the run goes on from the checkpoint before it",
+                fix=GO_ON,
             )
 
 
 def newest_valid(
-    folder: RunFolder, on_damage: Callable[[CheckpointError], None] | None = None
+    folder: RunFolder, on_damage: Callable[[CheckpointError], None] = lambda damage: None
 ) -> Commit | None:
     """The newest checkpoint whose every byte verifies; None for a run without one.
 
-    Damaged ones are passed over, and reported to `on_damage`.
+    Damaged ones are passed over, and reported to `on_damage`. Raises CheckpointError if there are some
+    without a checksum, and the ledger leads to none of them.
     """
+    disagreeing: CheckpointError | None = None
     for step in reversed(folder.committed_steps()):
         try:
             found = read_commit(folder.checkpoint(step))
             verify(found)
-            return found
+            if found.line:
+                return found
         except CheckpointError as error:
-            if on_damage is not None:
-                on_damage(error)
+            on_damage(error)
+            continue
+        damage = disagreement(folder, found)
+        if damage is None:
+            return found
+        on_damage(damage)
+        disagreeing = disagreeing or damage
+    if disagreeing is not None:
+        raise disagreeing
     return None
+
+
+def disagreement(folder: RunFolder, found: Commit) -> CheckpointError | None:
+    """What is wrong where the ledger does not lead to this commit."""
+    why = ledger.contradiction(folder, found.ledger, found.step, found.samples, asdict(found.seen))
+    if why is None:
+        return None
+    return CheckpointError(
+        f"{folder.ledger_file.name} and {COMMIT} of step {found.step} disagree",
+        where=f"{folder.ledger_file}; {found.path / COMMIT}",
+        why=f"the ledger: {why}",
+        fix=f"{ledger.RESTORE}; or restore {COMMIT}",
+    )
+
+
+def go_on_from(folder: RunFolder, say: Callable[[str], None] = lambda what: None) -> Commit | None:
+    """`newest_valid` for the run's new writer: makes the ledger whole up to it, removes what is half-written.
+
+    say: called with what was damaged. Raises CheckpointError where the ledger has lost lines for good.
+    """
+
+    def passed_over(damage: CheckpointError) -> None:
+        say(f"a damaged checkpoint was passed over: {damage.what} ({damage.where})")
+
+    files.cut_torn_line(folder.metrics_file)  # first: what is said is appended there
+    found = newest_valid(folder, passed_over)
+    copies = [each.line for each in commits(folder) if each.line]
+    if said := ledger.make_whole(folder, found.line if found else "", copies):
+        say(said)
+    if found is not None and (damage := disagreement(folder, found)):
+        raise damage
+    tidy(folder, found)
+    return found
 
 
 def best(folder: RunFolder) -> Commit | None:
@@ -268,13 +311,14 @@ def tidy(folder: RunFolder, resumed: Commit | None) -> None:
     """
     for step in folder.checkpoint_steps():
         path = folder.checkpoint(step)
-        if not (path / COMMIT).exists():
+        if not path.is_dir():
+            path.unlink()
+        elif not (path / COMMIT).exists():
             shutil.rmtree(path)
         elif resumed is None or step > resumed.step:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
-    folder.cut_torn_lines()
 
 
 def retain(folder: RunFolder, save_total_limit: int) -> None:

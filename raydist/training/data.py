@@ -10,15 +10,17 @@ from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.evaluate import EvalData
 
 if TYPE_CHECKING:
+    from raydist.corpus.log import Shard
     from raydist.feed import Feed
 
 
 @dataclass(frozen=True)
 class Data:
-    """feed: to train on.  eval_sets: to evaluate on; one may be empty."""
+    """feed: to train on.  eval_sets: to evaluate on; one may be empty.  eval_shards: those that hold them."""
 
     feed: Feed
     eval_sets: Sequence[EvalData]
+    eval_shards: Sequence[Shard] = ()
 
 
 def open_data(spec: AttemptSpec) -> Data:
@@ -37,4 +39,5 @@ def open_data(spec: AttemptSpec) -> Data:
         if share > 0 and log.complete  # the lowest hashes are known once the whole token log is there
     ]
     extra = [EvalSet(n, log, packing, holdout=None, max_tokens=limit) for n, log in eval_logs.items()]
-    return Data(make_feed(job, logs), [*held_out, *extra])
+    eval_sets = [*held_out, *extra]
+    return Data(make_feed(job, logs), eval_sets, [shard for each in eval_sets for shard in each.shards])

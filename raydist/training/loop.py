@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from raydist.errors import TrainingError
+from raydist.errors import OutOfMemory, Stopped, TrainingError, WorkerLost
 from raydist.files import storage_watched
 from raydist.folder import RunFolder
 from raydist.job.functions import find_in
@@ -41,8 +41,10 @@ from raydist.training.progress import progress_written
 from raydist.training.records import Records
 from raydist.training.room import Room
 from raydist.training.schedule import learning_rate
+from raydist.training.shard_check import ShardCheck
 
 if TYPE_CHECKING:
+    from raydist.corpus.log import Shard
     from raydist.feed.loader import Step
 
 
@@ -88,7 +90,13 @@ def train(
             if not stopped:
                 phases.begin("export")
                 export(attempt)
+        except (Stopped, WorkerLost, OutOfMemory):
+            raise
+        except Exception:
+            attempt.shard_check.wait()  # a damaged shard may be why, and is raised in its place
+            raise
         finally:
+            attempt.shard_check.close()
             attempt.record("phases", seconds={name: round(spent, 3) for name, spent in phases.take().items()})
         at = attempt.position
         return TrainResult(stopped, at.step, at.samples, at.seen.tokens, at.evals)
@@ -118,11 +126,9 @@ class Attempt:
             attempt=spec.attempt,
             keep=self.job.checkpoint.save_total_limit,
         )
-        resumed = self.checkpoints.resume(
-            lambda damage: self.record(
-                "incident", what=f"a damaged checkpoint was passed over: {damage.what} ({damage.where})"
-            )
-        )
+        self.shard_check = ShardCheck()
+        self._check_shards(data.eval_shards)
+        resumed = self.checkpoints.resume(lambda what: self.record("incident", what=what))
         self.resumed = resumed is not None
         self.position = resumed or self.position
         best = [KeepBest()] if self.job.checkpoint.load_best_model_at_end else []
@@ -205,9 +211,15 @@ class Attempt:
             global_batch_size=[stage.global_batch_size for stage in self.plan.stages],
             micro_batch_size=[stage.micro_batch_size for stage in self.plan.stages],
             while_waiting=self._end_with_the_run,
+            on_shards=self._check_shards,
             collate=self.collate,
             place=copier(self.world.device),
         )
+
+    def _check_shards(self, shards: Sequence[Shard]) -> None:
+        """One rank of each node verifies them, in the background."""
+        if self.world.local_rank == 0:
+            self.shard_check.want(shards)
 
     def _agree(self, batch: Step) -> tuple[int, Counts, bool]:
         """Over all ranks: the step's labels, its tokens, and whether to stop after it."""
@@ -289,6 +301,7 @@ class Attempt:
         while not feed.completed:  # another host may see a file later than rank 0 did
             time.sleep(1)
         self.data = open_data(self.spec)
+        self._check_shards(self.data.eval_shards)
         return True
 
     def _end_with_the_run(self) -> None:
@@ -302,6 +315,7 @@ class Attempt:
         self.norms.check()
         with self.phases.during("checkpoint"):
             self._commit_written(wait=True)
+            self.shard_check.wait()
             self.checkpoints.save(self.position)
             self._commit_asked = False
 

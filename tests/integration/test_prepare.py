@@ -148,6 +148,22 @@ class TestOnRay:
         made = {name for name in times if new[name] != times[name]}
         assert made == {log.shards[1].name, log.shards[2].name}
 
+    def test_a_shard_whose_bytes_were_altered_is_made_again_alone(self, tmp_path: Path, planned: Any) -> None:
+        write_lines(tmp_path / "files/a.jsonl", [text_of(i) for i in range(100)])
+        plan = planned(slice_bytes=30_000)
+        log = build_log(plan, on_error="fail")
+        before = content(log.path)
+        times = {shard.name: shard.path.stat().st_mtime_ns for shard in log.shards}
+        altered = bytearray(log.shards[1].path.read_bytes())
+        altered[len(altered) // 3] ^= 4
+        log.shards[1].path.write_bytes(altered)
+        os.truncate(log.folder.commit_file(2), 40)
+        build_log(planned(slice_bytes=30_000), on_error="fail", verify=True)
+        assert content(log.path) == before
+        new = {shard.name: shard.path.stat().st_mtime_ns for shard in log.shards}
+        made = {name for name in times if new[name] != times[name]}
+        assert made == {log.shards[1].name, log.shards[2].name}
+
     def test_bad_records_fail_or_are_set_aside(self, tmp_path: Path, planned: Any) -> None:
         write_lines(tmp_path / "files/good.jsonl", [text_of(i) for i in range(20)])
         bad = b'{"text": "fine"}\n{"text": 5}\nnot json\n{"text": ""}\n'

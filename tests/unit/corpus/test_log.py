@@ -153,7 +153,7 @@ def test_a_torn_shard_is_refused(tmp_path: Path) -> None:
         open_log(tmp_path)
     assert caught.value.where == str(path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(LogError, match="manifest is damaged"):
+    with pytest.raises(LogError, match=r"manifest\.json is damaged"):
         open_log(tmp_path)
 
 

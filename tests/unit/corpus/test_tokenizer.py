@@ -193,6 +193,11 @@ def test_a_job_trains_its_tokenizer_once(tmp_path: Path) -> None:
     assert list((tmp_path / "tokenizers").iterdir()) == [Path(spec.folder)]
     other = resolve_tokenizer(a_job(tmp_path, holdout=0.5), Storage(tmp_path))
     assert other.folder != spec.folder
+    altered = Path(spec.folder) / "tokenizer.json"
+    altered.write_bytes(altered.read_bytes().replace(b"a", b"b", 1))
+    with pytest.raises(ModelError, match=r"tokenizer\.json is damaged") as refused:
+        resolve_tokenizer(job, Storage(tmp_path))
+    assert str(spec.folder) in refused.value.fix
 
 
 def test_held_out_documents_do_not_train_the_tokenizer(tmp_path: Path) -> None:

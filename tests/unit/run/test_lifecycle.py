@@ -103,7 +103,7 @@ def test_a_run_that_began_before_threads_were_kept_goes_on_with_those_of_its_job
 def test_a_changed_job_replaces_what_is_not_trained_yet_and_is_refused_afterwards(
     tmp_path: Path, kind: Kind, one: Any, other: Any, bind: Any, why: str
 ) -> None:
-    folder = begin(one(tmp_path), kind, lambda life: life.folder.add_data(pins="of the old job"))
+    folder = begin(one(tmp_path), kind, lambda life: life.folder.add_data(collator="of the old job"))
     assert folder.data()
     begin(other(tmp_path), kind)
     assert not folder.data()

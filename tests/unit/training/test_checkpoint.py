@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from raydist.errors import CheckpointError
-from raydist.files import read_jsonl
+from raydist.files import read_json, read_jsonl, write_json
 from raydist.folder import RunFolder
 from raydist.training import checkpoint
 from raydist.training.checkpoint import Commit, Counts
@@ -21,7 +23,7 @@ def write(run: Path, step: int, loss: float | None = None, content: bytes = b"st
     evals = {} if loss is None else {"a": {"eval_loss": loss + 1}, "b": {"eval_loss": loss - 1}}
     position = {"step": step, "samples": step * 4, "seen": Counts(step, 1, 2), "evals": evals}
     made = Commit(path=path, feed="feed", attempt=1, world_size=1, ledger=f"1-{step}", **position)
-    return checkpoint.commit(folder, made, resumed_from=0, since=None)
+    return checkpoint.commit(folder, made, resumed_from=0, since=next(checkpoint.commits(folder), None))
 
 
 def test_a_commit_names_its_files_and_its_ledger_line(tmp_path: Path) -> None:
@@ -63,7 +65,7 @@ def test_the_next_writer_clears_half_written_and_damaged_ones(tmp_path: Path) ->
     (half / "weights.safetensors").write_bytes(b"half")
     with (tmp_path / "ledger.jsonl").open("ab") as stream:
         stream.write(b'{"id": "1-15", "to')
-    checkpoint.tidy(RunFolder(tmp_path), checkpoint.newest_valid(RunFolder(tmp_path)))
+    checkpoint.go_on_from(RunFolder(tmp_path))
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left == ["damaged-step-00000010", older.path.name]
     assert (tmp_path / "ledger.jsonl").read_bytes().endswith(b"}\n")
@@ -85,3 +87,132 @@ def test_a_folder_that_is_written_again_starts_empty(tmp_path: Path) -> None:
     done = write(tmp_path, 5)
     assert done.files is not None
     assert list(done.files) == ["weights.safetensors"]
+
+
+# --- what was altered
+
+
+def alter(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, text
+    file.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"samples": 40', '"samples": 44'),
+        ('"step": 10', '"step": 11'),
+        ('"tokens": 10', '"tokens": 18'),
+        ('"feed": "feed"', '"feed": "deed"'),
+        ('"files"', '"filer"'),
+        ('"eval_loss": 3.0', '"eval_loss": 1.0'),
+    ],
+)
+def test_a_commit_that_was_altered_is_passed_over(tmp_path: Path, old: str, new: str) -> None:
+    older, newer = write(tmp_path, 5), write(tmp_path, 10, loss=2.0)
+    alter(newer.path / "COMMIT.json", old, new)
+    said: list[str] = []
+    assert checkpoint.go_on_from(RunFolder(tmp_path), said.append) == older
+    assert len(said) == 1 and f"COMMIT.json is damaged ({newer.path / 'COMMIT.json'})" in said[0]
+
+
+def test_a_commit_in_the_folder_of_another_step_is_passed_over(tmp_path: Path) -> None:
+    older, newer = write(tmp_path, 5), write(tmp_path, 10)
+    newer.path.rename(newer.path.with_name("step-00000012"))
+    (tmp_path / "checkpoints" / "step-00000099").write_bytes(b"a file")
+    said: list[str] = []
+    assert checkpoint.go_on_from(RunFolder(tmp_path), said.append) == older
+    assert "COMMIT.json is of another checkpoint" in said[0]
+
+
+def of_last_week(commit: Commit) -> None:
+    """As COMMIT.json was before it had a checksum and a copy of its line."""
+    raw = read_json(commit.path / "COMMIT.json")
+    write_json(commit.path / "COMMIT.json", {k: v for k, v in raw.items() if k not in ("checksum", "line")})
+
+
+@pytest.mark.parametrize("old", ['"samples": 40', '"tokens": 10'])
+def test_a_commit_without_a_checksum_is_compared_with_the_ledger(tmp_path: Path, old: str) -> None:
+    commits = [write(tmp_path, step) for step in (5, 10)]
+    for each in commits:
+        of_last_week(each)
+    unchained = [{k: v for k, v in line.items() if k != "before"} for line in read_jsonl(ledger_of(tmp_path))]
+    ledger_of(tmp_path).write_text("".join(json.dumps(line) + "\n" for line in unchained))
+    assert checkpoint.newest_valid(RunFolder(tmp_path)).step == 10  # type: ignore[union-attr]
+    alter(commits[1].path / "COMMIT.json", old, old + "0")
+    said: list[str] = []
+    found = checkpoint.go_on_from(RunFolder(tmp_path), said.append)
+    assert found is not None and found.step == 5 and "disagree" in said[0]
+    newer = write(tmp_path, 15)  # the chain begins at what was there
+    assert checkpoint.go_on_from(RunFolder(tmp_path)) == newer
+    ledger_of(tmp_path).unlink()
+    newer.path.joinpath("COMMIT.json").unlink()
+    with pytest.raises(CheckpointError, match=r"ledger\.jsonl and COMMIT\.json of step 5 disagree"):
+        checkpoint.go_on_from(RunFolder(tmp_path))
+
+
+def ledger_of(run: Path) -> Path:
+    return run / "ledger.jsonl"
+
+
+def without_last(content: bytes) -> bytes:
+    return b"".join(content.splitlines(keepends=True)[:-1])
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "torn": lambda content: content + b'{"id": "1-20", "prev',
+    "torn last": lambda content: content[:-30],
+    "cut": without_last,
+    "half": lambda content: content[: len(content) // 2],
+    "flipped": lambda content: content.replace(b'"tokens":5', b'"tokens":7', 1),
+    "line lost": lambda content: b"".join(content.splitlines(keepends=True)[1:]),
+    "empty": lambda content: b"",
+    "zeros": lambda content: b"\0" * len(content),
+    "binary": lambda content: b"\xff\n\0\n" * 50,
+    "foreign": lambda content: b'[1, 2]\n{"id": 5}\n',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_ledger_is_made_again_where_the_commits_hold_its_lines(tmp_path: Path, damage: str) -> None:
+    for step in (5, 10, 15):
+        newest = write(tmp_path, step)
+    ledger, before = ledger_of(tmp_path), ledger_of(tmp_path).read_bytes()
+    ledger.write_bytes(DAMAGES[damage](before))
+    said: list[str] = []
+    assert checkpoint.go_on_from(RunFolder(tmp_path), said.append) == newest
+    assert ledger.read_bytes() == before and len(said) == 1 and "ledger.jsonl" in said[0]
+    assert checkpoint.go_on_from(RunFolder(tmp_path), said.append) == newest and len(said) == 1
+    ledger.unlink()
+    checkpoint.go_on_from(RunFolder(tmp_path), said.append)
+    assert ledger.read_bytes() == before and "was missing" in said[1]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "empty", "zeros"])
+def test_a_ledger_that_lost_lines_for_good_is_refused_until_the_user_says_so(
+    tmp_path: Path, damage: str
+) -> None:
+    for step in (5, 10, 15, 20):
+        newest = write(tmp_path, step)
+    checkpoint.retain(RunFolder(tmp_path), 2)
+    ledger = ledger_of(tmp_path)
+    ledger.write_bytes(DAMAGES[damage](ledger.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"ledger\.jsonl has lost lines") as refused:
+        checkpoint.go_on_from(RunFolder(tmp_path))
+    assert '{"lost":true}' in refused.value.fix and (newest.path / "COMMIT.json").exists()
+    ledger.write_text('{"lost":true}\n')
+    assert checkpoint.go_on_from(RunFolder(tmp_path)) == newest
+    assert [line.get("id") for line in read_jsonl(ledger)] == [None, "1-15", "1-20"]
+    newer = write(tmp_path, 25)
+    assert checkpoint.go_on_from(RunFolder(tmp_path)) == newer
+
+
+def test_void_lines_are_part_of_the_chain(tmp_path: Path) -> None:
+    """An attempt that died before its COMMIT left one; the next attempt's lines follow it."""
+    write(tmp_path, 5)
+    (write(tmp_path, 10).path / "COMMIT.json").unlink()
+    newest, before = write(tmp_path, 15), ledger_of(tmp_path).read_bytes()
+    said: list[str] = []
+    assert checkpoint.go_on_from(RunFolder(tmp_path), said.append) == newest and not said
+    assert ledger_of(tmp_path).read_bytes() == before

@@ -1,0 +1,35 @@
+"""Token shards compared with their manifest while training goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from raydist.corpus.log import Shard
+
+
+class ShardCheck:
+    """Verifies each shard that is asked for, once and in a thread. One for each node and attempt.
+
+    No checkpoint counts that was trained on shards which are not verified: see `wait`.
+    """
+
+    def __init__(self) -> None:
+        self._begun: dict[Path, Future[None]] = {}
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="raydist-verify")
+
+    def want(self, shards: Iterable[Shard]) -> None:
+        """Verify these too. Any thread may call it."""
+        for shard in shards:
+            if shard.path not in self._begun:
+                self._begun[shard.path] = self._thread.submit(shard.verify)
+
+    def wait(self) -> None:
+        """Until all that were asked for are verified. Raises LogError, which names a damaged one."""
+        for verified in list(self._begun.values()):
+            verified.result()
+
+    def close(self) -> None:
+        """Leave undone what nobody waits for."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
