@@ -78,6 +78,8 @@ def logs(run: str, storage: str, follow: bool, address: str | None) -> None:
 
 
 def _end_as(folder: RunFolder) -> None:
+    from raydist.folder import DAMAGED
+
     state, known = folder.state(), folder.status()
     name = folder.path.resolve().name
     if state == "failed":
@@ -85,6 +87,8 @@ def _end_as(folder: RunFolder) -> None:
         raise SystemExit(getattr(errors, str(known.get("kind")), errors.RaydistError).exit_code)
     if state == "interrupted":
         raise errors.RunError(f"run {name} was interrupted", why="its driver is dead", fix="raydist resume")
+    if state == DAMAGED:
+        raise errors.RunError(f"how run {name} ended is not known", why=known["error"], fix="raydist resume")
     if state == "stopped":
         raise SystemExit(errors.Stopped.exit_code)
 

@@ -71,6 +71,15 @@ def test_a_torn_last_line_is_no_record(tmp_path: Path) -> None:
     assert files.read_jsonl(path) == [{"step": 1}]
 
 
+@pytest.mark.parametrize("line", [b"\0\xff", b"[1]", b'{"step": 2'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "records.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 3}\n')
+    with pytest.raises(RunError, match=r"records\.jsonl is damaged") as refused:
+        files.read_jsonl(path)
+    assert refused.value.where == f"{path}, line 2" and refused.value.fix
+
+
 def test_a_run_is_interrupted_when_its_driver_is_dead(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with folder.lease():

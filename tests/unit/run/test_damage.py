@@ -298,3 +298,5 @@ def test_damaged_runs_are_listed_among_the_others(tmp_path: Path, half: Half) ->
     for damage in DAMAGES:
         told = CliRunner().invoke(group, ["status", damage, "--storage", str(storage)])
         assert told.exit_code == 0 and "status.json is damaged" in told.output and "resume" in told.output
+        logs = CliRunner().invoke(group, ["logs", damage, "--storage", str(storage)])
+        assert isinstance(logs.exception, RaydistError) and "status.json is damaged" in logs.exception.why
