@@ -262,7 +262,9 @@ def _dequantized(
     if bits == "int8":
         values = packed[:n_weights].view(torch.int8).view(out_features, in_features)
         factors = scales[: 4 * out_features].view(torch.float32).unsqueeze(1) / 127
-        return torch.mul(values, factors, out=torch.empty_like(values, dtype=dtype))  # in one pass on a GPU
+        if values.is_cuda:  # in one pass, where a CPU takes 30 times as long as below
+            return torch.mul(values, factors, out=torch.empty_like(values, dtype=dtype))
+        return values.to(torch.float32).mul_(factors).to(dtype)
     from bitsandbytes.functional import dequantize_4bit  # noqa: F401 - defines the operators below
 
     n_scales = math.ceil(n_weights / BLOCK)
