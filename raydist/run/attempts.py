@@ -141,7 +141,7 @@ def remembered(folder: RunFolder, device_type: str) -> int | None:
     tried = [
         record["micro_batch_tokens"]
         for record in read_metrics(folder)
-        if "micro_batch_tokens" in record and record.get("device") == device_type
+        if record.get("device") == device_type and "micro_batch_tokens" in record
     ]
     halved = folder.data().get("micro_batch_tokens")
     return min([*tried[-1:], *([halved] if halved else [])], default=None)
@@ -152,10 +152,11 @@ def halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMe
 
     plan: what the attempt began with; its workers may have found other micro batches.
     Raises `error` where the job says how large micro batches are, or they are one sequence already. Also
-    where the attempt did not get as far as to record its start: then the model itself does not fit.
+    where the attempt did not get as far as to record its start, or a try before: then the model itself does
+    not fit.
     """
-    starts = [record for record in read_metrics(folder) if record["kind"] in ("start", "resume")]
-    begun = next((record for record in starts if record["attempt"] == attempt), None)
+    starts = [record for record in read_metrics(folder) if record["kind"] in ("try", "start", "resume")]
+    begun = next((record for record in reversed(starts) if record["attempt"] == attempt), None)
     if begun and "micro_batch_tokens" in begun:
         tokens = begun["micro_batch_tokens"]
         plan = make_plan(job, plan.world_size, plan.samples_per_epoch, tokens)

@@ -3,7 +3,11 @@
     the estimate ─▶ start ─▶ forward and backward ─┬─ fits: a size up, until one does not fit
                                                    └─ does not fit: a size down, until one does
 
-A try is a micro batch of padding, which has no weight: its gradients are zero, and it leaves nothing behind.
+A try is a micro batch of padding, which has no weight: its gradients are zero, wherever they are kept.
+
+Plain DDP goes on after a try that ran out of memory. FSDP2 cannot, nor can ranks that wait within a pass: the
+attempt ends then, and the next one takes half. So their tries begin at half of what fits by the estimate, and
+only sizes follow that fit by what was measured.
 """
 
 from __future__ import annotations
@@ -19,17 +23,14 @@ import torch
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
 from raydist.model.loss import to_device
-from raydist.parallel.optimizer import state_bytes
+from raydist.parallel.ddp import Ddp
 from raydist.training.memory import ran_out
 from raydist.training.room import HEADROOM, Room
 
 if TYPE_CHECKING:
     from raydist.training.loop import Attempt
 
-WHY_NOT = {
-    "fsdp": "FSDP2 cannot go on after a pass that ran out of memory, nor can ranks that wait within it",
-    "zero": "DeepSpeed cannot go on after a pass that ran out of memory, nor can ranks that wait within it",
-}
+WHY_NOT = {"zero": "DeepSpeed is made for a number of micro batches, and counts them"}
 """By strategy, why nothing is tried. Micro batches begin at a constant then; later attempts halve it."""
 
 
@@ -100,27 +101,38 @@ class GpuMemory:
 
 @dataclass
 class Tries:
-    """Tries micro batches on this rank.
+    """Tries micro batches, on all ranks alike.
 
     run: a forward and a backward pass of so many sequences.  later: gives the bytes that are not allocated
-    yet and will be in every step: gradients, the optimizer's state.  peaks: bytes by size of what was tried,
+    yet and will be in every step: gradients, the optimizer's state.  on_all: whether something is so on every
+    rank.  survives: whether a try may run out of memory.  peaks: this rank's bytes by size of what was tried,
     `later` included; None where memory ran out.
     """
 
     run: Callable[[int], None]
     memory: Memory
     later: Callable[[], int]
+    on_all: Callable[[bool], bool] = bool
+    survives: bool = True
     peaks: dict[int, int | None] = field(default_factory=dict)
+
+    @property
+    def planned(self) -> float:
+        """Bytes to plan with."""
+        return HEADROOM * self.memory.available
 
     def fits(self, size: int) -> bool:
         """With room to spare, but for one sequence, below which there is nothing.
 
         A size that cannot fit by what a smaller one took is not tried: compiling may take half a minute.
+        Raises what a try raised for want of memory if it does not survive that.
         """
-        if self._expected(size) > self.memory.available:
+        most = self.memory.available if self.survives else self.planned
+        if not self.on_all(self._expected(size) <= most):
             return False
         self.peaks[size] = peak = self._peak_of(size)
-        return peak is not None and peak <= (HEADROOM if size > 1 else 1) * self.memory.available
+        limit = self.planned if size > 1 else self.memory.available
+        return self.on_all(peak is not None and peak <= limit)
 
     def _peak_of(self, size: int) -> int | None:
         later = self.later()
@@ -128,7 +140,7 @@ class Tries:
         try:
             peak = self.memory.peak_of(lambda: self.run(size)) + later
         except (RuntimeError, MemoryError) as error:
-            if not ran_out(error):
+            if not (self.survives and ran_out(error)):
                 raise
         if peak is None:
             gc.collect()  # what an interrupted pass leaves is held together by cycles
@@ -136,7 +148,7 @@ class Tries:
         return peak
 
     def _expected(self, size: int) -> float:
-        """Bytes, in proportion to the last size that was tried; 0 before that and for smaller ones."""
+        """Bytes, in proportion to the largest size that was tried; 0 before that and for smaller ones."""
         tried = max((of for of, peak in self.peaks.items() if peak is not None), default=size)
         peak, at_rest = self.peaks.get(tried), self.memory.in_use() + self.later()
         return 0.0 if peak is None or size <= tried else at_rest + (peak - at_rest) * size / tried
@@ -194,23 +206,29 @@ def find_micro_batch(attempt: Attempt, room: Room, memory: Memory | None = None)
 
 def _search(attempt: Attempt, room: Room, memory: Memory) -> Found:
     job, plan, world = attempt.job, attempt.plan, attempt.world
-    weights = [weight for weight in attempt.strategy.module.parameters() if weight.requires_grad]
-    of_optimizer = state_bytes(attempt.strategy.module, job.train)
-    tries = Tries(
-        lambda n: _pass(attempt, n),
-        memory,
-        lambda: of_optimizer + sum(weight.nbytes for weight in weights if weight.grad is None),
-    )
     block_size = max(job.block_sizes)  # the other stages have as many tokens at most, in shorter rows
     most = max(-(-s.global_batch_size // world.world_size) for s in plan.stages if s.block_size == block_size)
+    parts, before = room.parts(plan), memory.in_use()
+
+    def run(n: int) -> None:
+        room.plan = _plan_of(job, plan, n * block_size)
+        attempt.record("try", micro_batch_tokens=n * block_size)  # the next attempt reads it if this one ends
+        _pass(attempt, n)
+
+    def later() -> int:
+        """Gradients are there after the first pass, or were from the beginning."""
+        missing = parts.get("gradients", 0) - (memory.in_use() - before)
+        return parts.get("optimizer", 0) + max(missing, 0)
+
+    tries = Tries(run, memory, later, world.all, survives=isinstance(attempt.strategy, Ddp))
+    foreseen = tries.planned if tries.survives else tries.planned / 2
 
     def fits_by_the_estimate(n: int) -> bool:
-        return room.needed(_plan_of(job, plan, n * block_size)) <= HEADROOM * memory.available
+        return room.needed(_plan_of(job, plan, n * block_size)) <= foreseen
 
     start = next(filter(fits_by_the_estimate, sizes_up_to(most)), 1) if world.is_main else 0
-    size = largest_that_fits(lambda n: world.all(tries.fits(n)), world.from_main(start), most)
+    size = largest_that_fits(tries.fits, world.from_main(start), most)
     if size is None:
-        room.plan = _plan_of(job, plan, 1)
         tried = f"one sequence of {block_size} tokens was tried, and does not fit on every worker"
         raise room.out_of_memory(torch.OutOfMemoryError(tried))
     return Found(size * block_size, block_size, tries.peaks, memory.available)

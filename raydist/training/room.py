@@ -44,9 +44,13 @@ class Room:
             return int(torch.cuda.mem_get_info(self.device)[1])
         return int(psutil.virtual_memory().total)
 
+    def parts(self, plan: Plan) -> dict[str, int]:
+        """Bytes by part, by the estimate."""
+        return worker_memory(self.job, plan, self.sizes)
+
     def needed(self, plan: Plan) -> int:
         """Bytes on the device, by the estimate."""
-        return on_device(worker_memory(self.job, plan, self.sizes))
+        return on_device(self.parts(plan))
 
     def require_fixed_parts(self) -> None:
         """Raises OutOfMemory where a GPU cannot hold what is there before the first token.
@@ -60,12 +64,12 @@ class Room:
             or self.job.strategy.config
         ):
             return
-        parts = worker_memory(self.job, self.plan, self.sizes)
+        parts = self.parts(self.plan)
         fixed = sum(parts.get(name, 0) for name in FIXED)
         if fixed > self.memory:
             raise OutOfMemory(
                 f"a worker needs {_size(fixed)} before its first token, and its GPU has {_size(self.memory)}",
-                why=self._parts(),
+                why=self._estimated(),
                 fix=self._fix(),
             )
 
@@ -73,14 +77,14 @@ class Room:
         """The error for a worker that ran out of memory, with what would fit. what: else its micro batch."""
         text = f"out of memory {what or f'with micro batches of {self.plan.micro_batches} sequences'}"
         try:
-            return OutOfMemory(text, why=f"{first_line(cause)}; {self._parts()}", fix=self._fix())
+            return OutOfMemory(text, why=f"{first_line(cause)}; {self._estimated()}", fix=self._fix())
         except Exception:  # noqa: BLE001 - whatever it is, the error that is explained here matters more
             return OutOfMemory(text, why=first_line(cause), fix=FIX)
 
     # --- the text ----------------------------------------------------------------------------------
 
-    def _parts(self) -> str:
-        parts = worker_memory(self.job, self.plan, self.sizes)
+    def _estimated(self) -> str:
+        parts = self.parts(self.plan)
         listed = ", ".join(
             f"{name.replace('_', ' ')} {_size(n)}" for name, n in parts.items() if name != "total"
         )

@@ -169,7 +169,7 @@ def test_the_largest_micro_batch_is_found_and_nothing_is_left_of_the_tries(
         train(replace(found, find_micro_batch=True), world)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, world.device)
-    start = read_jsonl(found.run / "metrics.jsonl")[0]
+    start = next(r for r in read_jsonl(found.run / "metrics.jsonl") if r["kind"] == "start")
     tried = {each["sequences"]: each["bytes"] for each in start["micro_batches_tried"]}
     assert tried[512] is None and 8 <= start["micro_batch_size"] < 512
     assert tried[start["micro_batch_size"]] < 4 * 2**30

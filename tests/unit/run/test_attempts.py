@@ -41,5 +41,5 @@ def test_a_plan_says_where_its_micro_batches_come_from(tmp_path: Path) -> None:
     job = make_job(tmp_path, **auto)
     assert micro_batch_from(job, 64) == "earlier attempts" and micro_batch_from(job, None) == "first guess"
     assert micro_batch_from(make_job(tmp_path), 64) == "job"
-    for other in ({"strategy": {"name": "fsdp"}}, {"scaling": {"use_gpu": False}}):
+    for other in ({"strategy": {"name": "zero", "stage": 1}}, {"scaling": {"use_gpu": False}}):
         assert "halved" in micro_batch_from(make_job(tmp_path, **auto, **other), None)

@@ -22,9 +22,11 @@ from raydist.errors import OutOfMemory
 from raydist.files import read_json, write_json
 from raydist.folder import RunFolder
 from raydist.job.plan import make_plan
+from raydist.parallel.fsdp import Replicated
 from raydist.parallel.world import World
 from raydist.run.attempts import halved, remembered
 from raydist.track.records import read_metrics
+from raydist.training import loop
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.data import open_data
 from raydist.training.loop import Attempt, train
@@ -32,7 +34,7 @@ from raydist.training.micro_batch import Tries, find_micro_batch, largest_that_f
 from raydist.training.phases import Phases
 from raydist.training.room import HEADROOM, Room
 from raydist.training.torchrun import torchrun_world
-from tests.train_parts import LLAMA, finish, fork_ranks, losses, make_spec
+from tests.train_parts import LLAMA, finish, fork_ranks, losses, make_job, make_spec, run_ranks
 
 # --- the search
 
@@ -95,6 +97,19 @@ def test_what_cannot_fit_is_not_tried_and_head_room_is_left() -> None:
     assert largest_that_fits(alone.fits, 2, 2) == 1 and alone.peaks == {2: 160, 1: 150}
 
 
+def test_a_strategy_that_could_not_go_on_tries_only_what_will_fit() -> None:
+    memory = Linear(1000)
+    tries = Tries(functools.partial(setattr, memory, "size"), memory, lambda: 40, survives=False)
+    assert largest_that_fits(tries.fits, 8, 256) == 64 and max(tries.peaks) == 64
+    memory.available = 800  # 780 would be allowed, but planned are only 736
+    careful = Tries(tries.run, memory, lambda: 40, survives=False)
+    assert largest_that_fits(careful.fits, 8, 256) == 32 and max(careful.peaks) == 32
+    with pytest.raises(torch.OutOfMemoryError):
+        Tries(tries.run, memory, lambda: 40, survives=False).fits(256)
+    other = Tries(tries.run, memory, lambda: 40, on_all=lambda here: here and len(other.peaks) < 2)
+    assert largest_that_fits(other.fits, 8, 256) == 8  # another rank has no room for 16
+
+
 # --- in an attempt, on the CPU
 
 
@@ -149,6 +164,10 @@ def auto_spec(storage: Path, *, run: str = "run", train: Any = None, **more: Any
     return replace(spec, find_micro_batch=True)
 
 
+def start_of(spec: AttemptSpec) -> dict[str, Any]:
+    return next(r for r in read_metrics(RunFolder(spec.run)) if r["kind"] == "start")
+
+
 def begun(spec: AttemptSpec, world: World | None = None) -> Attempt:
     spec.run.mkdir(exist_ok=True)
     return Attempt(spec, world or World(), open_data(spec), Phases("load"))
@@ -191,7 +210,7 @@ def test_an_attempt_trains_with_the_largest_that_fits_as_if_the_job_had_named_it
     named = make_spec(tmp_path, run="named", train={**AUTO, "micro_batch_size": 3})
     train(named)
     assert losses(spec.run) == losses(named.run)
-    start = read_metrics(RunFolder(spec.run))[0]
+    start = start_of(spec)
     assert start["micro_batch_size"] == 3 and start["micro_batch_tokens"] == 3 * 32
     tried = {each["sequences"]: each["bytes"] for each in start["micro_batches_tried"]}
     assert tried[3] == needs[3] and tried.get(12) is None
@@ -220,16 +239,16 @@ def test_where_nothing_is_tried(tmp_path: Path) -> None:
     """On CPUs, after a resume, where the job says how many; and under strategies that could not go on."""
     memory, spec = Counted(), auto_spec(tmp_path, train={"max_steps": 1})
     train(spec)
-    assert not any("tried" in key for key in read_metrics(RunFolder(spec.run))[0])
+    assert not any("tried" in key for key in start_of(spec))
     for of in (replace(spec, attempt=2), replace(auto_spec(tmp_path, run="known"), find_micro_batch=False)):
         attempt = begun(of)
         find_micro_batch(attempt, Room(of, None), memory)
         assert attempt.micro_batch_found is None and attempt.plan == of.plan
-    sharded = auto_spec(tmp_path, run="fsdp", strategy={"name": "fsdp"})
-    attempt = begun(sharded)
-    find_micro_batch(attempt, Room(sharded, None), memory)
-    assert attempt.plan == sharded.plan and attempt.micro_batch_found is not None
-    assert "FSDP2 cannot go on" in attempt.micro_batch_found.to_json()["micro_batch_not_tried"]
+    attempt = begun(auto_spec(tmp_path, run="zero"))
+    attempt.job = make_job(tmp_path, strategy={"name": "zero", "stage": 1})
+    find_micro_batch(attempt, Room(spec, None), memory)
+    assert attempt.plan == attempt.spec.plan and attempt.micro_batch_found is not None
+    assert "DeepSpeed" in attempt.micro_batch_found.to_json()["micro_batch_not_tried"]
 
 
 # --- what a run knows of it
@@ -247,6 +266,10 @@ def test_a_run_remembers_what_was_found_and_halves_that(tmp_path: Path) -> None:
     assert make_plan(spec.job, 1, None, 16 * 32).micro_batches == "16"
     assert halved(spec.job, folder, spec.plan, 1, error) == 8 * 32  # though the plan began with 64
     assert remembered(folder, "cuda") == remembered(folder, "cpu") == 8 * 32
+    with pytest.raises(OutOfMemory):
+        halved(spec.job, folder, spec.plan, 3, error)
+    folder.append_metric({"kind": "try", "step": 0, "attempt": 3, "micro_batch_tokens": 32 * 32})
+    assert halved(spec.job, folder, spec.plan, 3, error) == 16 * 32  # a try that ended the attempt
 
 
 # --- ranks as processes
@@ -268,6 +291,53 @@ def test_all_ranks_take_what_fits_on_every_one(tmp_path: Path, needs: dict[int, 
     work.write_bytes(pickle.dumps(functools.partial(search_with_less_memory_on_rank_1, spec, available)))
     finish(fork_ranks(work, 2))
     assert [read_json(spec.run / f"{rank}.json")["size"] for rank in range(2)] == [3, 3]
+
+
+def search_over_fsdp2(spec: AttemptSpec, replicated: bool, guess: int, available: int) -> None:
+    """replicated: the strategy that ddp is on GPUs."""
+    if replicated:
+        loop.make_strategy = lambda model, job, world, _: Replicated(model, job, world)
+    with torchrun_world() as world:
+        attempt, room = begun(spec, world), Guess(spec, None)
+        room.guess = guess
+        try:
+            find_micro_batch(attempt, room, Counted(available))
+            attempt.fit()
+        except torch.OutOfMemoryError:
+            write_json(spec.run / f"{world.rank}.json", {"ended": room.plan.micro_batch_size})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicated", [False, True], ids=["fsdp", "replicated"])
+def test_ranks_that_need_each_other_go_on_as_if_nothing_had_been_tried(
+    tmp_path: Path, needs: dict[int, int], replicated: bool
+) -> None:
+    strategy = {"name": "ddp" if replicated else "fsdp"}
+    sections = {"strategy": strategy, "world_size": 2}
+    spec = auto_spec(tmp_path, train={"global_batch_size": 24}, **sections)
+    work, available = tmp_path / "work.pickle", 85 * needs[6] // 100
+
+    def search(of: AttemptSpec, guess: int) -> None:
+        arguments = (of, replicated, guess, available)
+        work.write_bytes(pickle.dumps(functools.partial(search_over_fsdp2, *arguments)))
+        finish(fork_ranks(work, 2))
+
+    search(spec, 2**60)
+    start = start_of(spec)
+    tried = [each["sequences"] for each in start["micro_batches_tried"]]
+    assert tried[0] == 1 and start["micro_batch_size"] == tried[-1] > 1
+    size = {**AUTO, "global_batch_size": 24, "micro_batch_size": start["micro_batch_size"]}
+    named = make_spec(tmp_path, run="named", train=size, **sections)
+    if replicated:
+        search(replace(named, find_micro_batch=False), 0)
+    else:
+        run_ranks(named)
+    assert losses(spec.run) == losses(named.run)
+
+    ended = auto_spec(tmp_path, run="ended", train={"global_batch_size": 24}, **sections)
+    search(ended, 0)
+    assert read_json(ended.run / "0.json") == read_json(ended.run / "1.json") == {"ended": 12}
+    assert halved(ended.job, RunFolder(ended.run), ended.plan, 1, OutOfMemory("here")) == 6 * 32
 
 
 SPARE_BYTES = 560 * 2**20
@@ -311,7 +381,7 @@ def test_a_process_that_really_runs_out_of_memory_goes_on(tmp_path: Path) -> Non
     work = tmp_path / "work.pickle"
     work.write_bytes(pickle.dumps(functools.partial(search_in_an_address_space, spec)))
     finish(fork_ranks(work, 1))
-    start = read_metrics(RunFolder(spec.run))[0]
+    start = start_of(spec)
     tried = {each["sequences"]: each["bytes"] for each in start["micro_batches_tried"]}
     assert tried[32] is None and 1 <= start["micro_batch_size"] < 32
     named = make_spec(
