@@ -18,12 +18,14 @@ from typing import Any
 
 import ray.train
 import torch
+from ray import PlacementGroupID
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train import Checkpoint
 from ray.train.torch import get_device
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.util.placement_group import PlacementGroup
 
 from raydist import files
 from raydist.cluster.network import BetweenHosts
@@ -85,6 +87,7 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         traceback.clear_frames(error.__traceback__)
         raise _explain(error, spec) from error
     except RayError as error:
+        _remove_group(spec)
         raise _explain_ray(error, spec) from error
     return TrainResult(**fitted.return_value)  # type: ignore[attr-defined]
 
@@ -126,6 +129,8 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
     """The TrainResult as plain values: Ray's controller reads it, and need not import the training for it."""
     spec: AttemptSpec = config["spec"]
     context, device = ray.train.get_context(), get_device()
+    if context.get_world_rank() == 0:
+        _note_group(spec)
     try:
         world = World(
             context.get_world_rank(),
@@ -140,6 +145,14 @@ def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
         raise TrainingError(
             f"rank {context.get_world_rank()}: {type(error).__name__}: {error}", why=traceback.format_exc()
         ) from error
+
+
+def _note_group(spec: AttemptSpec) -> None:
+    """For `_remove_group`: which placement group the workers are in."""
+    group = ray.util.get_current_placement_group()
+    if group is not None:
+        with suppress(OSError):
+            files.write_text(_group_file(spec), group.id.hex())
 
 
 class ReportToRay(Hook):
@@ -182,6 +195,18 @@ def _explain_ray(error: RayError, spec: AttemptSpec) -> RaydistError:
     return WorkerLost(
         f"the process that controls the workers was lost: {_died(error)}", where=_whole(error, spec)
     )
+
+
+def _remove_group(spec: AttemptSpec) -> None:
+    """Free what the workers of a lost controller reserve: nobody else does where Ray has no dashboard."""
+    if _group_file(spec).exists():
+        group = PlacementGroup(PlacementGroupID.from_hex(_group_file(spec).read_text()))
+        with suppress(RayError, ValueError):
+            ray.util.remove_placement_group(group)
+
+
+def _group_file(spec: AttemptSpec) -> Path:
+    return RunFolder(spec.run).attempt(spec.attempt) / "placement-group"
 
 
 def _died(error: RayError) -> str:

@@ -10,9 +10,11 @@ from raydist.errors import RaydistError, Stopped, WorkerLost
 from raydist.folder import RunFolder
 from raydist.track.records import Record
 from raydist.track.silence import silence
-from raydist.training.beat import ask_for_stacks
+from raydist.training.beat import BEAT_SECONDS, ask_for_stacks
 
 LOOK_SECONDS = 2.0
+STACKS_SECONDS = 3 * BEAT_SECONDS
+"""So long the ranks have to write their stacks before they are ended."""
 RECENT_STEPS = 20
 
 
@@ -25,7 +27,7 @@ class HangWatch:
         self._folder, self._attempt, self._timeout, self._say = folder, attempt, hang_timeout, say
         self._ranks = folder.ranks(attempt)
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
-        self._looked = 0.0
+        self._looked = self._asked = 0.0
         self._say_at = 0.0
         self.ended = ""
 
@@ -48,10 +50,11 @@ class HangWatch:
             return
         if not self._say_at:
             ask_for_stacks(self._ranks)
+            self._asked = now
         if found.seconds >= self._say_at:
             self._say(found.text(self._ranks))
             self._say_at = 2 * found.seconds
-        if over:
+        if over and now - self._asked > STACKS_SECONDS:
             from raydist.cluster.ranks import end_ranks
 
             self.ended = found.text(self._ranks)
