@@ -52,18 +52,30 @@ def validate(job_files: tuple[str, ...], overrides: tuple[str, ...]) -> None:
 
 @click.command(short_help="Print what a job would do: data, steps, memory, disk.")
 @of_a_job
+@click.option(
+    "--measure", is_flag=True, help="Make two steps of one worker here, for the time and memory of the run."
+)
+@plain
 @as_json
-def plan(job_file: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Print what the job would do, from a sample of its files. Starts and writes nothing."""
+def plan(job_file: str, overrides: tuple[str, ...], measure: bool, plain: bool, as_json: bool) -> None:
+    """Print what the job or the sweep would do, from a sample of its files. Starts and writes nothing."""
     from raydist.job.load import load_job
-    from raydist.run.estimate import plan_job
+    from raydist.track.progress import make_view
 
     job = load_job(job_file, overrides)
-    planned = plan_job(job)
+    if measure and job.tune is not None:
+        raise JobError(f"{job.name} is a sweep, whose trials differ", fix="measure one with --set tune=null")
+    with make_view(name=job.name, plain=plain) as view:  # before the imports, which take their time
+        from raydist.run.estimate import plan_job, plan_sweep
+
+        planned = plan_job(job, view, measured=measure) if job.tune is None else plan_sweep(job, view)
     if as_json:
         show.as_json(planned)
-    else:
+    elif job.tune is None:
         show.planned(planned)
+    else:
+        show.planned_sweep(planned)
+    if not as_json:
         click.echo(f"next: {to_run(job, job_file, overrides)}")
 
 

@@ -45,7 +45,7 @@ MICRO_BATCH_FROM = {
 
 
 def planned(plan: dict[str, Any]) -> None:
-    from raydist.track.humanize import size
+    from raydist.track.humanize import duration, size
 
     click.echo(f"job {plan['name']}")
     for name, source in plan["data"]["sources"].items():
@@ -53,6 +53,7 @@ def planned(plan: dict[str, Any]) -> None:
             f"  {name}: {source['files']:,} files, {size(source['file_bytes'])},"
             f" {source['slices']:,} slices;"
             f" about {source['documents']:,} documents, {source['tokens']:,} tokens; log {source['log']};"
+            f" {source['epochs']:.3g} epochs;"
             f" {source['mean_tokens']:,.1f} tokens and {source['mean_words']:,.1f} words a document,"
             f" {source['unique_share']:.2%} of those looked at are unique"
         )
@@ -67,6 +68,26 @@ def planned(plan: dict[str, Any]) -> None:
         f"  memory per worker: {_parts(plan['memory_per_worker_bytes'])}\n"
         f"  disk: {_parts(plan['disk_bytes'])}"
     )
+    if measured := plan.get("measured"):
+        click.echo(
+            f"  measured here: {measured['seconds_per_step']:,.2f} s a step, {duration(measured['seconds'])}"
+            f" without evaluations and checkpoints; {size(measured['memory_bytes'])} of memory"
+        )
+
+
+def planned_sweep(plan: dict[str, Any]) -> None:
+    """The sweep, then the trials with the first and the last value of every searched key."""
+    from raydist.track.humanize import short
+
+    click.echo(
+        f"sweep {plan['name']}: {plan['trials']:,} trials, at most {short(plan['tokens_at_most'])} tokens"
+        " over all of them"
+    )
+    for key, (*_, last) in plan["searched"].items():
+        click.echo(f"  {key}: {plan['searched'][key][0]} to {last}")
+    for which in ("first", "last"):
+        click.echo(f"with the {which} value of each:")
+        planned(plan[which])
 
 
 def _stages(steps: dict[str, Any]) -> str:

@@ -16,6 +16,7 @@ cross_entropy  a summed loss and its gradient, some rows of logits at a time
 compiled       layers compiled in place by torch.compile
 adapter        LoRA by peft
 work           how many operations a step takes
+kept           what a forward pass keeps in memory for the backward pass
 quantization   a frozen base in 4 or 8 bits by bitsandbytes
 export         a Hugging Face folder: written, loaded again, sampled from, merged
 """

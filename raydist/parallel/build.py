@@ -65,7 +65,7 @@ def make_strategy(model: nn.Module, job: Job, world: World, accumulation_steps: 
         from raydist.parallel.ddp import DdpOnCpu
 
         return DdpOnCpu(model, job, world)
-    if _keeps_16_bits(job):
+    if keeps_16_bits(job):
         from raydist.parallel.fsdp import Replicated
 
         return Replicated(model, job, world)
@@ -74,7 +74,7 @@ def make_strategy(model: nn.Module, job: Job, world: World, accumulation_steps: 
     return DdpOnGpu(model, job, world)
 
 
-def _keeps_16_bits(job: Job) -> bool:
+def keeps_16_bits(job: Job) -> bool:
     """Whether ddp on GPUs casts a layer's weights together; under autocast they are cast where they are used.
 
     A frozen base is in 16 bits already. The optimizer must take FSDP2's kind of weights.

@@ -17,6 +17,7 @@
     verify        every file compared with its checksum: `raydist verify`
     text_sample   how the trained model continues a held-out document
     estimate      what a job would cost, without starting anything: `raydist plan`
+    calibrate     two steps, for the time and memory that it would take: `raydist plan --measure`
     torchrun      the same run without Ray, by the ranks that torchrun started
 
 Sweeps use lifecycle, preflight and dataset too; each of their trials is a run.

@@ -4,42 +4,82 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from raydist.corpus.build import estimate, plan_log
 from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
+from raydist.job.search import trial_at
 from raydist.model.build import Sizes, check_fits, load_config, model_sizes
 from raydist.parallel.footprint import FP32, worker_memory
 from raydist.parallel.optimizer import state_bytes
 from raydist.run.attempts import first_micro_batch_tokens, remembered
 from raydist.run.lifecycle import folder_of
 from raydist.storage import Storage
+from raydist.track.listener import Listener
 from raydist.training.micro_batch import WHY_NOT
 
 BYTES_PER_TOKEN_OF_NEW_BPE = 3.0
 """Assumed for a tokenizer that the job has yet to train; measured on a log once there is one."""
 
 
-def plan_job(job: Job) -> dict[str, Any]:
-    """Data, steps, parameters, memory per worker by part and disk, all in bytes or counts."""
+def plan_sweep(job: Job, listener: Listener | None = None) -> dict[str, Any]:
+    """The number of trials, and the plans of two: with the first and the last value of every searched key."""
+    assert job.tune is not None
+    first, last = (plan_job(trial_at(job, end), listener) for end in (0, -1))
+    each = [_tokens(first["steps"]), _tokens(last["steps"])]
+    most = job.tune.n_trials * max(each)
+    return {
+        "name": job.name,
+        "trials": job.tune.n_trials,
+        "tokens_at_most": round(most if job.tune.max_tokens is None else min(most, job.tune.max_tokens)),
+        "searched": {key: of.extremes for key, of in job.tune.search.items()},
+        "first": first,
+        "last": last,
+    }
+
+
+def _tokens(steps: dict[str, Any]) -> int:
+    return sum(stage["steps"] * stage["tokens_per_step"] for stage in steps["stages"])
+
+
+def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = False) -> dict[str, Any]:
+    """Data, steps, parameters, memory per worker by part and disk, all in bytes or counts.
+
+    measured: two steps are made here, for the time that the run takes and the memory of a worker.
+    """
+    listener = listener or Listener()
     storage = Storage(job.storage).resolve()
     tokenizer = planned_tokenizer(job, storage)
-    sources = {name: _source(job, name, tokenizer, storage) for name in job.corpus.sources}
+    sources = {}
+    for name in job.corpus.sources:
+        listener.phase("reading a sample", name)
+        sources[name] = _source(job, name, tokenizer, storage)
     tokens = sum(source["tokens"] for source in sources.values()) * (1 - job.corpus.holdout)
     documents = sum(source["documents"] for source in sources.values())
     eos = documents if job.packing.add_eos_token else 0
     blocks = max(1, round((tokens + eos) / job.block_sizes[0]))
     weighted = any(source.weight is not None for source in job.corpus.sources.values())
     known = None if weighted or job.stages else blocks
-    device_type = "cuda" if job.scaling.use_gpu is True else "cpu"
+    listener.phase("counting the model")
+    on_gpus = job.scaling.on_gpus(torch.cuda.device_count())
+    device_type = "cuda" if on_gpus else "cpu"
     found = remembered(folder_of(job), device_type)
     micro = found or first_micro_batch_tokens(device_type)
     plan = make_plan(job, job.scaling.num_workers, known, micro)
+    _add_epochs(sources, job, plan)
     config = load_config(job, tokenizer.vocab_size if tokenizer else _new_vocabulary(job))
     check_fits(config, job)
     sizes = model_sizes(config, job)
+    steps_here = {}
+    if measured:
+        from raydist.run.calibrate import measure
+
+        steps_here = {"measured": measure(job, plan, listener)}
     return {
         "name": job.name,
+        **steps_here,
         "data": {
             "sources": sources,
             "blocks": blocks,
@@ -47,8 +87,8 @@ def plan_job(job: Job) -> dict[str, Any]:
         },
         "steps": {**_steps(plan), "micro_batch_from": micro_batch_from(job, found)},
         "parameters": {"total": sizes.total, "trainable": sizes.trainable},
-        "memory_per_worker_bytes": worker_memory(job, plan, sizes),
-        "disk_bytes": _disk(job, sizes, int(tokens)),
+        "memory_per_worker_bytes": worker_memory(job, plan, sizes, on_cpu=not on_gpus),
+        "disk_bytes": _disk(job, sizes, int(tokens), getattr(config.dtype, "itemsize", FP32)),
     }
 
 
@@ -76,12 +116,29 @@ def _source(job: Job, name: str, tokenizer: TokenizerSpec | None, storage: Stora
     }
 
 
+def _add_epochs(sources: dict[str, Any], job: Job, plan: Plan) -> None:
+    """How often the run passes over each source: its share of the samples, by its tokens to train on."""
+    kept = 1 - job.corpus.holdout
+    left = {
+        name: source["tokens"] * kept + source["documents"] * kept * job.packing.add_eos_token
+        for name, source in sources.items()
+    }
+    read = sum(stage.samples * stage.block_size for stage in plan.stages)
+    for name, source in sources.items():
+        weight = job.corpus.sources[name].weight
+        share = left[name] / max(1, sum(left.values())) if weight is None else weight
+        source["epochs"] = read * share / max(1, left[name])
+
+
 def _steps(plan: Plan) -> dict[str, Any]:
     return {
         "optimizer_steps": plan.steps,
         "samples": plan.samples,
         "tokens_per_step": plan.tokens_per_step,
-        "stages": [{"block_size": stage.block_size, "steps": stage.steps} for stage in plan.stages],
+        "stages": [
+            {"block_size": stage.block_size, "steps": stage.steps, "tokens_per_step": stage.tokens_per_step}
+            for stage in plan.stages
+        ],
         "workers": plan.world_size,
         "micro_batch_size": plan.micro_batch_size,
         "accumulation_steps": plan.accumulation_steps,
@@ -98,11 +155,14 @@ def micro_batch_from(job: Job, found: int | None) -> str:
     return "first guess" if tries else "first guess, halved if memory runs out"
 
 
-def _disk(job: Job, sizes: Sizes, tokens: int) -> dict[str, int]:
+def _disk(job: Job, sizes: Sizes, tokens: int, itemsize: int) -> dict[str, int]:
+    """itemsize: bytes of a weight of the base, in whose dtype model/ is written; an adapter is in fp32."""
     kept = job.checkpoint.save_total_limit + 2  # the best one, and the one being written
     parts = {
         "token_log": tokens * (2 if sizes.vocabulary <= 2**16 else 4),
         "checkpoints": kept * (sizes.trainable * FP32 + state_bytes(sizes.model, job.train)),
-        "model": sizes.total * FP32,
+        "model": sizes.trainable * FP32
+        if job.adapter
+        else sizes.total * (itemsize if job.model.base else FP32),
     }
     return {**parts, "total": sum(parts.values())}

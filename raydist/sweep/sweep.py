@@ -25,7 +25,7 @@ from raydist.folder import RunFolder
 from raydist.job.functions import module_folders, named_functions
 from raydist.job.load import kept_yaml
 from raydist.job.schema import Job
-from raydist.job.search import trial_job, trial_name
+from raydist.job.search import trial_at, trial_job, trial_name
 from raydist.job.tune import Tune
 from raydist.redact import redact
 from raydist.run.dataset import Prepared, prepare_logs
@@ -61,16 +61,10 @@ def run_sweep(job: Job, *, address: str | None = None, listener: Listener | None
     life = Life(job, "sweep", listener or make_view(name=job.name))
     with life.held(), life.begun():
         for end in (0, -1):
-            check_job(_at_an_end(job, end))
+            check_job(trial_at(job, end))
         with life.on_ray(address):
             _prepare_and_search(life)
     return read_sweep(job)
-
-
-def _at_an_end(job: Job, end: int) -> Job:
-    """With the first (0) or the last (-1) value of every searched key."""
-    assert job.tune is not None
-    return trial_job(job, 0, {key: of.extremes[end] for key, of in job.tune.search.items()})
 
 
 def _prepare_and_search(life: Life) -> None:
@@ -81,7 +75,7 @@ def _prepare_and_search(life: Life) -> None:
     life.preparing()
     pins = folder.data().get("pins")
     prepared = prepare_logs(job, life.listener, pinned=pins, stop=life.stop_if_asked)
-    _require_held_out(replace(prepared, job=_at_an_end(job, 0)))
+    _require_held_out(replace(prepared, job=trial_at(job, 0)))
     folder.add_data(pins=prepared.pins())
     life.training()
     asked = job.tune.n_trials if job.tune.concurrency == "auto" else job.tune.concurrency

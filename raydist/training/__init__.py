@@ -11,6 +11,7 @@ records        the hook that writes metrics.jsonl, and its figures
 peak           what a device computes at most, by its name
 phases         where the seconds of an attempt go
 beat           a rank's signs of life, and its stacks
+progress       what rank 0 is doing, for whoever shows the run
 profiler       the hook that writes a trace of a few steps
 checkpoint     where a run stands, what counts as saved
 ledger         the chain of lines, one per commit: checked, and made whole again from COMMITs
@@ -21,7 +22,7 @@ copies         micro batches reach a GPU ahead of their step
 norms          ends an attempt whose gradients are no numbers, without making a GPU wait
 shard_check    verifies the shards that are read, in the background
 data           opens what an attempt reads
-memory         recognizes errors that mean out of memory
+memory         errors that mean out of memory; how much memory was taken
 room           what a worker needs by the estimate and what its device has; what would fit
 micro_batch    finds the largest micro batch that fits a GPU, by trying
 export, card   model/ and its README.md

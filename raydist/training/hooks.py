@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from raydist.errors import JobError
 from raydist.job.functions import import_function
 from raydist.training.checkpoint import Commit, Counts, best
+from raydist.training.memory import peak_resident
 
 if TYPE_CHECKING:
     from raydist.training.loop import Attempt
@@ -133,7 +133,7 @@ class KeepBest(Hook):
 
 
 class MemoryFigures(Hook):
-    """memory_bytes: the peak allocated on a GPU; resident memory of this process on CPU."""
+    """memory_bytes: the peak so far: what is allocated on a GPU, this process's resident memory on CPU."""
 
     def on_step(self, attempt: Attempt, result: StepResult) -> None:
         if result.loss is None:
@@ -142,4 +142,4 @@ class MemoryFigures(Hook):
         if device.type == "cuda":
             result.figures["memory_bytes"] = torch.cuda.max_memory_allocated(device)
         else:
-            result.figures["memory_bytes"] = psutil.Process().memory_info().rss
+            result.figures["memory_bytes"] = peak_resident()

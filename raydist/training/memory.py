@@ -1,7 +1,9 @@
-"""Recognizes errors that mean out of memory, so that smaller micro batches can be tried."""
+"""Errors that mean out of memory, so that smaller micro batches can be tried; and how much a process took."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,3 +33,9 @@ def ran_out(error: Exception) -> bool:
     """Of memory. torch's CPU allocator and CUDA's libraries raise plain RuntimeErrors."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or any(text in str(error) for text in NO_MEMORY)
+
+
+def peak_resident() -> int:
+    """Bytes of this process at most since it began. Linux counts in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
