@@ -40,7 +40,7 @@ def written(job: dict[str, Any], folder: Path) -> Path:
 
 def test_what_is_not_prepared_is_refused(whole: dict[str, Any], tmp_path: Path) -> None:
     done = alone(written({**whole, "storage": str(tmp_path)}, tmp_path))
-    assert done.returncode == 4 and done.stderr.startswith("raydist: ")
+    assert done.returncode == 4 and "\nraydist: " in done.stderr
     assert "raydist prepare makes it and the token logs" in done.stderr
 
 
