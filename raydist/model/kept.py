@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from raydist.job.schema import Job, Lora
+from raydist.model.trust import NO_CODE
 
 FP32 = 4
 
@@ -107,7 +108,7 @@ def _body(config: Any, adapter: str) -> nn.Module:
     from raydist.model.adapter import add_lora
 
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        model: Any = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", **NO_CODE)
         if adapter:
             model = add_lora(model, Lora.model_validate_json(adapter)).get_base_model()  # type: ignore[operator]
     body: nn.Module = model.base_model

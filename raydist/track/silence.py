@@ -66,6 +66,6 @@ def silence(
 def silence_now(folder: RunFolder) -> str | None:
     """What `raydist status` says of a run that makes no progress; None for one that does."""
     attempt = folder.next_attempt() - 1
-    seconds = [record["step_seconds"] for record in read_metrics(folder)[-50:] if record["kind"] == "train"]
+    seconds = [record["step_seconds"] for record in read_metrics(folder)[-50:] if "step_seconds" in record]
     found = silence(folder, attempt, seconds)
     return found.text(folder.ranks(attempt)) if found is not None and found.is_long else None

@@ -66,7 +66,7 @@ def test_a_step_in_fp16_is_that_of_fp32_to_rounding_and_is_skipped_when_it_overf
     for name, job in (("fp32", spec.job), ("fp16", half)):
         strategy = kind(build_model(spec.job, spec.tokenizer, torch.device("cpu")), job, World())
         loss = strategy.forward_backward(batch, 100, last=True)
-        found[name] = loss.item(), strategy.update(1e-3, 1.0), strategy
+        found[name] = loss.item(), strategy.update(1e-3, 1.0).item(), strategy
     assert found["fp16"][0] == pytest.approx(found["fp32"][0], rel=2e-3)
     assert found["fp16"][0] != found["fp32"][0]
     assert found["fp16"][1] == pytest.approx(found["fp32"][1], rel=2e-2)  # unscaled

@@ -43,7 +43,7 @@ def make_log(plan: LogPlan) -> None:
     for number in build._Slices(plan, verify=True).missing:
         parts, options = pipeline.narrowed(plan.source.files, plan.slices[number]), plan.source.options
         chunks = pipeline.read_blocks(number, *parts, options)
-        sink.write([pipeline.tokenize(chunk, plan.tokenizer, "tokenizers", ()) for chunk in chunks], None)  # type: ignore[arg-type]
+        sink.write([pipeline.tokenize(chunk, plan.tokenizer, "tokenizers", (), {}) for chunk in chunks], None)  # type: ignore[arg-type]
     build_log(plan, on_error="fail")
 
 
@@ -215,7 +215,7 @@ def test_a_slice_of_a_file_that_changes_meanwhile_is_not_committed(
         parts = pipeline.narrowed(plan.source.files, plan.slices[0])
         for chunk in pipeline.read_blocks(0, *parts, plan.source.options):
             change(file)
-            yield pipeline.tokenize(chunk, plan.tokenizer, "tokenizers", ())
+            yield pipeline.tokenize(chunk, plan.tokenizer, "tokenizers", (), {})
 
     with pytest.raises(CorpusError, match=r"random\.txt changed while it was read"):
         sink.write(blocks(), None)  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from raydist.errors import JobError, RunError
+from raydist.files import cut_torn_line
 from raydist.folder import RunFolder
 from raydist.job.load import build_job
 from raydist.job.schema import Job
@@ -111,7 +112,7 @@ def test_a_line_that_a_killed_driver_left_is_cut_and_a_damaged_journal_is_refuse
     suggested(job, tmp_path, 2)
     for path in (folder.trials_file, folder.optuna_journal):
         path.write_bytes(path.read_bytes() + b'{"number": 2, "par')
-    folder.cut_torn_lines()
+        assert cut_torn_line(path)
     assert suggested(job, tmp_path, 4) == whole
     folder.optuna_journal.write_text("\0\0\0\n\0\n")
     with pytest.raises(RunError, match=r"journal optuna\.jsonl cannot be read"):

@@ -153,7 +153,7 @@ def test_a_run_goes_on_with_the_collator_it_began_with(
         keep_collator(spec.job, folder)
     module.write_text("# a first try\n" + old)
     keep_collator(spec.job, folder)
-    folder.data_file.write_text("{}")  # of a run that began before sources were kept
+    folder.data_file.write_text('{"sources": {}}')  # of a run that began before sources were kept
     keep_collator(spec.job, folder)
 
 
