@@ -30,7 +30,8 @@ GATE = Path(os.environ["RAY_TMPDIR"], "follow")
 def patiently(text: str) -> str:
     """A cleaning step: once the first window is there, it waits until training has begun."""
     storage = Path(GATE.read_text())
-    while len(list(storage.glob("tokens/*/slices/*"))) >= 2 and not list(storage.glob("*/metrics.jsonl")):
+    first = "tokens/*/slices/0000[01].json"  # not any two: later ones may be done before them
+    while len(list(storage.glob(first))) == 2 and not list(storage.glob("*/metrics.jsonl")):
         time.sleep(0.05)
     return text
 
