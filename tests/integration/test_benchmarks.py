@@ -33,6 +33,7 @@ def test_the_gpu_benchmark_runs_every_side_of_a_row(repository: Path, tmp_path: 
     assert found["card"]["matmul_flops"] > 0 and found["versions"]["torch"]
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so(repository: Path, tmp_path: Path) -> None:
     import torch
 

@@ -79,7 +79,7 @@ def test_on_a_quantized_base_too(bits: str, tmp_path: Path) -> None:
     ("strategy", "bits"),
     [
         pytest.param("ddp", None, marks=pytest.mark.slow),
-        ("fsdp", None),
+        pytest.param("fsdp", None, marks=pytest.mark.slow),
         pytest.param("fsdp", "int4", marks=pytest.mark.slow),
     ],
 )

@@ -78,7 +78,7 @@ ALTERNATING = {**WINDOWED, "layer_types": ["sliding_attention", "full_attention"
         ("gpt2", {}, "fp32"),
         ("qwen3", {}, "bf16"),
         ("mistral", WINDOWED, "fp32"),
-        ("gemma2", ALTERNATING, "fp32"),
+        pytest.param("gemma2", ALTERNATING, "fp32", marks=pytest.mark.slow),
         ("gpt_oss", {**MODELS["gemma2"], **ALTERNATING, **EXPERTS}, "fp32"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

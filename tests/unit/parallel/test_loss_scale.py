@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ from raydist.parallel import loss_scale
 from raydist.parallel.ddp import Ddp, DdpOnCpu, DdpOnGpu
 from raydist.parallel.loss_scale import LossScale
 from raydist.parallel.world import World
-from tests.train_parts import finish, fork_ranks, losses, make_job, make_spec
-from tests.unit.parallel.half import CASES, FITS, SKIPPED, run_half
+from tests.train_parts import losses, make_job, make_spec
+from tests.unit.parallel.half import CASES, FITS, QUICK, SKIPPED, run_half
 from tests.unit.parallel.matrix import STEPS, name_of
-from tests.unit.parallel.test_strategies import parts
+from tests.unit.parallel.test_strategies import on_ranks
 
 
 def test_it_decides_as_torchs_scaler_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,18 +89,26 @@ def spec_batches(spec: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = parts(tmp_path_factory.mktemp("half"))
-    work = folder / "work.pickle"
-    work.write_bytes(pickle.dumps(functools.partial(run_half, folder)))
-    for n_ranks in (2, 1):
-        finish(fork_ranks(work, n_ranks), seconds=400)
-    return folder
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return on_ranks(tmp_path_factory.mktemp("half"), functools.partial(run_half, cases=QUICK))
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rest = [case for case in CASES if case not in QUICK]
+    return on_ranks(tmp_path_factory.mktemp("half"), functools.partial(run_half, cases=rest))
 
 
 @pytest.mark.timeout(900)  # the first of them runs all
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_every_strategy_skips_trains_and_resumes(half: Path, case: tuple[str, str, str]) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
+    ids=map(name_of, CASES),
+)
+def test_every_strategy_skips_trains_and_resumes(
+    request: pytest.FixtureRequest, quick: Path, case: tuple[str, str, str]
+) -> None:
+    half = quick if case in QUICK else request.getfixturevalue("rest")
     folder = half / name_of(case)
     failed = folder / "error.txt"
     assert not failed.exists(), failed.read_text()
@@ -113,7 +120,8 @@ def test_every_strategy_skips_trains_and_resumes(half: Path, case: tuple[str, st
     assert [r["skipped_steps"] for r in trained] == [1, 2, 2, 2]
     told = [r["what"] for r in records if r["kind"] == "incident"]
     assert [what.partition(":")[0] for what in told] == ["step 1 was skipped", "step 2 was skipped"]
-    of_ddp = read_json(half / name_of(("ddp", *case[1:])) / "found.json")["losses"]
+    with_ddp = (quick if case[1] == "full" else half) / name_of(("ddp", *case[1:]))
+    of_ddp = read_json(with_ddp / "found.json")["losses"]
     assert found["losses"] == pytest.approx(of_ddp, rel=5e-3)
     exact = not case[0].startswith("zero-3")
     assert found["losses_of_cut"] == pytest.approx(found["losses"], rel=0 if exact else 2e-4, abs=0)

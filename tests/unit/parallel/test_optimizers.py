@@ -123,7 +123,7 @@ def test_the_loss_falls_and_a_resumed_run_is_bit_identical(alone: Callable[[str]
         ("adamw_8bit", "ddp"),
         pytest.param("adafactor", "ddp", marks=pytest.mark.slow),
         pytest.param("muon", "ddp", marks=pytest.mark.slow),
-        ("muon", "fsdp"),
+        pytest.param("muon", "fsdp", marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_go_as_one_and_resume_bit_identical(
