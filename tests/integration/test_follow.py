@@ -53,6 +53,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "packing": {"block_size": 64, "window_shards": 2},
         "train": {"max_steps": 40, "global_batch_size": 8, "lr": 3e-3, "mixed_precision": "fp32"},
         "eval": {"eval_steps": 20, "max_tokens": 2000, "sources": {}},
+        "scaling": {"cpus_per_worker": 1},  # or training would take the CPUs that preparing needs meanwhile
         "tracking": {"mlflow": False},
     }
 
