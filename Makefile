@@ -38,7 +38,7 @@ demo-kill: install  ## the same job undisturbed and SIGKILLed twice: equal final
 	$(BIN)/python tests/chaos/demo_kill.py $(ARGS)
 
 .PHONY: test
-test: install  ## the tests (about 8 minutes on 2 cores)
+test: install  ## the tests (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest $(TWO) -m "not slow and not real and not gpu" $(ARGS)
 
 .PHONY: test-all

@@ -363,6 +363,7 @@ class Host:
 
 def search_in_an_address_space(spec: AttemptSpec) -> None:
     attempt, room = begun(spec), Guess(spec, None)
+    torch.ones(1, requires_grad=True).backward()  # starts autograd's threads, which need room of their own
     used = psutil.Process().memory_info().vms
     resource.setrlimit(resource.RLIMIT_AS, (used + SPARE_BYTES, resource.RLIM_INFINITY))
     find_micro_batch(attempt, room, Host())
