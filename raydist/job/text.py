@@ -68,7 +68,7 @@ def _inside(value: dict[Any, Any] | list[Any]) -> Iterator[Any]:
 
 
 def _check_size(text: str, loader: Loader) -> None:
-    """Raises ValueError. Reads PyYAML's events, of which none is larger than what is written."""
+    """Raises ValueError for a text that is too large or too deep. PyYAML's events do not expand aliases."""
     sizes: dict[str, int] = {}
     open_nodes: list[list[Any]] = [["", 0]]
     line = 0

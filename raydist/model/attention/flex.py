@@ -176,7 +176,7 @@ def check_flex(config: Any, device: torch.device, asked: Asked) -> None:
         upstream = torch.randn(query.shape, device=device, dtype=query.dtype, generator=generator)
         worst = 0.0
         given = sinks if asked.sinks else None
-        for window in {window and min(window, 100) for window in asked.windows}:
+        for window in {None, *(window and min(window, 100) for window in asked.windows)}:
             mask, seen = block_mask(documents, device, window), _dense(documents, device, window)
             ours = attend(query, key, value, mask, sinks=given)
             reference = plain_attention(query, key, value, seen, given)
