@@ -5,6 +5,7 @@ raydist submit ──> submit ──Jobs API──> raydist train, in the cluste
                      └──> remote: follow, find, stop the job               resources ──┘
 
 connect      joins a cluster, or starts an embedded Ray on this machine; temporary: that one's folder
+session      what a driver works on: is that Ray still there, and a new one in its place
 resources    how many workers the nodes hold, and what training leaves free
 trainer      one attempt at training, in Ray Train's workers; network: their process group between hosts
 ranks        ends the processes of an attempt that hangs

@@ -5,20 +5,17 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import socket
 import sys
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from raydist.cluster.background import in_background
 from raydist.cluster.resources import CORES, cores
+from raydist.cluster.session import Session
 from raydist.cluster.temporary import ray_folder
 from raydist.cluster.token import ensure_token
-from raydist.errors import ClusterError, ClusterLost
+from raydist.errors import ClusterError
 
 if TYPE_CHECKING:
     from ray.job_config import JobConfig
@@ -60,103 +57,6 @@ def set_environment() -> None:
     for name, value in ENVIRONMENT.items():
         if name != "RAY_AUTH_MODE" or "ray" not in sys.modules:
             os.environ.setdefault(name, value)
-
-
-class Session:
-    """The Ray that this process is connected to. start: starts one in its place; None for one of others."""
-
-    def __init__(self, start: Callable[[], None] | None = None) -> None:
-        self._start = start
-        self._gone = ""
-        self._asked, self._silent_since = 0.0, 0.0
-        self._waiting: list[Future[Any]] = []
-
-    @property
-    def can_restart(self) -> bool:
-        return self._start is not None
-
-    def lost(self) -> bool:
-        """Whether Ray's own processes are gone, or the cluster has not answered for a while."""
-        self._gone = self._gone or self._what_is_gone()
-        return bool(self._gone)
-
-    def require(self, waiting: Future[Any] | None = None) -> None:
-        """Raises ClusterLost once Ray is lost. waiting: what a thread does on it meanwhile, if anything.
-
-        To be called every second or so: Ray ends a process that stays connected, after some 10 s without its
-        raylet and after 60 s without its GCS.
-        """
-        if self.lost():
-            self._waiting += [waiting] if waiting else []
-            raise ClusterLost(
-                self._gone,
-                why="it was killed, it crashed, or the machine ran out of memory",
-                fix="submit again: the run goes on from its last checkpoint",
-            )
-
-    def restart(self) -> None:
-        """A new Ray in place of the lost one. Raises ClusterLost if that one cannot be left."""
-        assert self._start is not None, "a cluster of others"
-        if not self.close():
-            self.require()
-        self._start()
-        self._gone = ""
-
-    def close(self) -> bool:
-        """Disconnect; an embedded Ray ends. Where Ray is lost, its end is waited for a while: then False.
-
-        Ray ends a process that frees one of its references while it shuts down. So what threads waited for,
-        whose frames hold such references, is kept until then.
-        """
-        import ray
-
-        if not self.lost():
-            ray.shutdown()
-            return True
-        ending = in_background(ray.shutdown, "shutdown")
-        wait([ending], SHUTDOWN_SECONDS)
-        if ending.done():
-            wait(self._waiting, SHUTDOWN_SECONDS)
-            self._waiting.clear()
-        return ending.done()
-
-    def _what_is_gone(self) -> str:
-        """Empty while all is well."""
-        from ray._private import worker
-
-        node: Any = worker._global_node
-        if node is None:
-            return ""
-        for kind, process in node.dead_processes():
-            if kind in NEEDED:
-                return f"Ray's {NEEDED[kind]} (process {process.pid}) has ended"
-        return "" if node.head else self._silent(str(node.gcs_address))
-
-    def _silent(self, address: str) -> str:
-        now = time.monotonic()
-        if now - self._asked < ASK_SECONDS:
-            return ""
-        self._asked = now
-        if _answers(address):
-            self._silent_since = 0.0
-            return ""
-        self._silent_since = self._silent_since or now
-        silent = now - self._silent_since
-        gone = f"the cluster at {address} is gone: it has not answered for {silent:.0f} s"
-        return gone if silent > GONE_SECONDS else ""
-
-
-NEEDED = {"raylet": "raylet", "gcs_server": "GCS"}
-ASK_SECONDS, GONE_SECONDS, SHUTDOWN_SECONDS = 2.0, 20.0, 20.0
-
-
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=ASK_SECONDS).close()
-    except OSError:
-        return False
-    return True
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from types import FrameType
 from typing import Any
 
 from raydist import files
-from raydist.cluster.connect import Session, ray_session
+from raydist.cluster.connect import ray_session
 from raydist.cluster.ray_output import ray_output_to
 from raydist.cluster.resources import cpus_per_worker_here
+from raydist.cluster.session import Session
 from raydist.errors import JobError, RunChanged, Stopped
 from raydist.folder import Kind, RunFolder
 from raydist.job.identity import differences
