@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +71,9 @@ def prepare(job: Job, *, address: str | None = None, listener: Listener | None =
     view, address = listener or make_view(name=job.name), ray_address(address)
     with storage_watched(Path(job.storage).expanduser()), view:
         view.phase("joining the cluster" if address else "starting Ray")
-        with ray_session(0, 1, address):
-            return prepare_logs(job, view, verify=True)
+        with ray_session(0, 1, address) as session:
+            made = partial(prepare_logs, job, view, verify=True)
+            return session.do_again(made, "preparation", job.scaling.max_failures, view.message)
 
 
 def open_feed(job_or_run: Job | str | Path) -> Feed:

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -82,11 +82,6 @@ def measure(path: Path) -> dict[str, Any]:
     return {"size": size, "xxh3_128": digest.hexdigest()}
 
 
-def append_json(path: Path, record: dict[str, Any], *, flush: bool = False) -> None:
-    """Append one record as a line. `flush`: return only when it is on disk."""
-    append_line(path, orjson.dumps(record, option=orjson.OPT_SERIALIZE_NUMPY), flush=flush)
-
-
 def append_line(path: Path, line: bytes, *, flush: bool = False) -> None:
     """line: without its newline. One that does not fit on the disk is taken back."""
     rest = memoryview(line + b"\n")
@@ -103,8 +98,8 @@ def append_line(path: Path, line: bytes, *, flush: bool = False) -> None:
             raise
 
 
-def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of `path` as a record; [] if there is no such file.
+def read_jsonl(path: Path, parse: Callable[[bytes], Any] = orjson.loads) -> list[dict[str, Any]]:
+    """Every whole line of `path` as a record; [] if there is no such file. parse: raises ValueError.
 
     A process killed while appending leaves a last line without a newline: that line is not a record
     and is left out. Raises RunError for a whole line that is no record.
@@ -112,16 +107,17 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     whole = path.read_bytes().rpartition(b"\n")[0]
-    return [_record(line, path, n) for n, line in enumerate(whole.split(b"\n"), 1) if line.strip()]
+    lines = enumerate(whole.split(b"\n"), 1)
+    return [_record(parse, line, path, number) for number, line in lines if line.strip()]
 
 
-def _record(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def _record(parse: Callable[[bytes], Any], line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        record = orjson.loads(line)
+        record = parse(line)
         if isinstance(record, dict):
             return record
         why = "it is no JSON object"
-    except orjson.JSONDecodeError as error:
+    except ValueError as error:
         why = str(error)
     raise RunError(
         f"{path.name} is damaged",

@@ -24,7 +24,7 @@ import xxhash
 
 from raydist import files
 from raydist.errors import RunBusy, RunError
-from raydist.sealed import is_sealed, read_sealed, sealed, write_sealed
+from raydist.sealed import append_sealed, is_sealed, read_sealed, sealed, write_sealed
 
 LIVE = ("planning", "preparing", "training")
 STATES = (*LIVE, "finished", "failed", "stopped")
@@ -305,7 +305,7 @@ class RunFolder:
         self.add_data(threads={"workers": num_workers, "each": each})
 
     def append_metric(self, record: dict[str, Any]) -> None:
-        files.append_json(self.metrics_file, record)
+        append_sealed(self.metrics_file, record)
 
     # --- checkpoints and attempts ------------------------------------------------------------------
 

@@ -1,10 +1,11 @@
-"""JSON objects in files that carry their own checksum, so that an altered file is never believed.
+"""JSON objects that carry their own checksum, as files or as lines, so that an altered one is never believed.
 
-A file without a checksum, as older versions wrote it, is read as it is.
+One without a checksum, as older versions wrote it, is read as it is.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,39 @@ def read_sealed(
 def is_sealed(path: Path) -> bool:
     """Whether a readable file carries a checksum."""
     return CHECKSUM in files.read_json(path)
+
+
+# --- a line each ---------------------------------------------------------------------------------
+
+
+def append_sealed(path: Path, record: Mapping[str, Any], *, flush: bool = False) -> None:
+    """Append the record as a line. flush: return only when it is on disk."""
+    line = orjson.dumps(dict(record), option=orjson.OPT_SERIALIZE_NUMPY)
+    end = f',"{CHECKSUM}":"{xxhash.xxh3_64_hexdigest(line)}"}}'
+    files.append_line(path, line[:-1] + end.encode(), flush=flush)
+
+
+def opened(line: bytes) -> dict[str, Any]:
+    """The record in the line, without its checksum. Raises ValueError if it is not what was written."""
+    found = _SEALED_LINE.fullmatch(line)
+    if found and xxhash.xxh3_64_hexdigest(found[1] + b"}").encode() != found[2]:
+        raise ValueError("its content does not match its checksum")
+    record = orjson.loads(found[1] + b"}" if found else line)
+    if not isinstance(record, dict):
+        raise ValueError("it is no JSON object")
+    return record
+
+
+def read_sealed_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of `path` as a record; [] if there is no such file. See files.read_jsonl.
+
+    Raises RunError for a line that is not what was written.
+    """
+    return files.read_jsonl(path, opened)
+
+
+_SEALED_LINE = re.compile(rb'(\{.+),"checksum":"([0-9a-f]{16})"\}')
+"""xxh3-64, since a line is short."""
 
 
 def _checksum(record: Mapping[str, Any]) -> str:

@@ -6,12 +6,15 @@ import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
-from typing import Any
+from typing import Any, TypeVar
 
 from raydist.cluster.background import in_background
 from raydist.errors import ClusterLost
 
 NEEDED = {"raylet": "raylet", "gcs_server": "GCS"}
+T = TypeVar("T")
+
+POLL_SECONDS = 0.2
 ASK_SECONDS, GONE_SECONDS, SHUTDOWN_SECONDS = 2.0, 20.0, 20.0
 
 
@@ -33,19 +36,41 @@ class Session:
         self._gone = self._gone or self._what_is_gone()
         return bool(self._gone)
 
-    def require(self, waiting: Future[Any] | None = None) -> None:
-        """Raises ClusterLost once Ray is lost. waiting: what a thread does on it meanwhile, if anything.
+    def require(self, *waiting: Future[Any]) -> None:
+        """Raises ClusterLost once Ray is lost. waiting: what threads do on it meanwhile.
 
         To be called every second or so: Ray ends a process that stays connected, after some 10 s without its
         raylet and after 60 s without its GCS.
         """
         if self.lost():
-            self._waiting += [waiting] if waiting else []
+            self._waiting += waiting
             raise ClusterLost(
                 self._gone,
                 why="it was killed, it crashed, or the machine ran out of memory",
                 fix="submit again: the run goes on from its last checkpoint",
             )
+
+    def do(self, work: Callable[[], T], name: str) -> T:
+        """`work` in a thread of this name, so that this one sees when Ray is gone: then ClusterLost."""
+        doing = in_background(work, name)
+        while not doing.done():
+            self.require(doing)
+            wait([doing], POLL_SECONDS)
+        if doing.exception() is not None:
+            self.require(doing)  # then that is why it failed
+        return doing.result()
+
+    def do_again(self, work: Callable[[], T], name: str, restarts: int, say: Callable[[str], None]) -> T:
+        """`do`, with a new Ray and from its begin, where an embedded one is lost; so often at most."""
+        for _ in range(restarts):
+            try:
+                return self.do(work, name)
+            except ClusterLost as error:
+                if not self.can_restart:
+                    raise
+                say(f"Ray was lost; going on with the {name} ({error.what})")
+            self.restart()
+        return self.do(work, name)
 
     def restart(self) -> None:
         """A new Ray in place of the lost one. Raises ClusterLost if that one cannot be left."""

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from raydist.cluster.background import in_background
 from raydist.cluster.resources import Resources, cpus_per_worker, node_resources
@@ -22,7 +21,7 @@ from raydist.folder import RunFolder
 from raydist.job.functions import module_folders, named_functions
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
-from raydist.run.dataset import Prepared
+from raydist.run.dataset import Prepared, Rest
 from raydist.run.hang import HangWatch
 from raydist.run.lifecycle import Life
 from raydist.track.humanize import workers
@@ -40,7 +39,7 @@ def train(
     life: Life,
     prepared: Prepared,
     samples_per_epoch: int | None,
-    rest: Future[Any] | None,
+    rest: Rest | None,
     *,
     profile: Path | None = None,
 ) -> TrainResult:
@@ -76,10 +75,12 @@ def train(
         try:
             life.ray.require()
         except ClusterLost as error:
-            if not life.ray.can_restart or (rest is not None and not rest.done()):
+            if not life.ray.can_restart:
                 raise
             why = survived(error, "Ray")
             life.ray.restart()
+            if rest is not None:
+                rest.go_on()
         nodes = node_resources()
         known = remembered(folder, device_type(job, nodes))
         plan = plan_attempt(job, samples_per_epoch, nodes, known or start)
@@ -249,7 +250,7 @@ class Follower:
             self._listener.progress(*now)
 
 
-def _watch(spec: AttemptSpec, life: Life, rest: Future[Any] | None) -> TrainResult:
+def _watch(spec: AttemptSpec, life: Life, rest: Rest | None) -> TrainResult:
     """One attempt, in a thread, so that this one can pass on its records and receive signals.
 
     Raises ClusterLost when Ray is gone meanwhile.
@@ -264,10 +265,12 @@ def _watch(spec: AttemptSpec, life: Life, rest: Future[Any] | None) -> TrainResu
     while not done:
         done = attempt.done()  # before the poll, so that the last records are not missed
         follower.poll()
-        if rest is not None and rest.done():
+        making = [rest.making] if rest is not None else []
+        if not done or (rest is not None and rest.failed):
+            life.ray.require(attempt, *making)
+        if rest is not None and rest.failed:
             rest.result()
         if not done:
-            life.ray.require(attempt)
             watch.look()
             time.sleep(POLL_SECONDS)
     try:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from raydist.cluster.background import in_background
 from raydist.corpus.build import LogPlan, build_log, plan_log
 from raydist.corpus.log import TokenLog, open_log
 from raydist.corpus.log_folder import MADE_AGAIN, LogFolder
@@ -110,6 +111,33 @@ def can_begin_early(job: Job) -> bool:
     weighted = all(source.weight is not None for source in job.corpus.sources.values())
     known = weighted or len(job.corpus.sources) == 1
     return job.prepare.wait == "auto" and job.train.epochs is None and known
+
+
+class Rest:
+    """The rest of the token logs, made in a thread while training goes on with their beginning."""
+
+    def __init__(self, make: Callable[[], Prepared]) -> None:
+        self._make = make
+        self.making = in_background(make, "preparation")
+
+    @property
+    def done(self) -> bool:
+        """Also if it failed."""
+        return self.making.done()
+
+    @property
+    def failed(self) -> bool:
+        return self.done and self.making.exception() is not None
+
+    def result(self) -> Prepared:
+        """Waits for it, and raises what it raised."""
+        return self.making.result()
+
+    def go_on(self) -> Rest:
+        """Begins again if it failed; slices that were made stay."""
+        if self.failed:
+            self.making = in_background(self._make, "preparation")
+        return self
 
 
 def prepare_first(

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from raydist import files
 from raydist.cluster.connect import ray_session
@@ -31,6 +31,8 @@ from raydist.job.schema import Job, Scaling
 from raydist.redact import redact
 from raydist.track.listener import Listener
 from raydist.training.phases import Phases
+
+T = TypeVar("T")
 
 
 def folder_of(job: Job) -> RunFolder:
@@ -111,6 +113,11 @@ class Life:
     def preparing(self) -> None:
         self.folder.set_status("preparing")
         self.phases.begin("prepare")
+
+    def prepare(self, work: Callable[[], T]) -> T:
+        """`work`, which makes token logs: again, and only what is missing then, where Ray was lost."""
+        restarts = self.job.scaling.max_failures
+        return self.ray.do_again(work, "preparation", restarts, self.listener.message)
 
     def training(self) -> None:
         self.folder.set_status("training")

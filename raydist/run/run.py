@@ -6,19 +6,17 @@ itself, and writes the report.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydist.cluster.background import in_background
 from raydist.cluster.resources import spare
 from raydist.errors import JobError
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
-from raydist.run.dataset import Prepared, can_begin_early, prepare_first, prepare_logs
+from raydist.run.dataset import Prepared, Rest, can_begin_early, prepare_first, prepare_logs
 from raydist.run.lifecycle import Life, at_the_end, keep_collator, state_after
 from raydist.track.listener import Listener
 from raydist.track.progress import make_view
@@ -92,9 +90,9 @@ def _prepare_and_train(life: Life, parent: str | None, profile: Path | None) -> 
     with reported(life, parent):
         result = attempts.train(life, prepared, feed.samples_per_epoch, rest, profile=profile)
         if rest is not None:
-            if result.stopped and not rest.done():
+            if result.stopped and not rest.done:
                 raise life.stopped()
-            prepared = _awaited(rest, life.listener)
+            prepared = _awaited(rest, life)
             life.listener.phase("packing")
             feed = prepared.feed(life.listener)
             write_data(life.folder, prepared, feed)
@@ -106,23 +104,25 @@ def _prepare_and_train(life: Life, parent: str | None, profile: Path | None) -> 
 # --- data ----------------------------------------------------------------------------------------
 
 
-def _prepare(life: Life) -> tuple[Prepared, Future[Prepared] | None]:
+def _prepare(life: Life) -> tuple[Prepared, Rest | None]:
     """The token logs; or their first windows, and the rest, which is made while training goes on."""
     job, pinned = life.job, life.folder.data().get("pins")
     share = spare(job) if can_begin_early(job) else None
-    first = prepare_first(job, life.listener, share, pinned=pinned) if share else None
-    if first is None:
-        return prepare_logs(job, life.listener, pinned=pinned, stop=life.stop_if_asked), None
-    prepared, rest = first
-    return prepared, in_background(rest, "preparation")
+
+    def begin() -> tuple[Prepared, Callable[[], Prepared] | None]:
+        first = prepare_first(job, life.listener, share, pinned=pinned) if share else None
+        return first or (prepare_logs(job, life.listener, pinned=pinned, stop=life.stop_if_asked), None)
+
+    prepared, make_rest = life.prepare(begin)
+    return prepared, Rest(make_rest) if make_rest else None
 
 
-def _awaited(rest: Future[Prepared], listener: Listener) -> Prepared:
-    if not rest.done():
-        listener.phase(
+def _awaited(rest: Rest, life: Life) -> Prepared:
+    if not rest.done:
+        life.listener.phase(
             "preparing", "training has ended; the rest of the token logs, to account for every token"
         )
-    return rest.result()
+    return life.prepare(lambda: rest.go_on().result())
 
 
 def write_data(folder: RunFolder, prepared: Prepared, feed: Feed) -> None:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raydist import files
 from raydist.corpus.log import Shard, gathered, open_log
 from raydist.corpus.log_folder import MADE_AGAIN, LogFolder
 from raydist.corpus.tokenizer import check_trained
@@ -17,6 +16,7 @@ from raydist.errors import CheckpointError, LogError, RaydistError, RunError
 from raydist.feed.cache import is_intact
 from raydist.folder import COMMIT, DAMAGED, RunFolder
 from raydist.run.lifecycle import began_with
+from raydist.sealed import read_sealed_lines
 from raydist.storage import Storage
 from raydist.track.humanize import size
 from raydist.track.records import read_metrics
@@ -100,7 +100,7 @@ def verify_run(folder: RunFolder, say: Say = lambda text: None) -> Verified:
     with done.reading(folder.metrics_file):
         _check_metrics(folder)
     with done.reading(folder.trials_file):
-        files.read_jsonl(folder.trials_file)
+        read_sealed_lines(folder.trials_file)
     _verify_checkpoints(done, folder, say)
     pins: dict[str, Any] = {}
     with done.reading(folder.data_file):

@@ -11,10 +11,10 @@ import numpy as np
 from ray import tune
 from ray.tune.search import Searcher
 
-from raydist import files
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.job.tune import Distribution
+from raydist.sealed import append_sealed, read_sealed_lines
 from raydist.sweep.memory import OptunaMemory, Parameters
 
 METRIC = "bits_per_byte"
@@ -49,7 +49,7 @@ class Journal(Searcher):
             if not self._affords(parameters):
                 return None if self._running else self.FINISHED  # one that is pruned leaves tokens
             record = {"number": number, "parameters": parameters}
-            files.append_json(self._folder.trials_file, record, flush=True)
+            append_sealed(self._folder.trials_file, record, flush=True)
             self._known.append(parameters)
             if self._optuna is not None:
                 self._optuna.begin(parameters)
@@ -102,7 +102,7 @@ def outcome(result: dict[str, Any], folder: RunFolder) -> str:
 
 def read_parameters(file: Path) -> list[Parameters]:
     """Of each trial that was ever begun, in the order of their numbers."""
-    return [record["parameters"] for record in files.read_jsonl(file) if "parameters" in record]
+    return [record["parameters"] for record in read_sealed_lines(file) if "parameters" in record]
 
 
 def _domain(of: Distribution) -> Any:

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +17,6 @@ from ray.tune import TuneError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from raydist import files
-from raydist.cluster.background import in_background
 from raydist.cluster.resources import cpus_per_worker, node_resources, require_room
 from raydist.errors import ClusterError, ClusterLost, JobError, TrainingError, first_line
 from raydist.folder import RunFolder
@@ -31,6 +29,7 @@ from raydist.redact import redact
 from raydist.run.dataset import Prepared, prepare_logs
 from raydist.run.lifecycle import Life, at_the_end, folder_of, state_after
 from raydist.run.preflight import check_job
+from raydist.sealed import append_sealed, read_sealed_lines
 from raydist.sweep.memory import Parameters
 from raydist.sweep.suggest import ENDED, METRIC, Journal, outcome, read_parameters
 from raydist.sweep.trial import SweepSpec, TrialRun, curve
@@ -38,8 +37,6 @@ from raydist.track.listener import Listener
 from raydist.track.mlflow import finish_parent, start_parent
 from raydist.track.progress import make_view
 from raydist.track.sweep_page import Trial, ranked, write_sweep_page
-
-POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,7 @@ def _prepare_and_search(life: Life) -> None:
     room = require_room(_scaled(job, cpus_per_worker=1) if shared else job, "one trial")
     life.preparing()
     pins = folder.data().get("pins")
-    prepared = prepare_logs(job, life.listener, pinned=pins, stop=life.stop_if_asked)
+    prepared = life.prepare(lambda: prepare_logs(job, life.listener, pinned=pins, stop=life.stop_if_asked))
     _require_held_out(replace(prepared, job=trial_at(job, 0)))
     folder.add_data(pins=prepared.pins())
     life.training()
@@ -128,10 +125,7 @@ def _search(spec: SweepSpec, life: Life, at_a_time: int) -> None:
 
 
 def _search_once(spec: SweepSpec, life: Life, at_a_time: int) -> None:
-    """In a thread, so that this one sees when Ray is gone.
-
-    Tune keeps its own records in ray/attempt-N; nothing is ever read from there.
-    """
+    """Tune keeps its own records in ray/attempt-N; nothing is ever read from there."""
     os.environ.update(TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", TUNE_DISABLE_SIGINT_HANDLER="1")
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # a job's relative paths mean this folder
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the new one prints errors even where verbose is 0
@@ -161,14 +155,9 @@ def _search_once(spec: SweepSpec, life: Life, at_a_time: int) -> None:
             verbose=0,
         ),
     )
-    search = in_background(tuner.fit, "search")
-    while not search.done():
-        life.ray.require(search)
-        wait([search], POLL_SECONDS)
     try:
-        search.result()
+        life.ray.do(tuner.fit, "search")
     except (RayError, TuneError) as error:
-        life.ray.require()
         raise ClusterError(
             f"Ray Tune gave up: {first_line(error)}",
             where=str(folder.ray_output),
@@ -241,7 +230,7 @@ class OutcomeLog(tune.Callback):
         if number in self._spec.ended:
             return  # it was recorded when it happened
         error = redact(error)
-        files.append_json(
+        append_sealed(
             self._folder.trials_file, {"number": number, "state": state, "error": error}, flush=True
         )
         self._listener.message(f"trial {number:03d}  {state}{': ' * bool(error)}{error}")
@@ -253,7 +242,7 @@ def _number(trial: Any) -> int:
 
 def _states(job: Job, folder: RunFolder) -> list[tuple[str, str]]:
     """State and error of each trial by number: finished if its own folder says so, else as last recorded."""
-    last = {record["number"]: record for record in files.read_jsonl(folder.trials_file)}
+    last = {record["number"]: record for record in read_sealed_lines(folder.trials_file)}
     return [_state(last[n], folder.path.with_name(trial_name(job, n))) for n in sorted(last)]
 
 

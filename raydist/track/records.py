@@ -13,10 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import orjson
-
 from raydist.folder import RunFolder
 from raydist.redact import redact, redacted
+from raydist.sealed import opened
 from raydist.training.phases import PHASES
 
 Record = dict[str, Any]
@@ -144,10 +143,10 @@ def key(name: str) -> str:
 def _parse(line: bytes) -> Record | None:
     """None for a line that is no record: a killed writer left it incomplete, or something else wrote it."""
     try:
-        record = orjson.loads(line)
-    except orjson.JSONDecodeError:
+        record = opened(line)
+    except ValueError:
         return None
-    return record if isinstance(record, dict) and _is_record(record) else None
+    return record if _is_record(record) else None
 
 
 def _is_record(record: Record) -> bool:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,22 @@ def test_a_killed_part_of_ray_costs_an_attempt(
     assert code == 0 and told in output and "Traceback" not in output, output
     assert len(output.splitlines()) < 90, output  # Ray's own report is in a file
     assert weight_hash(folder_of(job).model) == weight_hash(undisturbed[0].model)
+
+
+@pytest.mark.parametrize("part", ["raylet", "gcs_server"])
+def test_preparing_goes_on_with_a_new_ray(
+    whole: dict[str, Any], undisturbed: tuple[RunFolder, str], tmp_path: Path, part: str
+) -> None:
+    job = {**whole, "name": "prepared", "storage": str(tmp_path)}
+    process, folder = start(job), folder_of(job)
+    while folder.status().get("state") != "preparing":
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    the_process(process, part).kill()
+    code, output = finish(process, 480)
+    assert code == 0 and "Ray was lost; going on with the preparation" in output, output
+    assert "Traceback" not in output, output
+    assert weight_hash(folder.model) == weight_hash(undisturbed[0].model)
 
 
 def test_a_lost_controller_counts_as_a_failure(whole: dict[str, Any], undisturbed: object) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from raydist import files
 from raydist.errors import JobError, StorageError
 from raydist.parallel.state import write_state
+from raydist.sealed import append_sealed, read_sealed_lines
 
 LIMIT = 64 * 1024
 
@@ -82,11 +83,11 @@ def test_what_no_disk_refused_stays_as_it_is() -> None:
 
 def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
-    files.append_json(path, {"step": 1})
+    append_sealed(path, {"step": 1})
     with small_files(), pytest.raises(OSError):
-        files.append_json(path, {"text": "x" * 2 * LIMIT})
-    files.append_json(path, {"step": 2})
-    assert files.read_jsonl(path) == [{"step": 1}, {"step": 2}]
+        append_sealed(path, {"text": "x" * 2 * LIMIT})
+    append_sealed(path, {"step": 2})
+    assert read_sealed_lines(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_who_may_read_the_folder_may_read_the_file(tmp_path: Path) -> None:
@@ -103,6 +104,7 @@ ON_A_FULL_DISK = """
 import os, sys
 from pathlib import Path
 from raydist import files
+from raydist.sealed import append_sealed, read_sealed_lines
 from raydist.errors import StorageError
 from raydist.folder import RunFolder
 from raydist.run.lifecycle import at_the_end, state_after

@@ -15,6 +15,7 @@ from raydist.errors import RunBusy, RunError
 from raydist.folder import RunFolder, find_run
 from raydist.job.schema import Job
 from raydist.run.run import run_job
+from raydist.sealed import append_sealed, read_sealed_lines
 from raydist.sweep.sweep import run_sweep
 
 HOLD = "import sys,time,pathlib\nfrom raydist.folder import RunFolder\n\
@@ -65,10 +66,10 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 def test_a_torn_last_line_is_no_record(tmp_path: Path) -> None:
     path = tmp_path / "records.jsonl"
     assert files.read_jsonl(path) == []
-    files.append_json(path, {"step": 1}, flush=True)
+    append_sealed(path, {"step": 1}, flush=True)
     with path.open("ab") as stream:
         stream.write(b'{"step": 2')
-    assert files.read_jsonl(path) == [{"step": 1}]
+    assert read_sealed_lines(path) == [{"step": 1}]
 
 
 @pytest.mark.parametrize("line", [b"\0\xff", b"[1]", b'{"step": 2'])

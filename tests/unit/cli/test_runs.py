@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from raydist import files
 from raydist.cli import group, main
 from raydist.folder import RunFolder
+from raydist.sealed import append_sealed
 
 
 def make_run(storage: Path, name: str, state: str, steps: int = 3, **status: Any) -> RunFolder:
@@ -22,7 +23,7 @@ def make_run(storage: Path, name: str, state: str, steps: int = 3, **status: Any
     folder.mark("run")
     folder.write_job(f"name: {name}\n")
     for record in records(steps):
-        files.append_json(folder.metrics_file, record)
+        append_sealed(folder.metrics_file, record)
     files.write_text(folder.checkpoints / "step-00000002" / "COMMIT.json", "{}")
     (folder.checkpoints / "step-00000003").mkdir()
     folder.set_status(state, **status)
@@ -109,7 +110,7 @@ def test_logs_follow_a_run_to_its_end(tmp_path: Path) -> None:
     last = records(3)[-3]
 
     def end() -> None:
-        files.append_json(folder.metrics_file, last)
+        append_sealed(folder.metrics_file, last)
         folder.set_status("finished")
 
     with folder.lease():

@@ -15,6 +15,7 @@ from raydist.folder import Kind, RunFolder
 from raydist.job.schema import Job
 from raydist.run import lifecycle
 from raydist.run.lifecycle import Life
+from raydist.sealed import append_sealed
 from raydist.track.listener import Listener
 
 
@@ -53,7 +54,7 @@ def committed(folder: RunFolder) -> None:
 
 
 def begun(folder: RunFolder) -> None:
-    files.append_json(folder.trials_file, {"number": 0, "parameters": {}})
+    append_sealed(folder.trials_file, {"number": 0, "parameters": {}})
 
 
 def test_why_a_run_is_submitted_again_is_known(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig
 
 from raydist.errors import OutOfMemory
-from raydist.files import append_json
 from raydist.folder import RunFolder
 from raydist.job.plan import Plan
 from raydist.job.schema import Job
 from raydist.run.attempts import halved, plan_attempt
+from raydist.sealed import append_sealed
 from raydist.training.memory import memory_watched
 from raydist.training.room import Room, changes
 from tests.train_parts import LLAMA, VOCABULARY, make_job, make_spec, write_tokenizer
@@ -124,7 +124,7 @@ def test_it_is_halved_down_to_one_and_not_where_the_job_says_how_many(tmp_path: 
     of_auto = make_job(tmp_path, train=auto)
     with pytest.raises(OutOfMemory, match="here"):  # the attempt did not begin: the model does not fit
         halved(of_auto, folder, plan_attempt(of_auto, None, [], None), 1, error)
-    append_json(folder.metrics_file, {"kind": "start", "step": 0, "attempt": 1})
+    append_sealed(folder.metrics_file, {"kind": "start", "step": 0, "attempt": 1})
 
     def found(job: Job) -> list[str]:
         plans: list[Plan] = [plan_attempt(job, None, [], None)]
