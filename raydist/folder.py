@@ -58,7 +58,7 @@ CONTENTS = (
     "raydist-job.yaml", "status.json", "progress.json", "data.json", "metrics.jsonl", "ledger.jsonl",
     "damaged-ledger.jsonl", "stop", "report.html", "trials.jsonl", "optuna.jsonl", "best.yaml", "sweep.html",
     "mlflow.json", "wandb.json",
-    "checkpoints", "ray", "model", ".model.tmp", "export", "tensorboard", "wandb",
+    "checkpoints", "ray", "model", "model.json", ".model.tmp", "export", "tensorboard", "wandb",
 )  # fmt: skip
 """All that raydist writes into a run's or a sweep's folder, except the marker, the locks and SPARE."""
 
@@ -80,6 +80,7 @@ class RunFolder:
         self.ray = path / "ray"
         self.ray_output = self.ray / "driver.log"
         self.model = path / "model"
+        self._model_record = path / "model.json"
         self.merged = path / "export" / "merged"
         self.report = path / "report.html"
         self.stop_flag = path / "stop"
@@ -306,6 +307,23 @@ class RunFolder:
 
     def append_metric(self, record: dict[str, Any]) -> None:
         append_sealed(self.metrics_file, record)
+
+    # --- the model ---------------------------------------------------------------------------------
+
+    def write_model_record(self, measured: dict[str, Any]) -> None:
+        """measured: size and checksum (see files.measure) of each file of the model, by name."""
+        write_sealed(self._model_record, {"files": measured})
+
+    def model_record(self) -> dict[str, Any]:
+        """What `write_model_record` was given; {} for a run of an older version, or without a model.
+
+        Raises RunError where the record is damaged.
+        """
+        if not self._model_record.exists():
+            return {}
+        fix = "restore it from a copy; or remove it: then the model's files cannot be verified"
+        record = read_sealed(self._model_record, RunError, fix, keys=("files",))
+        return dict(record["files"])
 
     # --- checkpoints and attempts ------------------------------------------------------------------
 

@@ -81,6 +81,12 @@ def is_model_file(name: str) -> bool:
     return any(fnmatch(name, known) for known in MODEL_FILES)
 
 
+def model_files(folder: Path) -> list[Path]:
+    """The files that decide what the model in `folder` computes: weights, configuration and tokenizer."""
+    names = (path for path in folder.iterdir() if path.is_file() and is_model_file(path.name))
+    return sorted(path for path in names if path.name != "README.md")
+
+
 def save_full(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, folder: Path) -> None:
     model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     config = files.read_json(folder / "config.json")

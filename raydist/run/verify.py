@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from raydist import files
 from raydist.corpus.log import Shard, gathered, open_log
 from raydist.corpus.log_folder import MADE_AGAIN, LogFolder
 from raydist.corpus.tokenizer import check_trained
@@ -87,7 +88,7 @@ def verify_log(path: Path, say: Say = lambda text: None) -> Verified:
 
 
 def verify_run(folder: RunFolder, say: Say = lambda text: None) -> Verified:
-    """A run's or a sweep's records, checkpoints and ledger; the token logs and pack indexes that it uses."""
+    """A run's or a sweep's records, checkpoints, ledger and model; its token logs and pack indexes."""
     done = Verified()
     with done.reading(folder.marker):
         folder.check_marker()
@@ -102,6 +103,7 @@ def verify_run(folder: RunFolder, say: Say = lambda text: None) -> Verified:
     with done.reading(folder.trials_file):
         read_sealed_lines(folder.trials_file)
     _verify_checkpoints(done, folder, say)
+    _verify_model(done, folder)
     pins: dict[str, Any] = {}
     with done.reading(folder.data_file):
         pins = folder.data().get("pins", {})
@@ -141,6 +143,22 @@ def _verify_checkpoints(done: Verified, folder: RunFolder, say: Say) -> None:
         damage = ledger.damage(folder, newest.line if newest else "")
         if damage := damage or (disagreement(folder, newest) if newest else None):
             raise damage
+
+
+def _verify_model(done: Verified, folder: RunFolder) -> None:
+    """Every file of model/ as it was exported. A model that was removed as a whole is no damage."""
+    recorded: dict[str, Any] = {}
+    with done.reading():
+        recorded = folder.model_record()
+    for name, measured in recorded.items() if folder.model.is_dir() else ():
+        path = folder.model / name
+        with done.reading(path):
+            if not path.is_file() or files.measure(path) != measured:
+                raise RunError(
+                    f"model/{name} is {'not what was exported' if path.is_file() else 'missing'}",
+                    where=str(path),
+                    fix="restore it from a copy, unless you changed it yourself",
+                )
 
 
 def _verify_pinned(done: Verified, storage: Storage, name: str, say: Say) -> None:

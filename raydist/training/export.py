@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from raydist.model.export import full_state, save_model, saved_dtype
+from raydist.files import measure
+from raydist.model.export import full_state, model_files, save_model, saved_dtype
 from raydist.training.card import model_card
 from raydist.training.checkpoint import Position, best
 
@@ -20,7 +21,9 @@ def export(attempt: Attempt) -> None:
     state = full_state(strategy.module, dtype, gather_full=strategy.gather_full, keep=main)
     if main:
         card = model_card(attempt.spec, weights, attempt.data.feed.fingerprint)
-        save_model(strategy.module, state, job, attempt.spec.tokenizer, attempt.folder.model, card)
+        folder = attempt.folder
+        save_model(strategy.module, state, job, attempt.spec.tokenizer, folder.model, card)
+        folder.write_model_record({path.name: measure(path) for path in model_files(folder.model)})
 
 
 def _load_best(attempt: Attempt) -> Position | None:

@@ -284,6 +284,22 @@ def test_verify_says_what_it_read_and_what_is_damaged(tmp_path: Path, half: Half
     assert found_out.exit_code == CheckpointError.exit_code and "2 damaged" in found_out.stdout
 
 
+def test_an_altered_model_is_named(tmp_path: Path, half: Half) -> None:
+    folder = go_on(half.copied(tmp_path / "runs"))
+    assert verify_run(folder).damage == []
+    weights, config = folder.model / "model.safetensors", folder.model / "config.json"
+    weights.write_bytes(flipped(weights.read_bytes(), weights.stat().st_size - 100))
+    config.unlink()
+    (folder.model / "README.md").write_text("Changed by its owner.")
+    told = [f"{error.what} {error.where}" for error in verify_run(folder).damage]
+    assert sorted(told) == [
+        f"model/config.json is missing {config}",
+        f"model/model.safetensors is not what was exported {weights}",
+    ]
+    shutil.rmtree(folder.model)
+    assert verify_run(folder).damage == []
+
+
 def test_damaged_runs_are_listed_among_the_others(tmp_path: Path, half: Half) -> None:
     storage = Path(half.copied(tmp_path / "runs").storage)
     for damage in DAMAGES:
