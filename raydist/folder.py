@@ -354,6 +354,10 @@ class RunFolder:
         """Signs of life of an attempt's ranks, and their stacks once they hang."""
         return self.attempt(attempt) / "ranks"
 
+    def placement_group(self, attempt: int) -> Path:
+        """The id of the group that Ray reserves for an attempt's workers."""
+        return self.attempt(attempt) / "placement-group"
+
     def next_attempt(self) -> int:
         """Attempts count from 1 over the whole life of the run."""
         names = (path.name.removeprefix("attempt-") for path in self.ray.glob("attempt-*"))

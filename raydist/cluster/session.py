@@ -18,6 +18,14 @@ POLL_SECONDS = 0.2
 ASK_SECONDS, GONE_SECONDS, SHUTDOWN_SECONDS = 2.0, 20.0, 20.0
 
 
+def is_embedded() -> bool:
+    """Whether the Ray that this process is connected to is its own."""
+    from ray._private import worker
+
+    node: Any = worker._global_node
+    return node is not None and bool(node.head)
+
+
 class Session:
     """The Ray that this process is connected to. start: starts one in its place; None for one of others."""
 

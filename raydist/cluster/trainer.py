@@ -7,36 +7,27 @@ be torn, and the run's own COMMIT.json files are the authority in any case.
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import ray.train
-import torch
+import ray
 from ray import PlacementGroupID
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
-from ray.train import Checkpoint
-from ray.train.torch import get_device
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 from ray.util.placement_group import PlacementGroup
 
 from raydist import files
+from raydist.cluster import network
 from raydist.cluster.network import BetweenHosts
+from raydist.cluster.session import is_embedded
 from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost, first_line
 from raydist.folder import RunFolder
-from raydist.parallel.world import World, backend_of
-from raydist.training.attempt_spec import AttemptSpec
-from raydist.training.checkpoint import Commit
-from raydist.training.hooks import Hook
-from raydist.training.loop import Attempt, TrainResult, train
-from raydist.training.room import Room
+from raydist.training.attempt_spec import AttemptSpec, TrainResult
 
 COLLECTIVE_TIMEOUT_SECONDS = 300
 NODES_BACK_SECONDS = 600
@@ -66,11 +57,11 @@ def run_attempt(spec: AttemptSpec, say: Callable[[str], None] = lambda text: Non
 
 def _fit(spec: AttemptSpec) -> TrainResult:
     scaling = _scaling(spec)
-    backend = backend_of(torch.device("cuda" if scaling.use_gpu else "cpu"))
+    group = BetweenHosts("nccl" if scaling.use_gpu else "gloo", COLLECTIVE_TIMEOUT_SECONDS)
     trainer = Trainer(
         _train_on_worker,
         train_loop_config={"spec": spec},
-        torch_config=BetweenHosts(backend=backend, timeout_s=COLLECTIVE_TIMEOUT_SECONDS),
+        torch_config=group,  # type: ignore[arg-type]
         scaling_config=scaling,
         run_config=RunConfig(
             name=f"attempt-{spec.attempt}",
@@ -93,15 +84,17 @@ def _fit(spec: AttemptSpec) -> TrainResult:
 
 
 class Trainer(TorchTrainer):
-    """Without the actor that splits Ray data sets among the workers.
+    """Without actors that nobody needs here: each takes 200 MB, and CPU seconds at every attempt's start.
 
-    Our workers read token logs. The actor would start, and import Ray Data, with every attempt. The method is
-    Ray's own and not public: in a release that does without it this one is never called.
+    One splits Ray data sets among the workers, but ours read token logs. The other frees the workers' CPUs
+    where the controller and the driver are lost; an embedded Ray is lost with its driver. The method is Ray's
+    own and not public: in a release that does without it this one is never called.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks: list[Any] = super()._create_default_callbacks()
-        return [each for each in callbacks if type(each).__name__ != "DatasetsCallback"]
+        unused = {"DatasetsCallback", *(("PlacementGroupCleanerCallback",) if is_embedded() else ())}
+        return [each for each in callbacks if type(each).__name__ not in unused]
 
 
 def _scaling(spec: AttemptSpec) -> ScalingConfig:
@@ -122,51 +115,11 @@ def _missing(spec: AttemptSpec) -> str:
     return ", ".join(f"{there.get(name, 0):g} of {asked[name]} {name}s are there" for name in short)
 
 
-# --- on the worker -------------------------------------------------------------------------------
-
-
 def _train_on_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """The TrainResult as plain values: Ray's controller reads it, and need not import the training for it."""
-    spec: AttemptSpec = config["spec"]
-    context, device = ray.train.get_context(), get_device()
-    if context.get_world_rank() == 0:
-        _note_group(spec)
-    try:
-        world = World(
-            context.get_world_rank(),
-            context.get_world_size(),
-            context.get_local_rank(),
-            device if isinstance(device, torch.device) else device[0],
-        )
-        return asdict(train(spec, world, hooks=[ReportToRay()]))
-    except RaydistError:
-        raise
-    except Exception as error:  # whole: Ray cuts a traceback to 1,000 characters
-        raise TrainingError(
-            f"rank {context.get_world_rank()}: {type(error).__name__}: {error}", why=traceback.format_exc()
-        ) from error
+    """In a worker. Only there is the training imported; driver and controller need not wait for it."""
+    from raydist.cluster.worker import train_on_worker
 
-
-def _note_group(spec: AttemptSpec) -> None:
-    """For `_remove_group`: which placement group the workers are in."""
-    group = ray.util.get_current_placement_group()
-    if group is not None:
-        with suppress(OSError):
-            files.write_text(_group_file(spec), group.id.hex())
-
-
-class ReportToRay(Hook):
-    """Reports each commit to Ray Train: a pointer, since the state lies in the run's folder."""
-
-    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
-        metrics = {"step": commit.step, "samples": commit.samples, "eval_loss": commit.eval_loss}
-        if not attempt.world.is_main:
-            ray.train.report(metrics)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            pointer = {"checkpoint": str(commit.path), "step": commit.step}
-            files.write_json(Path(folder) / "pointer.json", pointer)
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+    return train_on_worker(config["spec"], import_seconds=network.import_seconds)
 
 
 # --- what went wrong -----------------------------------------------------------------------------
@@ -177,7 +130,7 @@ def _explain(error: TrainingFailedError, spec: AttemptSpec) -> RaydistError:
         return _explain_controller(error, spec)
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else []
     if killed := next((failure for failure in failures if _is_for_memory(failure)), None):
-        return Room(spec, None).out_of_memory(killed, "on a worker's node: Ray ended the worker")
+        return _out_of_memory(spec, killed, "on a worker's node: Ray ended the worker")
     raised = [failure for failure in failures if not _is_loss(failure)]
     own = next((failure for failure in raised if isinstance(failure, RaydistError)), None)
     if own is not None:
@@ -190,23 +143,25 @@ def _explain(error: TrainingFailedError, spec: AttemptSpec) -> RaydistError:
 def _explain_ray(error: RayError, spec: AttemptSpec) -> RaydistError:
     """What Ray raises by itself, without Ray Train's wrapping: the controller of the attempt is gone."""
     if isinstance(error, OutOfMemoryError):
-        what = "on the driver's node: Ray ended the training's controller"
-        return Room(spec, None).out_of_memory(error, what)
+        return _out_of_memory(spec, error, "on the driver's node: Ray ended the training's controller")
     return WorkerLost(
         f"the process that controls the workers was lost: {_died(error)}", where=_whole(error, spec)
     )
 
 
+def _out_of_memory(spec: AttemptSpec, error: Exception, where: str) -> RaydistError:
+    from raydist.training.room import Room
+
+    return Room(spec, None).out_of_memory(error, where)
+
+
 def _remove_group(spec: AttemptSpec) -> None:
     """Free what the workers of a lost controller reserve: nobody else does where Ray has no dashboard."""
-    if _group_file(spec).exists():
-        group = PlacementGroup(PlacementGroupID.from_hex(_group_file(spec).read_text()))
+    file = RunFolder(spec.run).placement_group(spec.attempt)
+    if file.exists():
+        group = PlacementGroup(PlacementGroupID.from_hex(file.read_text()))
         with suppress(RayError, ValueError):
             ray.util.remove_placement_group(group)
-
-
-def _group_file(spec: AttemptSpec) -> Path:
-    return RunFolder(spec.run).attempt(spec.attempt) / "placement-group"
 
 
 def _died(error: RayError) -> str:

@@ -29,8 +29,7 @@ from raydist.track.listener import Listener
 from raydist.track.records import Record, Tail, read_metrics
 
 if TYPE_CHECKING:
-    from raydist.training.attempt_spec import AttemptSpec
-    from raydist.training.loop import TrainResult
+    from raydist.training.attempt_spec import AttemptSpec, TrainResult
 
 POLL_SECONDS = 0.5
 

@@ -26,6 +26,6 @@ memory         errors that mean out of memory; how much memory was taken
 room           what a worker needs by the estimate and what its device has; what would fit
 micro_batch    finds the largest micro batch that fits a GPU, by trying
 export, card   model/ and its README.md
-attempt_spec   what an attempt needs to know, the same on every rank
+attempt_spec   what an attempt needs to know, the same on every rank; its result
 torchrun       the process group and signals of a rank without Ray; run/torchrun.py uses it
 """

@@ -1,10 +1,11 @@
-"""What one attempt at training needs to know; picklable, and the same on every rank."""
+"""What one attempt at training needs to know, the same on every rank, and its result; both picklable."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from raydist.job.plan import Plan
 from raydist.job.schema import Job
@@ -40,9 +41,25 @@ class AttemptSpec:
     cpus: int = 1
     threads: int | None = None
 
+    def imported(self, seconds: float) -> AttemptSpec:
+        """The same where so much of its start went into imports."""
+        start = self.driver_seconds.get("start", 0.0) - seconds
+        return replace(self, driver_seconds={**self.driver_seconds, "start": start, "imports": seconds})
+
     def seconds_before(self) -> dict[str, float]:
         """Seconds by phase until now, where the attempt begins to run. Hosts' clocks may differ a little."""
         seconds = dict(self.driver_seconds)
         if self.sent is not None:
             seconds["start"] = seconds.get("start", 0.0) + max(0.0, time.time() - self.sent)
         return seconds
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """stopped: on request, after a checkpoint and before the last step.  evals: the last, by source."""
+
+    stopped: bool
+    step: int
+    samples: int
+    tokens_seen: int
+    evals: dict[str, dict[str, Any]]

@@ -6,7 +6,6 @@ import contextlib
 import struct
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from raydist.model.work import work_of
 from raydist.parallel.build import build_on_ranks, make_strategy
 from raydist.parallel.world import World, contact
 from raydist.redact import redacted
-from raydist.training.attempt_spec import AttemptSpec
+from raydist.training.attempt_spec import AttemptSpec, TrainResult
 from raydist.training.beat import beating
 from raydist.training.checkpoint import Checkpoints, Counts, Position
 from raydist.training.collate import make_collator
@@ -46,17 +45,6 @@ from raydist.training.shard_check import ShardCheck
 if TYPE_CHECKING:
     from raydist.corpus.log import Shard
     from raydist.feed.loader import Step
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """stopped: on request, after a checkpoint and before the last step.  evals: the last, by source."""
-
-    stopped: bool
-    step: int
-    samples: int
-    tokens_seen: int
-    evals: dict[str, dict[str, Any]]
 
 
 def train(

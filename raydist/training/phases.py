@@ -1,11 +1,12 @@
 """Where the seconds of an attempt go: each counts for one phase.
 
-    plan ─▶ prepare ─▶ start ─▶ load ─▶ probe ─▶ first_step ─▶ steps ─▶ export
-    └────── the driver ─────┘  └──── rank 0, with compile, evaluation and checkpoint within ────┘
+    plan ─▶ prepare ─▶ start ─▶ imports ─▶ load ─▶ probe ─▶ first_step ─▶ steps ─▶ export
+    └────── the driver ─────┘  └────── rank 0, with compile, evaluation and checkpoint within ──────┘
 
 plan        the job checked, before Ray is joined
 prepare     token logs made; where training begins early, until it can
 start       Ray started or joined; from an attempt's plan until rank 0 runs, waiting for nodes included
+imports     torch, transformers and the training, into rank 0's process; not told apart without Ray
 load        token logs opened; the model built, its attention chosen, spread over ranks; a checkpoint read
 probe       micro batches tried, to find the largest that fits
 first_step  the attempt's first optimizer step, with the wait for its data
@@ -25,8 +26,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 PHASES = (
-    "plan", "prepare", "start", "load", "compile", "probe", "first_step", "steps", "evaluation", "checkpoint",
-    "export",
+    "plan", "prepare", "start", "imports", "load", "compile", "probe", "first_step", "steps", "evaluation",
+    "checkpoint", "export",
 )  # fmt: skip
 """In the order in which they are shown; others follow them."""
 
@@ -94,6 +95,11 @@ class Phases:
         """Seconds of these phases up to now."""
         self._count()
         return sum(self._seconds.get(name, 0.0) for name in names)
+
+    def so_far(self) -> dict[str, float]:
+        """Seconds by phase, rounded to milliseconds."""
+        self._count()
+        return {name: round(spent, 3) for name, spent in self._seconds.items()}
 
     def take(self) -> dict[str, float]:
         """Seconds by phase, which are forgotten here. The clock stands still until the next `begin`."""

@@ -39,6 +39,7 @@ class Records(Hook):
             n_parameters=attempt.n_parameters,
             n_trainable=attempt.n_trainable,
             why=attempt.spec.why,
+            seconds=attempt.phases.so_far(),
             device=str(attempt.world.device.type),
             threads=torch.get_num_threads(),
             device_name=_device_name(attempt.world.device),

@@ -12,9 +12,9 @@ import torch
 import torch.distributed as dist
 
 from raydist.parallel.world import World, backend_of
-from raydist.training.attempt_spec import AttemptSpec
+from raydist.training.attempt_spec import AttemptSpec, TrainResult
 from raydist.training.hooks import Hook, StopOnRequest
-from raydist.training.loop import TrainResult, train
+from raydist.training.loop import train
 
 COLLECTIVE_TIMEOUT_SECONDS = 300
 
