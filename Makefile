@@ -37,6 +37,10 @@ demo: install  ## install, then train a small model on the Python standard libra
 demo-kill: install  ## the same job undisturbed and SIGKILLed twice: equal final weights
 	$(BIN)/python tests/chaos/demo_kill.py $(ARGS)
 
+.PHONY: chaos
+chaos: install  ## one fault of each kind at a random moment, each ending in the undisturbed bytes (about an hour)
+	$(BIN)/python -m tests.chaos.chaos $(ARGS)
+
 .PHONY: test
 test: install  ## the tests (about 10 minutes on 2 cores)
 	$(BIN)/python -m pytest $(TWO) -m "not slow and not real and not gpu" $(ARGS)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from raydist.cluster.background import in_background
@@ -99,11 +100,12 @@ class Session:
         if not self.lost():
             ray.shutdown()
             return True
-        ending = in_background(ray.shutdown, "shutdown")
-        wait([ending], SHUTDOWN_SECONDS)
-        if ending.done():
-            wait(self._waiting, SHUTDOWN_SECONDS)
-            self._waiting.clear()
+        with _no_other_ray():
+            ending = in_background(ray.shutdown, "shutdown")
+            wait([ending], SHUTDOWN_SECONDS)
+            if ending.done():
+                wait(self._waiting, SHUTDOWN_SECONDS)
+                self._waiting.clear()
         return ending.done()
 
     def _what_is_gone(self) -> str:
@@ -130,6 +132,19 @@ class Session:
         silent = now - self._silent_since
         gone = f"the cluster at {address} is gone: it has not answered for {silent:.0f} s"
         return gone if silent > GONE_SECONDS else ""
+
+
+@contextmanager
+def _no_other_ray() -> Iterator[None]:
+    """What still works on a Ray that was shut down must not start one by itself, as Ray would for it."""
+    from ray._private import auto_init_hook
+
+    before = auto_init_hook.enable_auto_connect
+    auto_init_hook.enable_auto_connect = False
+    try:
+        yield
+    finally:
+        auto_init_hook.enable_auto_connect = before
 
 
 def _answers(address: str) -> bool:

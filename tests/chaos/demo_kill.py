@@ -10,24 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
-
-import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from tests.chaos.processes import Submission
 from tests.weights import weight_hash
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "quickstart.yaml"
-TAG = "RAYDIST_RUN_TAG"
-"""In the environment of the driver and so of all that it starts: raylet, gcs and workers can outlive it."""
 WORKER_KILL_AT, EVERYTHING_KILL_AT = 0.4, 0.7  # shares of the run's steps
 PATIENCE_SECONDS = 900.0
 
@@ -72,7 +65,6 @@ class Run:
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.folder, self.steps = name, options.storage / name, options.steps
-        self.tag = f"{name}-{uuid.uuid4().hex}"
         settings = {
             "name": name,
             "storage": options.storage,
@@ -88,19 +80,11 @@ class Run:
     def start(self) -> None:
         command = [sys.executable, "-m", "raydist", "submit", str(JOB)]
         sets = [word for setting in self.settings for word in ("--set", setting)]
-        log = (self.folder.parent / f"{self.name}.log").absolute()
-        log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"} | {
-            TAG: self.tag
-        }
-        with log.open("ab") as output:
-            self.driver = subprocess.Popen(
-                [*command, *sets], stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
-            )
-        self.log = log
+        self.submission = Submission([*command, *sets], (self.folder.parent / f"{self.name}.log").absolute())
+        self.submission.start()
 
     def finish(self) -> None:
-        status = self.driver.wait(PATIENCE_SECONDS)
+        status = self.submission.wait(PATIENCE_SECONDS)
         if status != 0:
             raise SystemExit(f"{self.name} ended with exit status {status}; {self._last_lines()}")
 
@@ -108,7 +92,7 @@ class Run:
         """Until `attempt` has done this share of the steps."""
         deadline = time.monotonic() + PATIENCE_SECONDS
         while self.position() < (attempt, share * self.steps):
-            if self.driver.poll() is not None or self.position()[0] > attempt or time.monotonic() > deadline:
+            if self.submission.ended or self.position()[0] > attempt or time.monotonic() > deadline:
                 raise SystemExit(f"{self.name} is not where it should be killed; {self._last_lines()}")
             time.sleep(0.05)
 
@@ -120,57 +104,16 @@ class Run:
         return (trained[-1]["attempt"], trained[-1]["step"]) if trained else (0, 0)
 
     def kill_worker(self) -> None:
-        workers = [process for process in self.processes() if is_training_worker(process)]
-        if not workers:
+        if not self.submission.kill("worker"):
             raise SystemExit("found no training worker to kill")
-        send(workers[0], signal.SIGKILL)
 
     def kill_everything(self) -> None:
-        """Driver, raylet, gcs, workers. Stopped first, so that none can start another unseen."""
-        for number in (signal.SIGSTOP, signal.SIGSTOP, signal.SIGKILL):
-            processes = self.processes()
-            for process in processes:
-                send(process, number)
-        self.driver.wait()
-        psutil.wait_procs(processes, timeout=30)
-
-    def processes(self) -> list[psutil.Process]:
-        """All with the tag and their descendants: a process that renames itself loses its environment."""
-        tagged = [process for process in psutil.process_iter() if tag_of(process) == self.tag]
-        return list({*tagged, *(child for process in tagged for child in descendants(process))})
+        """Driver, raylet, gcs, workers."""
+        self.submission.kill_everything()
 
     def _last_lines(self) -> str:
-        lines = self.log.read_text("utf-8", "replace").splitlines()[-20:]
-        return "\n".join([f"the end of {self.log}:", *lines])
-
-
-def tag_of(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(TAG)
-    except psutil.Error:
-        return None
-
-
-def descendants(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def is_training_worker(process: psutil.Process) -> bool:
-    """Ray names its worker processes by what they run."""
-    try:
-        return "RayTrainWorker" in " ".join(process.cmdline())
-    except psutil.Error:
-        return False
-
-
-def send(process: psutil.Process, number: signal.Signals) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
+        lines = self.submission.output.splitlines()[-20:]
+        return "\n".join([f"the end of {self.submission.log}:", *lines])
 
 
 def verdict(undisturbed: Run, killed: Run) -> int:

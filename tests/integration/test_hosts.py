@@ -28,7 +28,7 @@ from raydist.training.loop import train
 from tests.hosts import Host, Hosts, can_run
 from tests.whole_run import losses, reached, whole_job, write_corpus
 
-pytestmark = pytest.mark.skipif(bool(can_run()), reason=can_run())
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(can_run()), reason=can_run())]
 
 STEPS = 24
 MARKS = """
@@ -170,7 +170,6 @@ def test_a_killed_host_costs_seconds_and_no_sample(
         print(f" [{seconds_lost(run.folder):.1f} s lost at a killed host]", end="")
 
 
-@pytest.mark.slow
 def test_a_run_waits_for_a_host_that_it_cannot_do_without(hosts: Hosts, job: dict[str, Any]) -> None:
     """Two of three hosts die: the head alone does not hold two workers, until one of them is back."""
     ensure_all(hosts)
@@ -185,7 +184,6 @@ def test_a_run_waits_for_a_host_that_it_cannot_do_without(hosts: Hosts, job: dic
     check_unbroken(job, run.folder)
 
 
-@pytest.mark.slow
 def test_an_unplugged_host_is_given_up(
     hosts: Hosts, job: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

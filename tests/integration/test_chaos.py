@@ -1,0 +1,21 @@
+"""`make chaos` works: some of its faults, each of another phase."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("fault", ["train: SIGKILL of everything", "files: status.json", "prepare: no space"])
+def test_a_fault_ends_in_the_undisturbed_bytes(repository: Path, tmp_path: Path, fault: str) -> None:
+    command = [sys.executable, "-m", "tests.chaos.chaos", "--only", fault, "--faults", "1"]
+    done = subprocess.run(
+        [*command, "--storage", str(tmp_path)], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 struck, 1 right, 0 missed" in done.stdout and not list(tmp_path.iterdir())
