@@ -4,14 +4,12 @@
 >>> model = train(LLMTrainingParams(model="gpt2", ...))             # doctest: +SKIP
 
     keywords, raydist llm ─▶ params ─▶ job ─▶ run ─▶ project: the model in P ─▶ hub
-    config file ─▶ config_file ─▶ job file
-                      params and config_file use table and data
+                                 params uses table and data; so does raydist.imports, for config files
 
-    table         every parameter: what it sets in a job, or why it is refused
-    params        check the parameters, with every problem in one error, and make the job
-    data          the files of a split: local, by URI, or a hub data set
-    config_file   an AutoTrain config file as a job file
-    project       the project's folder P: run the job, link the model into P, upload it
+    table     every parameter: what it sets in a job, or why it is refused
+    params    check the parameters, with every problem in one error, and make the job
+    data      the files of a split: local, by URI, or a hub data set
+    project   the project's folder P: run the job, link the model into P, upload it
 
 The names below are imported at first use, so that the command line starts fast.
 """

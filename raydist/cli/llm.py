@@ -103,7 +103,7 @@ def _named(words: tuple[str, ...]) -> dict[str, str]:
 def import_(path: Path, output: Path | None, force: bool) -> None:
     """Turn an AutoTrain config file into a job file; a comment explains each key without a counterpart."""
     from raydist import files
-    from raydist.autotrain.config_file import job_text
+    from raydist.imports.autotrain import job_text
 
     text = job_text(path)
     if output is None:
