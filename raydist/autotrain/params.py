@@ -253,13 +253,13 @@ def _put_steps(p: LLMTrainingParams, values: dict[str, Any]) -> None:
 
 
 def _put_batch(p: LLMTrainingParams, values: dict[str, Any]) -> None:
-    workers = (_gpus() or 1) if p.num_workers is None else p.num_workers
+    workers = (gpus() or 1) if p.num_workers is None else p.num_workers
     values["scaling"] = {"num_workers": workers}
     values["train"]["global_batch_size"] = p.batch_size * p.gradient_accumulation * workers
     values["train"]["micro_batch_size"] = "auto" if p.auto_find_batch_size else p.batch_size
 
 
-def _gpus() -> int:
+def gpus() -> int:
     import torch
 
     return torch.cuda.device_count()

@@ -2,7 +2,7 @@
 
     jobs       init, validate, plan, prepare, train, submit, tune
     runs       ls, status, logs, stop, resume, verify, export
-    llm        llm, import: AutoTrain's parameters
+    llm        llm: AutoTrain's parameters; import: config files of other trainers
     clusters   doctor, cluster
     show       what the commands print; summary: a run's folder in one dictionary
     options    what several commands take

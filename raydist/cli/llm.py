@@ -1,4 +1,4 @@
-"""Commands for those who come from AutoTrain: its `llm` command, and its config files."""
+"""Commands for those who come from other trainers: AutoTrain's `llm`, and the import of config files."""
 
 from __future__ import annotations
 
@@ -96,20 +96,30 @@ def _named(words: tuple[str, ...]) -> dict[str, str]:
     return unknown
 
 
-@click.command("import", short_help="Turn an AutoTrain config file into a job file.")
+@click.command(
+    "import", short_help="Turn a config file of AutoTrain, axolotl or LLaMA-Factory into a job file."
+)
 @click.argument("path", metavar="FILE", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("-o", "output", metavar="JOB.yaml", type=click.Path(dir_okay=False, path_type=Path))
 @click.option("--force", is_flag=True, help="Replace JOB.yaml if it exists.")
 def import_(path: Path, output: Path | None, force: bool) -> None:
-    """Turn an AutoTrain config file into a job file; a comment explains each key without a counterpart."""
-    from raydist import files
-    from raydist.imports.autotrain import job_text
+    """Turn a config file of AutoTrain, axolotl or LLaMA-Factory into a job file.
 
-    text = job_text(path)
+    Whose it is shows in its keys. Only training on raw text is taken: AutoTrain's default trainer, axolotl's
+    data sets of type completion and pretraining_dataset, LLaMA-Factory's stage pt. A comment explains each
+    key without a counterpart. Run it where the trainer runs, since relative paths are looked up.
+    """
+    from raydist import files
+    from raydist.imports.recognize import imported
+
+    trainer, text = imported(path)
     if output is None:
         click.echo(text, nl=False)
         return
     if output.exists() and not force:
         raise JobError(f"{output} exists", fix="choose another name, or --force to replace it")
     files.write_text(output, text)
-    click.echo(f"wrote {output}. Next:  raydist plan {output}  and  raydist submit {output}")
+    click.echo(
+        f"read {path} as a config of {trainer}, wrote {output}."
+        f" Next:  raydist plan {output}  and  raydist submit {output}"
+    )

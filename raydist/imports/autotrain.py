@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from raydist.autotrain.data import find_data
 from raydist.autotrain.params import LLMTrainingParams, fit_block_size, in_a_line, mapped, plain, refusals
 from raydist.autotrain.table import ALIASES, TABLE
 from raydist.errors import JobError, RaydistError
+from raydist.imports.draft import file_text, written
 from raydist.job.identity import dotted_items
-from raydist.job.load import read_yaml
 
 TASKS = ("llm", "llm-default", "llm-generic")
 NAMES = {"base_model": "model", "data.path": "data_path"} | ALIASES
 """Keys whose parameter has another name than the last part of the key."""
 
 NEEDED = {"base_model": "model", "data.path": "data_path", "project_name": "project_name"}
-SECRET = re.compile(r"(token|password|secret|api_?key)$", re.IGNORECASE)
 
 
-def job_text(path: Path) -> str:
+def job_text(nested: dict[str, Any], path: Path) -> str:
     """The job file for the config in `path`. Raises JobError for another task, or without model or data."""
-    config = dict(dotted_items(read_yaml(path)[0]))
+    config = dict(dotted_items(nested))
     _check(config, path)
     keys: dict[str, str] = {}
     comments: dict[str, str] = {}
@@ -34,25 +29,17 @@ def job_text(path: Path) -> str:
         last = key.rpartition(".")[2]
         name = NAMES.get(key) or NAMES.get(last, last)
         if name in keys:
-            comments[_written(key, config[key])] = f"{keys[name]} sets it already"
+            comments[written(key, config[key])] = f"{keys[name]} sets it already"
         keys.setdefault(name, key)
     given = {name: plain(name, config[key]) for name, key in keys.items()}
     while wrong := refusals(given):
-        comments |= {_written(keys[name], given.pop(name)): why for name, why in wrong.items()}
+        comments |= {written(keys[name], given.pop(name)): why for name, why in wrong.items()}
     for name in [n for n in given if not TABLE[n].key and TABLE[n].values is None]:
         if (value := given.pop(name)) not in (False, None):
             why = f"a job has no such key, but raydist llm has the option: {TABLE[name].meaning}"
-            comments[_written(keys[name], value)] = why
+            comments[written(keys[name], value)] = why
     values = _values(LLMTrainingParams(**given), comments)
-    lines = (" ".join(f"# {key}  - {why}".split()) for key, why in comments.items())
-    head = (
-        f"# From AutoTrain's config {path.name!r}. These keys have no counterpart; raydist's defaults apply:"
-    )
-    return (
-        "\n".join([head, *lines])
-        + "\n"
-        + yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-    )
+    return file_text("AutoTrain", path, values, comments)
 
 
 def _check(config: dict[str, Any], path: Path) -> None:
@@ -64,13 +51,6 @@ def _check(config: dict[str, Any], path: Path) -> None:
         )  # fmt: skip
     if missing := [key for key in NEEDED if not config.get(key)]:
         raise JobError(f"the config has no {', no '.join(missing)}", where=str(path))
-
-
-def _written(key: str, value: Any) -> str:
-    """`key: value` in a line. The name of a variable is copied; a value that may be a secret is not."""
-    named = not isinstance(value, str) or re.fullmatch(r"\$\{\w+\}", value)
-    hidden = not named and (SECRET.search(key) or value.startswith("hf_"))
-    return f"{key}: " + ("(not copied)" if hidden else json.dumps(value, ensure_ascii=False, default=str))
 
 
 def _values(p: LLMTrainingParams, comments: dict[str, str]) -> dict[str, Any]:

@@ -62,13 +62,28 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
     ("config_name", "model_config", "base_model_config", "config_overrides", "flavor", "depth"): _one(
         "model.config", "with model_type, for a model from random weights"
     ),
+    ("reinit_weights", "train_from_scratch"): _one("model.config", "in place of model.base"),
     ("tokenizer_name", "tokenizer_name_or_path", "tokenizer_path", "tokenizer_config"): _one(
         "model.tokenizer"
     ),
     ("flash_attention", "flash_attn", "use_flash_attention_2", "sdp_attention", "xformers_attention"): _one(
         "model.attn_implementation"
     ),
+    ("model_type", "tokenizer_type", "processor_type", "is_llama_derived_model"): Foreign(
+        (), "transformers chooses classes by the base's own config; for random weights see model.config"
+    ),
+    ("trust_remote_code",): Foreign((), "no code of a model's folder is run"),
+    ("special_tokens", "tokens", "add_tokens", "add_special_tokens", "new_special_tokens", "resize_vocab"): (
+        Foreign((), "the tokenizer is used as it is; model.tokenizer names another")
+    ),
+    ("plugins", "enable_liger_kernel", "liger_kernel", "use_unsloth", "use_unsloth_gc"): Foreign(
+        (), "such kernels replace a model's code; raydist trains transformers' own, see train.compile"
+    ),
+    ("hf_hub_token", "hf_use_auth_token"): Foreign((), "the hub's token is read from HF_TOKEN"),
     # --- the text
+    ("chat_template", "template", "train_on_inputs", "train_on_prompt", "mask_history", "default_system"): (
+        Foreign((), "raw text has no messages, so there is nothing to put into a template")
+    ),
     (
         *("datasets", "dataset", "dataset_name", "dataset_path", "dataset_dir", "dataset_config_name"),
         *(
@@ -152,7 +167,9 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
     ("optim", "optimizer", "optimizer_name", "optimizer_type", "optim_args"): _one(
         "train.optimizer", _OPTIMIZER
     ),
-    ("use_muon", "use_adafactor", "adafactor"): _one("train.optimizer", _OPTIMIZER),
+    ("use_muon", "use_adafactor", "adafactor", "use_galore", "use_apollo", "use_badam"): _one(
+        "train.optimizer", _OPTIMIZER
+    ),
     ("optim_target_modules",): _one(
         "train.optimizer.name", "muon takes the matrices of the layers by itself"
     ),
@@ -171,6 +188,16 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
         "quantization", "int4 or int8, with an adapter"
     ),
     ("quantization_config", "bnb_config"): _one("quantization", "int4 or int8, with an adapter"),
+    ("lora_model_dir", "adapter_name_or_path"): Foreign(
+        (), "a run begins with a fresh adapter; merge an older one into the base"
+    ),
+    ("lora_modules_to_save", "additional_target", "modules_to_save"): Foreign(
+        (), "next to the adapter no weights are trained"
+    ),
+    (
+        *("peft_use_dora", "use_dora", "peft_use_rslora", "use_rslora", "loraplus_lr_ratio", "pissa_init"),
+        *("peft_init_lora_weights", "loftq_config"),
+    ): Foreign((), "plain LoRA is the only kind of adapter so far"),
     # --- workers
     ("deepspeed", "deepspeed_config", "zero_stage", "zero"): _one(
         "strategy.stage", "with strategy.name: zero; strategy.config takes the rest of DeepSpeed's file"
@@ -184,11 +211,21 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
         "tensor_parallel_degree",
         "pipeline_parallel_degree",
         "context_parallel_degree",
+        "context_parallel_size",
+        "sequence_parallel_degree",
+        "tensor_parallel_size",
         "parallelism",
     ): _PARALLEL,
-    ("num_gpus", "n_gpus", "nproc", "nproc_per_node", "num_processes", "world_size", "ngpu"): _one(
-        "scaling.num_workers", "one per GPU"
-    ),
+    (
+        "num_gpus",
+        "n_gpus",
+        "nproc",
+        "nproc_per_node",
+        "num_processes",
+        "world_size",
+        "ngpu",
+        "ray_num_workers",
+    ): _one("scaling.num_workers", "one per GPU"),
     ("nnodes", "num_nodes", "num_machines"): _one("scaling.num_workers", "over all nodes, one per GPU"),
     ("use_cpu", "no_cuda", "device", "device_type", "accelerator"): _one(
         "scaling.use_gpu", "true, false or auto"
@@ -220,6 +257,7 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
     ("log_freq", "log_interval", "log_every", "log_steps", "logging_strategy", "logging"): _one(
         "train.logging_steps", "steps between records"
     ),
+    ("plot_loss",): Foreign((), "every run draws its curves, in report.html"),
     ("report_to", "log_with", "logger"): Foreign(
         ("tracking.mlflow", "tracking.tensorboard", "tracking.wandb"), "each of them is switched on by itself"
     ),

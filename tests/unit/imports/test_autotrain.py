@@ -123,7 +123,7 @@ def test_data_and_a_model_that_are_not_here_are_taken_as_they_are(tmp_path: Path
     [
         ("task: llm-sft\nbase_model: gpt2\n", "a config for task llm-sft"),
         ("task: text-classification\n", "a config for task text-classification"),
-        ("base_model: gpt2\n", "a config for task None"),
+        ("params: {trainer: default}\n", "a config for task None"),
         ("task: llm\nparams: {trainer: dpo}\n", "a config for task llm, trainer dpo"),
         ("task: llm\nbase_model: gpt2\n", "the config has no data.path, no project_name"),
         ("- a\n", "a job is a mapping of keys to values"),
