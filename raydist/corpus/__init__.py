@@ -21,9 +21,9 @@ name is the fingerprint of these.
 
 A record that cannot be read goes this way:
 
-    reader ─▶ Bad(row, reason) ─▶ Piece.bad ─▶ quarantine/<slice>.jsonl ─▶ quarantine.jsonl
-    (formats)                     (pipeline)   (log: SliceWriter.commit)   n_quarantined in manifest.json
-                                                                           (build: _finish)
+    reader ─▶ Bad ─▶ Piece.bad ─▶ quarantine/<slice>.jsonl ─▶ quarantine.jsonl
+    (formats)        (pipeline)   (log: SliceWriter.commit)   n_quarantined in manifest.json
+                                                              (build: _finish)
 
 The slice's commit record counts them too. With corpus.on_error "fail", BadRecords is raised once such a slice
 is committed, and again by every later build of the token log. With "quarantine" they are left out.

@@ -4,6 +4,16 @@ A slice of the source files becomes shards and then a commit record. The manifes
 token log complete. This module writes slices and reads token logs, without Ray; raydist.corpus.log_folder
 has the names of the files.
 
+Where a document came from is `file` and `row`. What `row` counts depends on the format, always from 0 and
+from the start of the file, however it was cut into slices:
+
+    text, csv, jsonl, json of lines    byte    where the record starts in the decompressed file
+    parquet, arrow                     row     over all row groups or record batches
+    json, an array or columns          row     of the array's elements, or of the column's values
+
+quarantine.jsonl names it: {file, byte, reason} or {file, row, reason}; row: null is the whole file or the
+rest of it. In quarantine files that raydist wrote before it did so, `row` is either, as above.
+
 Shapes: N documents of a shard, M tokens of all its documents.
 """
 
@@ -48,7 +58,7 @@ class Documents:
     """N tokenized documents.
 
     tokens: [M].  offsets: int64 [N+1] into tokens.  hashes: uint8 [N, 16], of the UTF-8 text.  n_bytes: int64
-    [N], of the UTF-8 text.  files: int32 [N] into the slice's file names.  rows: int64 [N], as in Record.
+    [N], of the UTF-8 text.  files: int32 [N] into the slice's file names.  rows: int64 [N], see above.
     """
 
     tokens: Tokens
@@ -95,7 +105,7 @@ class SliceWriter:
         self._n_empty = 0
 
     def add(self, documents: Documents, n_empty: int = 0, bad: Sequence[dict[str, Any]] = ()) -> None:
-        """n_empty: documents dropped for having no text.  bad: {file, row, reason} of unreadable records."""
+        """n_empty: documents dropped for having no text.  bad: {file, row or byte, reason} each."""
         self._n_empty += n_empty
         self.bad += bad
         while len(documents):

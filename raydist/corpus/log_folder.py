@@ -128,7 +128,7 @@ class LogFolder:
     # --- records that could not be read ------------------------------------------------------------
 
     def write_quarantine(self, number: int, bad: Iterable[Record]) -> None:
-        """bad: {file, row, reason} of each unreadable record of a slice."""
+        """bad: {file, row or byte, reason} of each unreadable record of a slice; see corpus.log."""
         write_bytes(self.path / _quarantine(number), b"".join(orjson.dumps(each) + b"\n" for each in bad))
 
     def read_quarantine(self, number: int) -> list[Record]:

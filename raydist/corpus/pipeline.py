@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 import orjson
@@ -28,7 +28,7 @@ from ray.exceptions import RayTaskError
 
 from raydist.corpus.clean import Cleaner, make_cleaner
 from raydist.corpus.files import unchanged
-from raydist.corpus.formats import Bad, Item, ReadOptions, Record
+from raydist.corpus.formats import Bad, Item, ReadOptions, Record, Unit
 from raydist.corpus.locations import File
 from raydist.corpus.log import HASH_BYTES, Documents, SliceWriter
 from raydist.corpus.log_folder import LogFolder
@@ -166,7 +166,7 @@ def _piece(chunk: Chunk, tokenizer: Tokenizer, clean: Cleaner | None) -> Piece:
     kept = [record for record, text in zip(records, texts, strict=True) if text]
     documents = _documents(tokenizer, [text for text in texts if text], kept)
     bad = [
-        {"file": chunk.files[file], "row": item.row, "reason": item.reason}
+        {"file": chunk.files[file], item.unit: item.row, "reason": item.reason}
         for file, item in chunk.items
         if isinstance(item, Bad)
     ]
@@ -233,7 +233,7 @@ class LogDatasink(Datasink[None]):
 
 
 def bad_records(first: Sequence[dict[str, Any]], n_bad: int, folder: LogFolder) -> BadRecords:
-    shown = "; ".join(f"{bad['file']}, row {bad['row']}: {bad['reason']}" for bad in first)
+    shown = "; ".join(f"{bad['file']}{_place(bad)}: {bad['reason']}" for bad in first)
     return BadRecords(
         f"{n_bad} record{'s' * (n_bad != 1)} or files cannot be read",
         where=shown + ("; ..." if n_bad > len(first) else ""),
@@ -241,6 +241,12 @@ def bad_records(first: Sequence[dict[str, Any]], n_bad: int, folder: LogFolder) 
         f"listed in {folder.quarantine}",
         fix="fix them, or set corpus.on_error: quarantine to leave them out",
     )
+
+
+def _place(bad: Mapping[str, Any]) -> str:
+    """Where in the file: a row or a byte, from 0. Nowhere, if the file as a whole or its rest is lost."""
+    places = (f", {unit} {bad[unit]}" for unit in get_args(Unit) if bad.get(unit) is not None)
+    return next(places, "")
 
 
 def write_slices(

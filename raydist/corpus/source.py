@@ -65,7 +65,7 @@ def cleaned(clean: Cleaner, record: Record, file: str) -> str:
     except Exception as error:  # a step may be the user's own function
         raise CorpusError(
             f"a cleaning step failed: {type(error).__name__}: {error}",
-            where=f"{file}, row {record.row}",
+            where=f"{file}, {record.unit} {record.row}",
             why="every document passes through corpus.clean",
             fix="correct the step: it takes a str and returns a str, or None to drop the document",
         ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -167,18 +168,23 @@ class TestOnRay:
     def test_bad_records_fail_or_are_set_aside(self, tmp_path: Path, planned: Any) -> None:
         write_lines(tmp_path / "files/good.jsonl", [text_of(i) for i in range(20)])
         bad = b'{"text": "fine"}\n{"text": 5}\nnot json\n{"text": ""}\n'
+        cut = b'{"text": "a line in one of several slices"}\n' * 100
+        (tmp_path / "files/cut.jsonl").write_bytes(cut + b"{}\n")
         (tmp_path / "files/bad.jsonl").write_bytes(bad)
         plan = planned(slice_bytes=1024)
-        with pytest.raises(BadRecords, match="2 records") as caught:
+        with pytest.raises(BadRecords, match=r"records? or files cannot be read") as caught:
             build_log(plan, on_error="fail")
-        assert "bad.jsonl, row 17" in caught.value.where and "quarantine" in caught.value.fix
+        assert re.search(r"bad.jsonl, byte 17: |cut.jsonl, byte 4400: ", caught.value.where)
+        assert "quarantine" in caught.value.fix
         assert not plan.complete
         log = build_log(plan, on_error="quarantine")
-        assert (log.n_documents, log.n_quarantined, log.n_empty) == (21, 2, 1)
+        assert (log.n_documents, log.n_quarantined, log.n_empty) == (121, 3, 1)
         listed = [orjson.loads(line) for line in (log.path / "quarantine.jsonl").read_bytes().splitlines()]
-        assert [(each["file"], each["row"]) for each in listed] == [("bad.jsonl", 17), ("bad.jsonl", 29)]
+        named = sorted((each["file"], each["byte"]) for each in listed)
+        assert named == [("bad.jsonl", 17), ("bad.jsonl", 29), ("cut.jsonl", len(cut))]
+        assert "row" not in listed[0]
         assert all(each["reason"] for each in listed)
-        with pytest.raises(BadRecords, match="2 records"):
+        with pytest.raises(BadRecords, match="3 records"):
             build_log(plan, on_error="fail")
 
     def test_cleaning_and_its_errors(
@@ -190,7 +196,7 @@ class TestOnRay:
         assert log.n_empty == 2
         with pytest.raises(CorpusError) as caught:
             build_log(planned(clean=["string:capwords", "json:loads"]), on_error="fail")
-        assert "a cleaning step failed" in caught.value.what and "a.jsonl, row 0" in caught.value.where
+        assert "a cleaning step failed" in caught.value.what and "a.jsonl, byte 0" in caught.value.where
 
     def test_nothing_to_train_on(self, tmp_path: Path, planned: Any) -> None:
         write_lines(tmp_path / "files/a.jsonl", ["", ""])

@@ -9,7 +9,7 @@
     columns     parquet, arrow: the text column alone, a few MiB at a time
     csv, json, text   the other formats
     streams     bytes of a file: opened, decompressed, in blocks and whole lines
-    records     Part, ReadOptions, Record, Bad
+    records     Part, ReadOptions, Record and ByteRecord, Bad
 
 A new format is a module here that makes a Reader, and its line in `table.READERS` (and its name in the
 job's schema, which cannot import this package: a test compares the two).
@@ -23,7 +23,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from raydist.corpus.formats.reader import Cut
-from raydist.corpus.formats.records import WHOLE, Bad, Item, NoColumn, Part, ReadOptions, Record, Torn
+from raydist.corpus.formats.records import (
+    WHOLE,
+    Bad,
+    ByteRecord,
+    Item,
+    NoColumn,
+    Part,
+    ReadOptions,
+    Record,
+    Torn,
+    Unit,
+)
 from raydist.corpus.formats.streams import Opened
 from raydist.corpus.formats.table import READERS, detect_format, is_known
 from raydist.corpus.locations import File
@@ -32,10 +43,12 @@ from raydist.errors import CorpusError
 __all__ = [
     "READERS",
     "Bad",
+    "ByteRecord",
     "Item",
     "Part",
     "ReadOptions",
     "Record",
+    "Unit",
     "check_column",
     "cut_file",
     "detect_format",

@@ -107,7 +107,8 @@ def _read_arrow(stream: Opened, part: Part, options: ReadOptions) -> Iterator[li
     except DAMAGED as error:
         yield [Bad(None, f"not a readable Arrow file: {error}")]
         return
-    yield from _items_of(batches, path, row, "the rest of the file", validate=True)
+    what = f"the rest of record batches {part.start} to {part.end - 1}"
+    yield from _items_of(batches, path, row, "the rest of the file" if part.is_whole else what, validate=True)
 
 
 def _items_of(
@@ -180,7 +181,7 @@ def _items(array: Any, first: int, path: list[str]) -> list[Item]:
 def _decoded(value: str | bytes | None, row: int, path: list[str]) -> Item:
     if value is None:
         return Bad(row, f"{'.'.join(path)} is null")
-    return Record(value, row) if isinstance(value, str) else decoded(value, row)
+    return Record(value, row) if isinstance(value, str) else decoded(value, row, Record)
 
 
 # --- splitting

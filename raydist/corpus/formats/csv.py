@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from raydist.corpus.formats.reader import Cut, Reader, cut_bytes
-from raydist.corpus.formats.records import Bad, Item, Part, ReadOptions, Record, no_column, utf8_fault
+from raydist.corpus.formats.records import Bad, ByteRecord, Item, Part, ReadOptions, no_column, utf8_fault
 from raydist.corpus.formats.streams import Opened, blocks, whole_lines
 
 
@@ -85,14 +85,15 @@ def _read_rows(
         if skip_header and values:
             skip_header = False
         elif isinstance(values, str):
-            items.append(Bad(start, f"invalid CSV: {values}"))
+            items.append(Bad(start, f"invalid CSV: {values}", "byte"))
         elif len(values) != width:
             if values:
-                items.append(Bad(start, f"invalid CSV: {len(values)} fields where the header has {width}"))
-        elif lines.is_utf8 or (fault := utf8_fault(_raw(values, delimiter))) is None:
-            items.append(Record(values[index], start))
+                fields = f"{len(values)} fields where the header has {width}"
+                items.append(Bad(start, f"invalid CSV: {fields}", "byte"))
+        elif lines.is_utf8 or utf8_fault(_raw(values, delimiter)) is None:
+            items.append(ByteRecord(values[index], start))
         else:
-            items.append(Bad(start, fault))
+            items.append(Bad(start, "invalid UTF-8", "byte"))
     yield items
 
 

@@ -15,6 +15,7 @@ from raydist.corpus.formats.reader import Cut, Reader, cut_lines
 from raydist.corpus.formats.records import (
     CHUNK_BYTES,
     Bad,
+    ByteRecord,
     Item,
     NoColumn,
     Part,
@@ -22,6 +23,7 @@ from raydist.corpus.formats.records import (
     Record,
     Torn,
     listed,
+    unit_of,
     utf8_fault,
 )
 from raydist.corpus.formats.streams import Opened, blocks, lines_of, whole_lines
@@ -84,27 +86,30 @@ def getter(column: str) -> Callable[[Any], Any]:
     return get
 
 
-def text_item(value: Any, row: int, column: str) -> Item:
+def text_item(value: Any, row: int, column: str, kind: type[Record]) -> Item:
+    """kind: what it becomes, which says what `row` counts."""
     if not isinstance(value, dict):
-        return Bad(row, f"the record is {KINDS[type(value)]}, not an object")
+        return Bad(row, f"the record is {KINDS[type(value)]}, not an object", unit_of(kind))
     try:
         text = getter(column)(value)
     except (KeyError, TypeError):
-        return NoColumn(row, f"no field '{column}' (fields: {listed(list(value))})")
-    return _value_item(text, row, column)
+        return NoColumn(row, f"no field '{column}' (fields: {listed(list(value))})", unit_of(kind))
+    return _value_item(text, row, column, kind)
 
 
-def _value_item(text: Any, row: int, column: str) -> Item:
+def _value_item(text: Any, row: int, column: str, kind: type[Record]) -> Item:
     if isinstance(text, str):
-        return Record(text, row)
-    return Bad(row, f"{column} is null" if text is None else f"{column} is {KINDS[type(text)]}, not a string")
+        return kind(text, row)
+    fault = f"{column} is null" if text is None else f"{column} is {KINDS[type(text)]}, not a string"
+    return Bad(row, fault, unit_of(kind))
 
 
-def parsed_item(raw: bytes, row: int, column: str) -> Item:
+def parsed_item(raw: bytes, row: int, column: str, kind: type[Record]) -> Item:
     try:
-        return text_item(orjson.loads(raw), row, column)
-    except orjson.JSONDecodeError as error:
-        return Bad(row, utf8_fault(raw) or f"invalid JSON: {error}")
+        return text_item(orjson.loads(raw), row, column, kind)
+    except orjson.JSONDecodeError as error:  # its own text counts lines, from the record's start
+        fault = f"invalid JSON: {error.msg} at character {error.pos} of the record"
+        return Bad(row, utf8_fault(raw) or fault, unit_of(kind))
 
 
 def _all_strings(values: list[Any]) -> bool:
@@ -121,10 +126,10 @@ def _read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[li
         except (orjson.JSONDecodeError, KeyError, TypeError):
             texts = [None]
         if _all_strings(texts):
-            yield list(map(Record._make, zip(texts, rows, strict=True)))
+            yield list(map(ByteRecord._make, zip(texts, rows, strict=True)))
         else:
             numbered = zip(lines, rows, strict=True)
-            yield [parsed_item(line, row, column) for line, row in numbered if line.strip()]
+            yield [parsed_item(line, row, column, ByteRecord) for line, row in numbered if line.strip()]
 
 
 def _read_columns_or_lines(chunks: Iterator[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
@@ -139,7 +144,7 @@ def _read_columns_or_lines(chunks: Iterator[tuple[int, bytes]], column: str) -> 
     elif (second := next(chunks, None)) is not None:
         yield from _read_lines(chain([first, second], chunks), column)
     else:
-        items = [_value_item(text, row, column) for row, text in enumerate(texts)]
+        items = [_value_item(text, row, column, Record) for row, text in enumerate(texts)]
         yield from (items[start : start + COLUMN_ROWS] for start in range(0, len(items), COLUMN_ROWS))
 
 
@@ -232,7 +237,7 @@ class _Array:
             texts = [None]
         if _all_strings(texts):
             return list(map(Record._make, zip(texts, rows, strict=True)))
-        return [text_item(value, row, self.column) for value, row in zip(values, rows, strict=True)]
+        return [text_item(value, row, self.column, Record) for value, row in zip(values, rows, strict=True)]
 
     def _scan(self) -> list[Item]:
         """The complete elements of `pending`, found by brackets and parsed one by one: works for bad ones."""
@@ -248,7 +253,7 @@ class _Array:
                 self.closed = kind == b"]"
                 raw = self.pending[start : token.start()].strip()
                 if raw or kind == b",":  # a comma before the ] is allowed
-                    items.append(parsed_item(raw, self.row, self.column))
+                    items.append(parsed_item(raw, self.row, self.column, Record))
                     self.row += 1
                 start = token.end()
                 if self.closed:

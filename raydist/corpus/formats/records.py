@@ -38,18 +38,40 @@ class ReadOptions:
     document: Literal["line", "paragraph", "file"]
 
 
+Unit = Literal["row", "byte"]
+"""What a record's `row` is: its number in the file, or the byte of the decompressed file where it starts.
+
+Both count from 0, and from the start of the file whatever part of it is read.
+"""
+
+
 class Record(NamedTuple):
-    """A document. `row`: its byte offset (decompressed) in lines, paragraphs and CSV, else its number."""
+    """A document. row: its number among the file's rows or elements."""
 
     text: str
     row: int
 
+    @property
+    def unit(self) -> Unit:
+        return "row"
+
+
+class ByteRecord(Record):
+    """A document. row: the byte where it starts. Lines are not counted: a part may begin anywhere."""
+
+    __slots__ = ()
+
+    @property
+    def unit(self) -> Unit:
+        return "byte"
+
 
 class Bad(NamedTuple):
-    """A record that cannot be read, and why. `row`: as in Record; None for the file, or the rest of it."""
+    """A record that cannot be read, and why. row: as `unit` says; None for the file, or the rest of it."""
 
     row: int | None
     reason: str
+    unit: Unit = "row"
 
 
 class NoColumn(Bad):
@@ -65,16 +87,21 @@ class Torn(Exception):
     """The content of a file is damaged or ends too early. `read_part` turns it into a Bad."""
 
 
-def decoded(raw: bytes, row: int) -> Item:
+def unit_of(kind: type[Record]) -> Unit:
+    return "byte" if issubclass(kind, ByteRecord) else "row"
+
+
+def decoded(raw: bytes, row: int, kind: type[Record]) -> Item:
+    """kind: what it becomes, which says what `row` counts."""
     try:
-        return Record(raw.decode(), row)
+        return kind(raw.decode(), row)
     except UnicodeDecodeError as error:
-        return Bad(row, f"invalid UTF-8 at byte {error.start}")
+        return Bad(row, f"invalid UTF-8 at byte {error.start} of the record", unit_of(kind))
 
 
 def utf8_fault(raw: bytes) -> str | None:
-    """Why `raw` is not UTF-8, or None when it is."""
-    item = decoded(raw, 0)
+    """Why the bytes of a record are not UTF-8, or None when they are."""
+    item = decoded(raw, 0, Record)
     return item.reason if isinstance(item, Bad) else None
 
 

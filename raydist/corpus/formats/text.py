@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from itertools import compress
 
 from raydist.corpus.formats.reader import Cut, Reader, cut_bytes, cut_lines, search
-from raydist.corpus.formats.records import Item, Part, ReadOptions, Record, decoded
+from raydist.corpus.formats.records import ByteRecord, Item, Part, ReadOptions, decoded
 from raydist.corpus.formats.streams import Opened, blocks, lines_of, whole_lines
 
 # A line is blank when it holds ASCII white space only, so a cut can be found in bytes, without decoding.
@@ -31,11 +31,11 @@ def _read_lines(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
             texts = chunk.decode().removesuffix("\n").split("\n")
         except UnicodeDecodeError:
             pairs = zip(lines, rows, strict=True)
-            yield [decoded(line.removesuffix(b"\r"), row) for line, row in pairs if line.strip()]
+            yield [decoded(line.removesuffix(b"\r"), row, ByteRecord) for line, row in pairs if line.strip()]
             continue
         if b"\r" in chunk:
             texts = [text.removesuffix("\r") for text in texts]
-        yield list(map(Record._make, compress(zip(texts, rows, strict=True), map(bytes.strip, lines))))
+        yield list(map(ByteRecord._make, compress(zip(texts, rows, strict=True), map(bytes.strip, lines))))
 
 
 def _read_paragraphs(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
@@ -53,7 +53,7 @@ def _read_paragraphs(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]
     if held[first:].strip():
         body, newline, last = held[first:].rpartition(b"\n")
         raw = body if newline and not last.strip() else held[first:]
-        yield [decoded(raw.removesuffix(b"\r"), start + first)]
+        yield [decoded(raw.removesuffix(b"\r"), start + first, ByteRecord)]
 
 
 def _first_line(content: bytes) -> int:
@@ -70,12 +70,12 @@ def _paragraphs(content: bytes, offset: int) -> tuple[list[Item], int]:
         begins.append(blank.end())
     used = begins.pop()
     edges = zip(begins, ends, strict=True)
-    return [decoded(content[a:b].removesuffix(b"\r"), offset + a) for a, b in edges], used
+    return [decoded(content[a:b].removesuffix(b"\r"), offset + a, ByteRecord) for a, b in edges], used
 
 
 def _read_file(content: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
     """The whole content as one document, also when it is empty."""
-    yield [decoded(b"".join(block for _, block in content), 0)]
+    yield [decoded(b"".join(block for _, block in content), 0, ByteRecord)]
 
 
 def _cut(stream: Opened, n_bytes: int, options: ReadOptions) -> list[Cut]:

@@ -16,7 +16,16 @@ import pytest
 import zstandard
 
 from raydist.corpus.files import list_files
-from raydist.corpus.formats import READERS, Bad, Part, ReadOptions, Record, check_column, read_part
+from raydist.corpus.formats import (
+    READERS,
+    Bad,
+    ByteRecord,
+    Part,
+    ReadOptions,
+    Record,
+    check_column,
+    read_part,
+)
 from raydist.corpus.formats.reader import Reader, cut_lines
 from raydist.corpus.formats.streams import blocks, whole_lines
 from raydist.corpus.slices import plan_slices
@@ -182,20 +191,26 @@ def test_invalid_utf8_spoils_its_own_document_only(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"good\nab\xffcd\ng\xc3\xa9\n")
     assert read(tmp_path / "a.txt") == [
         Record("good", 0),
-        Bad(5, "invalid UTF-8 at byte 2"),
+        Bad(5, "invalid UTF-8 at byte 2 of the record", "byte"),
         Record("gé", 11),
     ]
     (tmp_path / "p.txt").write_bytes(b"good\n\nab\xffcd\n\ngood\n\n")
-    assert [type(item) for item in read(tmp_path / "p.txt", document="paragraph")] == [Record, Bad, Record]
-    assert read(tmp_path / "a.txt", document="file") == [Bad(0, "invalid UTF-8 at byte 7")]
+    assert [type(item) for item in read(tmp_path / "p.txt", document="paragraph")] == [
+        ByteRecord,
+        Bad,
+        ByteRecord,
+    ]
+    assert read(tmp_path / "a.txt", document="file") == [
+        Bad(0, "invalid UTF-8 at byte 7 of the record", "byte")
+    ]
 
 
 # --- JSON
 
 
 BAD_LINES = [
-    (b'{"text": "a\xff"}', "invalid UTF-8 at byte 11"),
-    (b'{"text": "torn', "invalid JSON: unexpected end of data"),
+    (b'{"text": "a\xff"}', "invalid UTF-8 at byte 11 of the record"),
+    (b'{"text": "torn', "invalid JSON: unexpected end of data at character 14 of the record"),
     (b'{"text": null}', "text is null"),
     (b'{"text": 12}', "text is a number, not a string"),
     (b'{"text": true}', "text is a boolean, not a string"),
@@ -213,7 +228,7 @@ def test_a_bad_line_is_one_bad_record(tmp_path, line, reason):
     before, bad, after = read(tmp_path / "a.jsonl")
     assert (before, after.text) == (Record("before", 0), "after")
     assert isinstance(bad, Bad)
-    assert bad.row == 19
+    assert (bad.row, bad.unit) == (19, "byte")
     assert bad.reason.startswith(reason)
 
 
@@ -223,7 +238,7 @@ def test_a_bad_element_of_an_array_is_one_bad_record(tmp_path, element, reason):
     before, bad, after = read(tmp_path / "a.json")
     assert (before, after) == (Record("before", 0), Record("after", 2))
     assert isinstance(bad, Bad)
-    assert bad.row == 1
+    assert (bad.row, bad.unit) == (1, "row")
     assert bad.reason.startswith(reason)
 
 
@@ -310,8 +325,8 @@ def test_csv_keeps_quoted_newlines_and_every_character(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        (b"1,a\xffb", "invalid UTF-8 at byte 3"),
-        (b"\xff,a", "invalid UTF-8 at byte 0"),
+        (b"1,a\xffb", "invalid UTF-8"),
+        (b"\xff,a", "invalid UTF-8"),
         (b"1,a,b", "invalid CSV: 3 fields where the header has 2"),
         (b"1", "invalid CSV: 1 fields where the header has 2"),
         (b'1,"a"b', "invalid CSV: ',' expected after '\"'"),
@@ -321,7 +336,7 @@ def test_a_bad_row_of_csv_is_one_bad_record(tmp_path, line, reason):
     (tmp_path / "a.csv").write_bytes(b"n,text\n0,before\n" + line + b"\n2,after\n")
     before, bad, after = read(tmp_path / "a.csv")
     assert (before, after.text) == (Record("before", 7), "after")
-    assert bad == Bad(16, reason)
+    assert bad == Bad(16, reason, "byte")
 
 
 def test_a_quote_that_never_closes_is_bad_not_text(tmp_path):
@@ -388,7 +403,7 @@ def test_invalid_utf8_in_a_column_spoils_its_own_row_only(tmp_path, kind):
     offsets = pa.py_buffer(struct.pack("<4i", 0, 2, 4, 6))
     array = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"okx\xffok")])
     path = table_file(tmp_path, array, kind)
-    assert read(path) == [Record("ok", 0), Bad(1, "invalid UTF-8 at byte 1"), Record("ok", 2)]
+    assert read(path) == [Record("ok", 0), Bad(1, "invalid UTF-8 at byte 1 of the record"), Record("ok", 2)]
 
 
 def test_a_torn_parquet_file_is_one_bad_file(tmp_path):

@@ -129,10 +129,10 @@ def test_documents_from_any_start(tmp_path: Path) -> None:
 
 def test_quarantine_stands_beside_the_slice(tmp_path: Path) -> None:
     writer = SliceWriter(LogFolder(tmp_path), 3, FILES)
-    writer.add(some_documents(0), n_empty=2, bad=[{"file": "a.txt", "row": 9, "reason": "no text"}])
+    writer.add(some_documents(0), n_empty=2, bad=[{"file": "a.txt", "byte": 9, "reason": "no text"}])
     assert writer.commit() == {"shards": [], "n_quarantined": 1, "n_empty": 2}
     assert read_jsonl(tmp_path / "quarantine/00003.jsonl") == [
-        {"file": "a.txt", "row": 9, "reason": "no text"}
+        {"file": "a.txt", "byte": 9, "reason": "no text"}
     ]
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raydist.corpus.files import list_files
-from raydist.corpus.formats import Bad, Part, ReadOptions, Record, read_part
+from raydist.corpus.formats import Bad, ByteRecord, Part, ReadOptions, Record, read_part
 from raydist.corpus.slices import from_json, plan_slices, read_slice, to_json
 from raydist.job.schema import Source
 
@@ -147,6 +147,51 @@ def test_row_groups_and_batches_are_shared_out(tmp_path):
     assert [item.text for _, item in whole(files, how)] == table["text"].to_pylist() * 2
 
 
+LINES = {
+    "a.jsonl": (b'{"text": "good"}\n', b'{"text": 5}\n'),
+    "a.json": (b'{"text": "good"}\n', b"not json\n"),
+    "a.txt": (b"good\n", b"b\xffd\n"),
+    "a.csv": (b'"good ""one"",\nand more",1\n', b"bad\n"),
+}
+
+
+@pytest.mark.parametrize("n_before", [3, 1000], ids=["small", "cut"])
+@pytest.mark.parametrize("name", LINES)
+def test_a_bad_line_is_named_by_its_byte_in_the_file(tmp_path, name, n_before):
+    """Whichever slice it is in: never by a number that counts from the slice's start."""
+    good, bad = LINES[name]
+    raw = (b"text,n\n" if name == "a.csv" else b"") + good * n_before + bad + good
+    (tmp_path / name).write_bytes(raw)
+    files, how = list_all(tmp_path), options()
+    slices = plan_slices(files, how, 1024)
+    assert (len(slices) > 3) == (n_before > 3)
+    (found,) = [item for _, item in in_slices(files, slices, how) if isinstance(item, Bad)]
+    assert found.unit == "byte" and raw[found.row :].startswith(bad)
+    records = [item for _, item in in_slices(files, slices, how) if isinstance(item, Record)]
+    assert {item.unit for item in records} == {"byte"}
+    assert all(raw[item.row :].startswith(good) for item in records)
+
+
+@pytest.mark.parametrize("n_before", [3, 1000], ids=["small", "cut"])
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.json"])
+def test_a_bad_row_is_named_by_its_number_in_the_file(tmp_path, name, n_before):
+    values = [*["good " * 20] * n_before, None, "good"]
+    table = pa.table({"text": pa.array(values, pa.string())})
+    if name == "a.parquet":
+        pq.write_table(table, tmp_path / name, row_group_size=100, compression="none", use_dictionary=False)
+    elif name == "a.arrow":
+        with pa.ipc.new_file(tmp_path / name, table.schema) as sink:
+            sink.write_table(table, max_chunksize=100)
+    else:
+        (tmp_path / name).write_bytes(orjson.dumps(table.to_pylist()))
+    files, how = list_all(tmp_path), options()
+    slices = plan_slices(files, how, files[0].size // 4 + 1)
+    assert (len(slices) > 3) == (n_before > 3 and name != "a.json")  # an array is read as a whole
+    items = [item for _, item in in_slices(files, slices, how)]
+    assert [item for item in items if isinstance(item, Bad)] == [Bad(n_before, "text is null", "row")]
+    assert [item.row for item in items] == list(range(n_before + 2))
+
+
 def test_an_arrow_stream_is_planned_whole(tmp_path):
     table = pa.table({"text": [f"{i} " * 50 for i in range(100)]})
     with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as sink:
@@ -203,7 +248,7 @@ def test_a_torn_file_is_planned_whole_and_read_as_bad(tmp_path):
         for chunk in read_slice(files, entry, how)
         for pair in chunk
     ]
-    assert {(file, type(item)) for file, item in items} == {(0, Bad), (1, Record)}
+    assert {(file, type(item)) for file, item in items} == {(0, Bad), (1, ByteRecord)}
 
 
 def test_an_edge_of_a_mark_or_blank_lines_alone(tmp_path):
