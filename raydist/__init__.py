@@ -33,10 +33,12 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module raydist has no attribute {name}")
-    return getattr(import_module(_HOMES.get(name, "raydist.api")), name)
+if not TYPE_CHECKING:  # else a type checker would take every name of the module for Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module raydist has no attribute {name}")
+        return getattr(import_module(_HOMES.get(name, "raydist.api")), name)
 
 
 _HOMES = {"Hook": "raydist.training.hooks", "Job": "raydist.job.schema", "RunResult": "raydist.run.run"}

@@ -125,7 +125,7 @@ def blocks(job_or_run: Job | str | Path, start: int = 0, stop: int | None = None
     )
 
 
-_FEEDS: dict[str, Any] = {}
+_FEEDS: dict[str, Feed] = {}
 """This process's feeds: a Ray Data task finds the one that the task before it opened."""
 
 
@@ -133,8 +133,7 @@ def _feed_of(prepared: Prepared) -> Feed:
     key = repr(prepared.pins()) + prepared.job.model_dump_json()
     if key not in _FEEDS:
         _FEEDS[key] = prepared.feed()
-    feed: Feed = _FEEDS[key]
-    return feed
+    return _FEEDS[key]
 
 
 def _prepared(job_or_run: Job | str | Path) -> Prepared:

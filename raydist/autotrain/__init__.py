@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 __all__ = ["LLMTrainingParams", "train"]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module raydist.autotrain has no attribute {name}")
-    module = {"LLMTrainingParams": "params", "train": "project"}[name]
-    return getattr(import_module(f"raydist.autotrain.{module}"), name)
+if not TYPE_CHECKING:  # else a type checker would take every name of the module for Any
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module raydist.autotrain has no attribute {name}")
+        module = {"LLMTrainingParams": "params", "train": "project"}[name]
+        return getattr(import_module(f"raydist.autotrain.{module}"), name)

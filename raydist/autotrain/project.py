@@ -12,7 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from raydist import files
 from raydist.autotrain.params import LLMTrainingParams, refusals, run_name
@@ -21,10 +21,15 @@ from raydist.errors import JobError, RaydistError, RunError
 from raydist.folder import RunFolder
 from raydist.run.run import RunResult, run_job
 
+if TYPE_CHECKING:
+    from peft import PeftModelForCausalLM
+
+    from raydist.model.base import CausalModel
+
 PARAMETERS = "training_params.json"
 
 
-def train(config: LLMTrainingParams, *, address: str | None = None) -> Any:
+def train(config: LLMTrainingParams, *, address: str | None = None) -> CausalModel | PeftModelForCausalLM:
     """Run the job of `config` on this machine or on Ray's cluster at `address`; returns the trained model.
 
     It is a transformers model or, for an adapter that was not merged, a peft model. Raises a RaydistError.

@@ -23,7 +23,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -251,6 +251,16 @@ def _int64(array: pa.Array) -> Ints:
     return values
 
 
+class Document(TypedDict):
+    """A document as it is read again. input_ids: [its tokens].  hash: 16 bytes, of its UTF-8 text."""
+
+    input_ids: Tokens
+    hash: bytes
+    n_bytes: int
+    file: str
+    row: int
+
+
 @dataclass(frozen=True)
 class TokenLog:
     """shards: in planned order, which is the order of the documents.  n_bytes: of their UTF-8 text.
@@ -276,22 +286,23 @@ class TokenLog:
     def folder(self) -> LogFolder:
         return LogFolder(self.path)
 
-    def documents(self, start: int = 0) -> Iterator[dict[str, Any]]:
-        """Documents from number `start` on: {input_ids, hash, n_bytes, file, row}."""
+    def documents(self, start: int = 0) -> Iterator[Document]:
+        """Documents from number `start` on."""
         for shard in self.shards:
             if start < shard.n_documents:
                 batch = shard.batch().slice(start)
                 rest = batch.select(["hash", "n_bytes", "file", "row"]).to_struct_array()
-                for tokens, values in zip(batch.column("input_ids"), rest, strict=True):
-                    yield {"input_ids": tokens.values.to_numpy(), **values.as_py()}
+                for tokens, row in zip(batch.column("input_ids"), rest, strict=True):
+                    yield cast(Document, {"input_ids": tokens.values.to_numpy(), **row.as_py()})
             start = max(start - shard.n_documents, 0)
 
 
-def open_log(path: Path, *, growing: bool = False) -> TokenLog:
+def open_log(path: str | Path, *, growing: bool = False) -> TokenLog:
     """The token log in folder `path`; LogError if it is incomplete, damaged or a shard is cut short.
 
     growing: accept one that is still being made. The content of shards is not read, see `Shard.verify`.
     """
+    path = Path(path)
     folder = LogFolder(path)
     manifest = _read_begun(folder) if growing and not folder.complete() else _read_manifest(folder)
     try:

@@ -7,16 +7,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import orjson
 import xxhash
-from numpy.typing import NDArray
 
 from raydist.corpus.log import Ints, Shard, TokenLog, open_log
 from raydist.feed.pack_index import FeedSource
-from raydist.feed.packing import REVISION, Batch
+from raydist.feed.packing import REVISION, Batch, Block
 from raydist.feed.selection import select
 from raydist.feed.stage import Counts, Stage
 from raydist.job.plan import Stretch, stretches
@@ -137,10 +136,10 @@ class Feed:
         """The stage of the run's sample g."""
         return bisect_right([stage.start for stage in self.stages], g) - 1
 
-    def block(self, g: int) -> dict[str, NDArray[np.integer] | int]:
+    def block(self, g: int) -> Block:
         """The g-th sample of the run: a row of `batch`, arrays [T], and sample = g."""
-        batch = self.batch([g])
-        return {name: int(array[0]) if name == "sample" else array[0] for name, array in batch.items()}
+        row: dict[str, Any] = {name: array[0] for name, array in self.batch([g]).items()}
+        return cast(Block, {**row, "sample": g})
 
     def batch(self, samples: Sequence[int] | Ints) -> Batch:
         """Samples of the run as arrays [B, T], see `Blocks.empty`. Sample -1 is padding: labels all -100.

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,17 @@ from numpy.typing import NDArray
 from raydist.corpus.log import Ints
 
 Batch = dict[str, NDArray[np.integer]]
+
+
+class Block(TypedDict):
+    """One sample: a row of a batch, arrays [T], and its number in the run. See `Blocks.empty`."""
+
+    input_ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    position_ids: NDArray[np.int64]
+    document_lengths: NDArray[np.int32]
+    sample: int
+
 
 REVISION = 1
 """Increased when the same lengths would be packed otherwise, so that older indexes are not used."""

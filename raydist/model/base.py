@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -20,13 +20,24 @@ from torch import nn
 from raydist.errors import ModelError
 from raydist.model.trust import SAFE, check_shards, no_weights, read_adapter_config, read_config
 
+if TYPE_CHECKING:
+    from peft import PeftModelForCausalLM
+    from transformers import PreTrainedModel
+
+    class CausalModel(PreTrainedModel):
+        """What AutoModelForCausalLM loads, for type checkers: transformers' own annotations allow no call."""
+
+        def eval(self) -> Self: ...
+        def generate(self, *inputs: Any, **options: Any) -> Any: ...
+
+
 _MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 """Causal masks in checkpoints of old GPTs, also where transformers no longer has such a buffer."""
 
 _SHOWN = 3
 
 
-def load_base(base: str, where: str = "model.base", **options: Any) -> Any:
+def load_base(base: str, where: str = "model.base", **options: Any) -> CausalModel:
     """The model in `base`, a folder or a hub id, by from_pretrained with `options`.
 
     where: for the error.  Raises ModelError when a tensor is missing, unexpected or of another shape.
@@ -36,12 +47,13 @@ def load_base(base: str, where: str = "model.base", **options: Any) -> Any:
     check_stored(base, where, download=True)  # on loading, the shapes of quantized weights are not compared
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True, **SAFE}
     loaded: Any = AutoModelForCausalLM.from_pretrained(base, config=read_config(base, where), **options)
+    model: CausalModel
     model, info = loaded
     _check(model, info, base, where)
     return model
 
 
-def load_adapter(model: nn.Module, folder: Path) -> Any:
+def load_adapter(model: nn.Module, folder: Path) -> PeftModelForCausalLM:
     """`model` with the adapter in `folder`, by peft. Raises ModelError when its tensors do not fit."""
     from peft import PeftModelForCausalLM
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,11 @@ from raydist.model.base import load_adapter, load_base
 from raydist.model.build import load_config, load_tokenizer, quietly
 from raydist.model.quantization import load_dequantized, load_quantized, read_config
 from raydist.model.trust import read_adapter_config
+
+if TYPE_CHECKING:
+    from peft import PeftModelForCausalLM
+
+    from raydist.model.base import CausalModel
 
 MODEL_FILES = (
     "*.safetensors", "*config.json", "*.index.json", "tokenizer*", "special_tokens_map.json", "vocab.*",
@@ -134,7 +139,7 @@ def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 @quietly()
-def load_trained(folder: Path) -> Any:
+def load_trained(folder: Path) -> CausalModel | PeftModelForCausalLM:
     """The model in a run's model/, for inference. An adapter is put on its base, quantized as in training."""
     if not (folder / "adapter_config.json").exists():
         return load_base(str(folder), where=str(folder)).eval()
@@ -143,7 +148,9 @@ def load_trained(folder: Path) -> Any:
         model = load_quantized(base, quantized, torch.device("cpu"), where=base)
     else:
         model = load_base(base, where=base)
-    return load_adapter(model, folder).eval()
+    adapted = load_adapter(model, folder)
+    adapted.eval()
+    return adapted
 
 
 def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int = 0) -> tuple[str, str]:
