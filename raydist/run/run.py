@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 from raydist.cluster.resources import spare
 from raydist.errors import JobError
@@ -20,10 +20,13 @@ from raydist.run.dataset import Prepared, Rest, can_begin_early, prepare_first, 
 from raydist.run.lifecycle import Life, at_the_end, keep_collator, state_after
 from raydist.track.listener import Listener
 from raydist.track.progress import make_view
-from raydist.track.records import effective, read_metrics
+from raydist.track.records import EvalRecord, effective, read_metrics
 
 if TYPE_CHECKING:
+    from peft import PeftModelForCausalLM
+
     from raydist.feed.feed import Feed
+    from raydist.model.base import CausalModel
 
 
 @dataclass(frozen=True)
@@ -32,13 +35,13 @@ class RunResult:
 
     folder: Path
     state: str
-    metrics: dict[str, dict[str, Any]]
+    metrics: dict[str, EvalRecord]
 
     @property
     def model_path(self) -> Path:
         return RunFolder(self.folder).model
 
-    def load_model(self) -> Any:
+    def load_model(self) -> CausalModel | PeftModelForCausalLM:
         """The trained model, from transformers or, with an adapter, from peft."""
         from raydist.model.export import load_trained
 
@@ -181,5 +184,5 @@ def reported(life: Life, parent: str | None) -> Iterator[None]:
 
 
 def _result(folder: RunFolder) -> RunResult:
-    last = {r["source"]: r for r in effective(folder) if r["kind"] == "eval"}
+    last = {r["source"]: cast(EvalRecord, r) for r in effective(folder) if r["kind"] == "eval"}
     return RunResult(folder.path, folder.status()["state"], last)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from raydist.folder import RunFolder
 from raydist.redact import redact, redacted
@@ -19,6 +19,23 @@ from raydist.sealed import opened
 from raydist.training.phases import PHASES
 
 Record = dict[str, Any]
+
+
+class EvalRecord(TypedDict):
+    """An evaluation of one source. eval_loss: nats per label. None stands for what is no number."""
+
+    kind: str
+    attempt: int
+    time: float
+    step: int
+    source: str
+    eval_loss: float | None
+    perplexity: float | None
+    bits_per_byte: float | None
+    n_tokens: int
+    n_bytes: int
+    n_documents: int
+
 
 HISTORY = frozenset({"start", "resume", "stage", "incident"})
 """Kinds of records that are kept even when their steps are trained again."""

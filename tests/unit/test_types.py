@@ -42,6 +42,8 @@ assert_type(result, raydist.RunResult)
 assert_type(result.folder, Path)
 assert_type(result.model_path, Path)
 assert_type(result.state, str)
+assert_type(result.metrics["books"]["perplexity"], float | None)
+assert_type(result.load_model(), CausalModel | PeftModelForCausalLM)
 
 assert_type(raydist.submit(job, address="http://head:8265"), int)
 
