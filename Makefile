@@ -38,7 +38,7 @@ demo-kill: install  ## the same job undisturbed and SIGKILLed twice: equal final
 	$(BIN)/python tests/chaos/demo_kill.py $(ARGS)
 
 .PHONY: chaos
-chaos: install  ## one fault of each kind at a random moment, each ending in the undisturbed bytes (about an hour)
+chaos: install  ## faults of every kind at random moments, each ending in the undisturbed bytes (about an hour)
 	$(BIN)/python -m tests.chaos.chaos $(ARGS)
 
 .PHONY: test

@@ -60,7 +60,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
-LAST = ("test_follow.py",)
+LAST = ("test_follow.py", "test_samples.py", "test_embedded.py")
 """Integration tests for the process that has run the unit tests, so that both processes end together."""
 
 

@@ -52,6 +52,7 @@ PATIENCE_SECONDS = 400.0
 HANG_SECONDS = 25
 """Longer than a small run's longest silence on a busy machine."""
 FROZEN_SECONDS = 10.0
+PER_FILE = 2
 SAID = {0, 7, 8, 9}
 """Exit statuses of a submission that a fault ended with a sentence: training, cluster or storage."""
 MIB = 2**20
@@ -67,7 +68,7 @@ def main() -> int:
         print("\n".join(fault.name for fault in catalogue))
         return 0
     rng = random.Random(options.seed)
-    drawn = draw(catalogue, options.faults or len(catalogue), rng)
+    drawn = draw(catalogue, options.faults, rng) if options.faults else some_of_each(catalogue, rng)
     storage = Path(tempfile.mkdtemp(prefix="chaos-", dir=options.storage))
     say(f"{len(drawn)} faults of {len(catalogue)} kinds, seed {options.seed}, in {storage}")
     results = []
@@ -85,7 +86,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--faults", type=int, help="how many (default: one of each kind)")
+    parser.add_argument(
+        "--faults",
+        type=int,
+        help=f"how many, of all kinds alike (default: one of each kind; {PER_FILE} kinds for each file)",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="those whose name contains this")
     parser.add_argument("--storage", type=Path, help="a folder to work in (default: the temporary one)")
@@ -102,6 +107,15 @@ def enter_namespace() -> None:
     if os.environ[inside] == "yes":
         os.execvp(NAMESPACE[0], [*NAMESPACE, sys.executable, *sys.argv])
     say("this machine has no mount namespaces: no disk will be full")
+
+
+def some_of_each(catalogue: list[Fault], rng: random.Random) -> list[Fault]:
+    """In random order: every fault of a process or a disk, and PER_FILE damages of each file."""
+    by_file: dict[str, list[Fault]] = {}
+    for fault in catalogue:
+        by_file.setdefault(fault.name.partition(",")[0], []).append(fault)
+    drawn = [fault for of_one in by_file.values() for fault in rng.sample(of_one, min(PER_FILE, len(of_one)))]
+    return rng.sample(drawn, len(drawn))
 
 
 def draw(catalogue: list[Fault], n: int, rng: random.Random) -> list[Fault]:
