@@ -136,7 +136,7 @@ def _about(run: RunFolder, begun: Record) -> dict[str, str]:
     strategy = [asked("strategy", "name"), _text_of("stage {}", asked("strategy", "stage"))]
     strategy.append("offloaded to host memory" if asked("strategy", "offload") == "cpu" else "")
     device = [begun.get("device_name"), str(begun.get("device", "")).upper()]
-    threads = _text_of("{} threads each", begun.get("threads"))
+    threads = _text_of(f"{{}} thread{'s' * (begun.get('threads') != 1)} each", begun.get("threads"))
     told = {
         "Base": _joined(parts),
         "Sources": _joined(f"{name} ({shown(asked('corpus', 'sources', name, 'path'))})" for name in sources),

@@ -53,6 +53,8 @@ HANG_SECONDS = 25
 """Longer than a small run's longest silence on a busy machine."""
 FROZEN_SECONDS = 10.0
 PER_FILE = 2
+PREPARE_MAKES = ("plan.json", "a slice's record")
+"""Training does not read these; `raydist prepare` makes them again, as `raydist verify` says."""
 SAID = {0, 7, 8, 9}
 """Exit statuses of a submission that a fault ended with a sentence: training, cluster or storage."""
 MIB = 2**20
@@ -373,6 +375,9 @@ class Bench:
             if code != 0:
                 result.problems.append(f"restored it did not end well: {output[-3000:]}")
                 return
+        if any(file in fault.name for file in PREPARE_MAKES):
+            code, output = submit_here(job, "prepare")
+            result.exits.append(code)
         self._compare(case.folder, undisturbed, result, curves="metrics" not in fault.name)
 
     def _compare(
@@ -452,8 +457,8 @@ def command_for(job: dict[str, Any]) -> str:
     return "tune" if "tune" in job else "submit"
 
 
-def submit_here(job: dict[str, Any]) -> tuple[int | None, str]:
-    """The job in this process, on a Ray that all share: exit status and output.
+def submit_here(job: dict[str, Any], name: str = "") -> tuple[int | None, str]:
+    """The job in this process, on a Ray that all share: exit status and output. name: of another command.
 
     The status is None, and the output a traceback, if anything but a RaydistError came out.
     """
@@ -464,7 +469,7 @@ def submit_here(job: dict[str, Any]) -> tuple[int | None, str]:
     output = io.StringIO()
     try:
         with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-            command([command_for(job), str(path)])
+            command([name or command_for(job), str(path)])
     except SystemExit as ended:
         return (ended.code if isinstance(ended.code, int) else 0), output.getvalue()
     except BaseException:  # noqa: BLE001 - the fault that is looked for
