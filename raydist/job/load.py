@@ -18,11 +18,11 @@ from raydist.redact import redacted
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with the numbers and booleans of YAML 1.2: 5e-5 is a number, `no` is a word."""
+    """Safe YAML with the numbers and booleans of YAML 1.2: 5e-5 is a number, 010 is ten, `no` is a word."""
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float"))]
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":bool", ":float", ":int"))]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -33,6 +33,20 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(?:\d+\.\d*(?:[eE][-+]?\d+)?|\.\d+(?:[eE][-+]?\d+)?|\d+[eE][-+]?\d+|\.inf|\.nan)$"),
     list("-+0123456789."),
 )
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:int", re.compile(r"^(?:[-+]?\d+|0o[0-7]+|0x[0-9a-fA-F]+)$"), list("-+0123456789")
+)
+
+
+def _integer(loader: _Loader, node: yaml.ScalarNode) -> int:
+    """010 is ten, and 0o10 is eight."""
+    text = loader.construct_scalar(node)
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> Job:

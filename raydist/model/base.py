@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 _MASKS = re.compile(r"\.(attn|attention)\.(masked_)?bias$")
 """Causal masks in checkpoints of old GPTs, also where transformers no longer has such a buffer."""
 
+LFS_POINTER = b"version https://git-lfs"
+"""What a file begins with that Git LFS has left in place of the real one."""
+
 _SHOWN = 3
 
 
@@ -88,6 +91,7 @@ def check_stored(base: str, where: str = "model.base", *, download: bool = False
         return
     stored: dict[str, torch.Tensor] = {}
     for path in paths:
+        _refuse_pointer(Path(path), base, where)
         with safe_open(
             path, "np"
         ) as header:  # "pt" maps the whole file, and fails on a machine too small for it
@@ -104,6 +108,34 @@ def check_stored(base: str, where: str = "model.base", *, download: bool = False
             names = re.findall(r"^(\S.*?) +\| *CONVERSION", "\n".join(report), re.MULTILINE)
             raise _misfit(base, where, _named("incomplete", names)) from error
     _check(model, info, base, where)
+
+
+def _refuse_pointer(path: Path, base: str, where: str) -> None:
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) != LFS_POINTER:
+            return
+    raise ModelError(
+        f"{path.name} of {base} is a Git LFS pointer, not the weights",
+        where=where,
+        why="the repository was cloned without Git LFS, which leaves its large files out",
+        fix="run `git lfs pull` in the base's folder, or copy the model from its source again",
+    )
+
+
+def check_finite(model: nn.Module, base: str, where: str = "model.base") -> None:
+    """Raises ModelError, with the names, where a weight is NaN or infinite. Reads every weight once."""
+    wrong = [
+        name
+        for name, weight in model.named_parameters()
+        if weight.is_floating_point() and not bool(weight.isfinite().all())
+    ]
+    if wrong:
+        raise ModelError(
+            f"weights of {base} are not numbers",
+            where=where,
+            why="; ".join(_named("with NaN or infinite values", wrong)),
+            fix="copy the model from its source again; a training that diverged leaves such weights too",
+        )
 
 
 def _weight_files(base: str, config: Any, where: str, *, download: bool) -> list[str]:

@@ -21,7 +21,7 @@ from torch import nn
 from raydist.errors import JobError, ModelError, first_line
 from raydist.job.schema import Job
 from raydist.model import quantization
-from raydist.model.base import check_stored, load_base
+from raydist.model.base import check_finite, check_stored, load_base
 from raydist.model.compiled import compile_layers, why_not_compiled
 from raydist.model.head import Head, find_head, use_chunked_head
 from raydist.model.layers import bare_of
@@ -176,7 +176,30 @@ def check_fits(config: PretrainedConfig, job: Job) -> None:
     quantization.check_quantization(config, job)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def check_tokenizer(job: Job) -> None:
+    """Raises JobError where the job names a tokenizer whose ids mean other tokens than the base's own do.
+
+    A base without a tokenizer takes any; tokens that the base's does not have may be named.
+    """
+    if job.model.base is None or not isinstance(job.model.tokenizer, str):
+        return
+    try:
+        own = load_tokenizer(base_path(job)).get_vocab()
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
+        return
+    given = {number: token for token, number in load_tokenizer(job.model.tokenizer).get_vocab().items()}
+    others = sorted((number, token) for token, number in own.items() if given.get(number, token) != token)
+    if others:
+        number, token = others[0]
+        raise JobError(
+            f"{len(others):,} of the base's {len(own):,} tokens are others in {job.model.tokenizer}",
+            where="model.tokenizer",
+            why=f"the model knows {number} as {token!r}, and this tokenizer means {given[number]!r} by it",
+            fix="leave model.tokenizer out: the base's own is used then",
+        )
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **NO_CODE)
@@ -331,8 +354,11 @@ def _base(job: Job, device: torch.device) -> nn.Module:
         if job.quantization is not None:
             config = quantization.quantization_config(job)
             options["dtype"] = torch.float32 if job.train.mixed_precision == "fp32" else "auto"
-            return quantization.load_quantized(base_path(job), config, device, **options)
+            quantized = quantization.load_quantized(base_path(job), config, device, **options)
+            check_finite(quantized, base_path(job))
+            return quantized
         model: nn.Module = load_base(base_path(job), dtype=dtype, **options)
+        check_finite(model, base_path(job))
         return model
 
 

@@ -39,14 +39,25 @@ ALIGNED = 16
 
 
 def check_quantization(config: PretrainedConfig, job: Job) -> None:
-    """Raises JobError when the base of `config` is quantized already."""
-    if job.quantization is not None and getattr(config, "quantization_config", None) is not None:
-        raise JobError(
-            f"the base {job.model.base} is quantized already",
-            where="quantization",
-            why="its config.json has a quantization_config, and weights are not quantized twice",
-            fix="set model.base to the base that it was made from",
+    """Raises JobError when the base of `config` is quantized already, unless only an adapter is trained."""
+    if getattr(config, "quantization_config", None) is None:
+        return
+    if job.quantization is not None:
+        where, why = (
+            "quantization",
+            "its config.json has a quantization_config, and weights are not quantized twice",
         )
+    elif job.adapter is None:
+        where = "model.base"
+        why = "quantized weights cannot be trained, and what cannot be trained would be left as it is"
+    else:
+        return
+    raise JobError(
+        f"the base {job.model.base} is quantized already",
+        where=where,
+        why=why,
+        fix="set model.base to the base that it was made from",
+    )
 
 
 def check_bitsandbytes(device: torch.device) -> None:

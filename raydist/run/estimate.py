@@ -11,7 +11,7 @@ from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
 from raydist.job.search import trial_at
-from raydist.model.build import Sizes, check_fits, load_config, model_sizes
+from raydist.model.build import Sizes, check_base, check_fits, check_tokenizer, load_config, model_sizes
 from raydist.parallel.footprint import FP32, worker_memory
 from raydist.parallel.optimizer import state_bytes
 from raydist.run.attempts import first_micro_batch_tokens, remembered
@@ -71,6 +71,9 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
     _add_epochs(sources, job, plan)
     config = load_config(job, tokenizer.vocab_size if tokenizer else _new_vocabulary(job))
     check_fits(config, job)
+    if job.model.base is not None:
+        check_base(job)
+        check_tokenizer(job)
     sizes = model_sizes(config, job)
     steps_here = {}
     if measured:

@@ -8,7 +8,7 @@ from raydist.cluster.resources import gpus
 from raydist.job.schema import Job
 from raydist.model import quantization
 from raydist.model.attention.choose import check_attention
-from raydist.model.build import check_base, check_fits, load_config, model_sizes, quietly
+from raydist.model.build import check_base, check_fits, check_tokenizer, load_config, model_sizes, quietly
 from raydist.model.precision import check_precision
 from raydist.parallel.optimizer import state_bytes
 from raydist.parallel.zero import check_deepspeed
@@ -33,6 +33,7 @@ def check_job(job: Job) -> None:
     load_hooks(job.train.hooks)
     if job.model.base is not None:
         check_base(job)
+        check_tokenizer(job)
 
 
 def check_on_cluster(job: Job) -> None:

@@ -29,6 +29,14 @@ def probe(model: nn.Module, *, document_mask: bool, bf16: bool = False) -> None:
         raise not_runnable(model, error) from error
     finally:
         model.train(was_training)
+    if not logits.isfinite().all():
+        computed = "bf16" if bf16 else str(next(model.parameters()).dtype).removeprefix("torch.")
+        raise ModelError(
+            f"{type(model).__name__} gives logits that are no finite numbers",
+            where="model",
+            why=f"a block of {first + second} random tokens was tried, in {computed}",
+            fix="compare the base with its source; one that overflows in 16 bits is needed in bf16 or fp32",
+        )
     base, other_second, other_first, other_last, swapped = logits
     computed_in = torch.bfloat16 if bf16 else next(model.parameters()).dtype
     limit = _PROBE_TOLERANCE[computed_in] * logits.abs().max().item()

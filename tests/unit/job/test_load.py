@@ -40,6 +40,20 @@ def test_numbers_and_words_are_those_of_yaml_1_2(tmp_path: Path) -> None:
     assert job.storage == "no"
 
 
+def test_octal_is_written_as_in_yaml_1_2_and_true_is_no_number(tmp_path: Path) -> None:
+    steps = [
+        load_job(write(tmp_path, MINIMAL), [f"train.max_steps={n}"]).train.max_steps for n in ("010", "0o10")
+    ]
+    assert steps == [10, 8]
+    for key in ("train.max_steps", "train.lr", "packing.block_size", "seed"):
+        with pytest.raises(JobError, match="true is no value for it") as refused:
+            load_job(write(tmp_path, MINIMAL), [f"{key}=true"])
+        assert key in str(refused.value)
+    assert load_job(
+        write(tmp_path, MINIMAL), ["train.gradient_checkpointing=true"]
+    ).train.gradient_checkpointing
+
+
 def test_no_mixed_precision_is_fp32(tmp_path: Path) -> None:
     """As users of Hugging Face write it; the job, and so a run's identity, has one name for it."""
     jobs = [load_job(write(tmp_path, MINIMAL), [f"train.mixed_precision={p}"]) for p in ("no", "fp32")]

@@ -200,6 +200,48 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_refused(tmp_path:
         build_model(make_job(tmp_path, model=from_base(base)), tmp_path / "bigger", CPU)
 
 
+def test_a_tokenizer_that_is_not_the_bases_is_refused(tmp_path: Path, base: Path) -> None:
+    content = json.loads((base / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    content["model"]["vocab"] = {**vocabulary, "w7": vocabulary["w9"], "w9": vocabulary["w7"]}
+    shutil.copytree(base, tmp_path / "other", ignore=shutil.ignore_patterns("*.safetensors"))
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(content))
+    job = make_job(tmp_path, model={**from_base(base), "tokenizer": str(tmp_path / "other")})
+    with pytest.raises(JobError, match="2 of the base's 64 tokens are others") as refused:
+        check_job(job)
+    assert "the model knows" in refused.value.why
+    check_job(make_job(tmp_path, model={**from_base(base), "tokenizer": str(base)}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (base / name).unlink()
+    check_job(job)  # a base without a tokenizer takes any
+
+
+def test_a_weight_that_is_no_number_is_named(tmp_path: Path, base: Path) -> None:
+    weights = load_file(base / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match="are not numbers") as refused:
+        build_model(make_job(tmp_path, model=from_base(base)), base, CPU)
+    assert "1 tensor with NaN or infinite values: model.layers.0.mlp.up_proj.weight" in refused.value.why
+
+
+def test_a_pointer_of_git_lfs_is_told_for_what_it_is(tmp_path: Path, base: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 5\n"
+    (base / "model.safetensors").write_text(pointer)
+    with pytest.raises(ModelError, match=r"model\.safetensors of .* is a Git LFS pointer") as refused:
+        check_job(make_job(tmp_path, model=from_base(base)))
+    assert "git lfs pull" in refused.value.fix
+
+
+def test_a_quantized_base_is_not_trained_as_it_is(tmp_path: Path, base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (base / "config.json").write_text(json.dumps({**config, "quantization_config": quantized}))
+    with pytest.raises(JobError, match="is quantized already") as refused:
+        check_job(make_job(tmp_path, model=from_base(base)))
+    assert refused.value.where == "model.base"
+
+
 def test_sizes_are_counted_without_making_the_model(tmp_path: Path, base: Path) -> None:
     job = make_job(tmp_path)
     built = build_model(job, base, CPU)
