@@ -11,12 +11,15 @@ from typing import Any, TypeVar
 
 from raydist.cluster.background import in_background
 from raydist.errors import ClusterLost
+from raydist.own_ray import ended_part
 
-NEEDED = {"raylet": "raylet", "gcs_server": "GCS"}
 T = TypeVar("T")
 
 POLL_SECONDS = 0.2
 ASK_SECONDS, GONE_SECONDS, SHUTDOWN_SECONDS = 2.0, 20.0, 20.0
+LEAVE_SECONDS = 4.0
+"""What works on a lost Ray has so long to end by itself. Ray ends a process whose threads go on to call it
+once it is shut down, and one that stays connected for some 10 s without its raylet."""
 
 
 def is_embedded() -> bool:
@@ -63,6 +66,8 @@ class Session:
         """`work` in a thread of this name, so that this one sees when Ray is gone: then ClusterLost."""
         doing = in_background(work, name)
         while not doing.done():
+            if self.lost():
+                wait([doing], LEAVE_SECONDS)
             self.require(doing)
             wait([doing], POLL_SECONDS)
         if doing.exception() is not None:
@@ -115,10 +120,7 @@ class Session:
         node: Any = worker._global_node
         if node is None:
             return ""
-        for kind, process in node.dead_processes():
-            if kind in NEEDED:
-                return f"Ray's {NEEDED[kind]} (process {process.pid}) has ended"
-        return "" if node.head else self._silent(str(node.gcs_address))
+        return ended_part() or ("" if node.head else self._silent(str(node.gcs_address)))
 
     def _silent(self, address: str) -> str:
         now = time.monotonic()

@@ -22,6 +22,7 @@ import pandas as pd
 import ray.data
 import xxhash
 from ray.data import Datasource, ExecutionResources, ReadTask
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink
 from ray.exceptions import RayTaskError
@@ -35,9 +36,10 @@ from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.slices import Slice, read_slice
 from raydist.corpus.source import SourceFiles, cleaned
 from raydist.corpus.tokenizer import Tokenizer, TokenizerSpec, load_tokenizer
-from raydist.errors import BadRecords, CorpusError, LogError, RaydistError
+from raydist.errors import BadRecords, ClusterLost, CorpusError, LogError, RaydistError
 from raydist.files import storage_error
 from raydist.job.functions import find_in, module_folders
+from raydist.own_ray import ended_part
 
 if TYPE_CHECKING:
     from ray.data._internal.execution.interfaces import TaskContext
@@ -279,6 +281,7 @@ def settings(share: Share = WHOLE_CLUSTER) -> Iterator[None]:
     context.execution_options.resource_limits = ExecutionResources.for_limits(cpu=share.cpus)
     if share.nodes:
         context.execution_options.label_selector = {"ray.io/node-id": f"in({','.join(share.nodes)})"}
+    context.custom_execution_callback_classes = [*context.custom_execution_callback_classes, EndsWithRay]
     context.execution_no_progress_timeout_s = -1  # a slice of a file that cannot be split may take hours
     logger = logging.getLogger("ray.data")
     level = logger.level
@@ -288,6 +291,14 @@ def settings(share: Share = WHOLE_CLUSTER) -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+class EndsWithRay(ExecutionCallback):
+    """Ends Ray Data's own thread where Ray is gone: left alone it tries on, and Ray then ends the process."""
+
+    def on_execution_step(self, executor: Any) -> None:
+        if ended := ended_part():
+            raise ClusterLost(ended)
 
 
 def dataset(

@@ -32,6 +32,9 @@ MODEL_FILES = (
     "merges.txt", "added_tokens.json", "chat_template*", "README.md",
 )  # fmt: skip
 
+MERGE_TOLERANCE = 1e-3
+"""Of the largest logit, in fp32: how much a merge may move one. Rounding moves them by 1e-6."""
+
 
 @quietly()
 def save_model(
@@ -225,4 +228,33 @@ def _merged(base: str, adapter: Path, quantized: dict[str, Any] | None) -> tuple
     else:
         model = load_base(base, where=base, dtype="auto")
     dtype = model.dtype
-    return load_adapter(model.float(), adapter).merge_and_unload(), dtype
+    adapted = load_adapter(model.float(), adapter).eval()
+    _untie(adapted)
+    ids = torch.randperm(adapted.get_input_embeddings().weight.shape[0])[None, :32]
+    with torch.inference_mode():
+        trained = adapted(input_ids=ids).logits
+        merged: Any = adapted.merge_and_unload()
+        moved = (merged(input_ids=ids).logits - trained).abs().max().item()
+    if not moved <= MERGE_TOLERANCE * trained.abs().max().item():
+        raise ModelError(
+            "the merged model is not the trained one",
+            where=str(adapter),
+            why=f"logits moved by {moved:.1e}, of at most {trained.abs().max().item():.1e}",
+            fix="use the adapter on its base, by peft",
+        )
+    return merged, dtype
+
+
+def _untie(adapted: Any) -> None:
+    """Give an adapted output head a weight of its own, where it shares that of the embedding.
+
+    The adapter is the head's alone: merged into a shared weight it would change the embedding as well.
+    """
+    head, embedding = adapted.get_output_embeddings(), adapted.get_input_embeddings()
+    layers = [getattr(each, "base_layer", each) for each in (head, embedding)]
+    if layers == [head, embedding] or layers[0].weight is not layers[1].weight:
+        return
+    layers[0].weight = nn.Parameter(layers[0].weight.detach().clone(), requires_grad=False)
+    bare = adapted.get_base_model()
+    for config in {id(each): each for each in (bare.config, bare.config.get_text_config())}.values():
+        config.tie_word_embeddings = False

@@ -131,6 +131,46 @@ def test_lora_trains_the_adapter_alone_loads_in_peft_and_merges(tmp_path: Path, 
     assert (merged(ids).logits - logits).abs().max() < 2e-2 * logits.abs().max()
 
 
+@pytest.mark.filterwarnings("ignore")  # peft advises against an adapted head
+def test_an_adapted_head_that_was_tied_is_merged_as_it_was_trained(tmp_path: Path, base: Path) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(base)
+    adapter = {"r": 4, "dropout": 0.0, "target_modules": ["q_proj", "lm_head"]}
+    spec = make_spec(tmp_path, model=from_base(base), adapter=adapter, train={"lr": 3e-2})
+    train(spec)
+    adapted = AutoPeftModelForCausalLM.from_pretrained(spec.run / "model", dtype=torch.float32).eval()
+    ids = torch.tensor([[5, 9, 23, 40]])
+    logits = adapted(ids).logits
+    merged = AutoModelForCausalLM.from_pretrained(merge_adapter(RunFolder(spec.run)))
+    assert not merged.config.tie_word_embeddings
+    assert (merged(ids).logits - logits).abs().max() < 2e-2 * logits.abs().max()
+    assert torch.equal(merged.get_input_embeddings().weight, model.get_input_embeddings().weight)
+
+
+def test_a_merge_that_moves_the_logits_writes_nothing(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.tuners.lora import LoraModel
+
+    spec = make_spec(tmp_path, model=from_base(base), adapter={"r": 4, "dropout": 0.0}, train={"lr": 3e-2})
+    train(spec)
+    merge = LoraModel.merge_and_unload
+
+    def wrong(self: Any) -> Any:
+        merged = merge(self)
+        merged.get_output_embeddings().weight.data.mul_(1.5)
+        return merged
+
+    monkeypatch.setattr(LoraModel, "merge_and_unload", wrong)
+    with pytest.raises(ModelError, match="the merged model is not the trained one"):
+        merge_adapter(RunFolder(spec.run))
+    assert not RunFolder(spec.run).merged.exists()
+
+
 def test_lora_resumes_bit_identical(tmp_path: Path, base: Path) -> None:
     options = {"model": from_base(base), "adapter": {"r": 4, "dropout": 0.1}, "train": {"max_steps": 10}}
     whole, cut = stopped_and_resumed(tmp_path, after=7, **options)
