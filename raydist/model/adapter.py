@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from raydist.errors import ModelError
+from raydist.errors import ModelError, first_line
 from raydist.job.schema import Lora
 
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
-    """The model with a LoRA adapter. Raises ModelError for unknown target modules, with the known ones."""
+    """The model with a LoRA adapter.
+
+    Raises ModelError for unknown target modules, with the known ones, and for what peft refuses.
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -22,7 +25,17 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
         lora_dropout=lora.dropout,
         target_modules=_target_modules(model, lora),
     )
-    return get_peft_model(model, config)
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError, NotImplementedError) as error:
+        why = first_line(error)
+        of_dropout = lora.dropout != 0 and "dropout" in why
+        raise ModelError(
+            f"peft cannot put this adapter on {type(model).__name__}",
+            where="adapter.dropout" if of_dropout else "adapter",
+            why=why,
+            fix="set adapter.dropout: 0" if of_dropout else "choose other adapter.target_modules",
+        ) from error
 
 
 def _target_modules(model: nn.Module, lora: Lora) -> str | list[str]:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from raydist.errors import ModelError
+from raydist.job.schema import Lora
 from raydist.model import adapter
 from raydist.model.build import build_model, load_config, model_sizes
 from raydist.parallel import build as on_ranks
@@ -85,3 +87,16 @@ def test_the_memory_of_the_weights_is_foreseen(tied: bool, precision: str, tmp_p
     model = build_model(job, base, CPU)
     held = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     assert model_sizes(load_config(job), job).weight_bytes == held
+
+
+@pytest.mark.filterwarnings("ignore")  # of peft, which raydist.model.build.quietly silences
+def test_dropout_on_experts_is_refused_with_what_would_work() -> None:
+    """peft adapts experts that are stored as one tensor, but not with dropout."""
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "num_local_experts": 2, "num_hidden_layers": 1}
+    config = AutoConfig.for_model("mixtral", vocab_size=VOCABULARY, num_attention_heads=4, **sizes)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+        with pytest.raises(ModelError, match="peft cannot put this adapter on MixtralForCausalLM") as refused:
+            adapter.add_lora(model, Lora(r=4))
+        assert refused.value.where == "adapter.dropout" and "adapter.dropout: 0" in refused.value.fix
+        adapter.add_lora(AutoModelForCausalLM.from_config(config), Lora(r=4, dropout=0.0))
