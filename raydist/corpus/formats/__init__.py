@@ -32,6 +32,7 @@ from raydist.corpus.formats.records import (
     Part,
     ReadOptions,
     Record,
+    SameName,
     Torn,
     Unit,
 )
@@ -78,11 +79,18 @@ def read_part(file: File, part: Part, options: ReadOptions) -> Iterator[list[Ite
 def check_column(file: File, options: ReadOptions) -> None:
     """CorpusError if the schema, the header or all the first records of `file` lack the text column.
 
+    So too if its schema or header names that column twice.
+
     A file that cannot be read passes: reading it reports what is wrong with it.
     """
     if not READERS[file.format].has_columns:
         return
     first = next(read_part(file, WHOLE, options), [])
+    if first and isinstance(first[0], SameName):
+        raise CorpusError(
+            f"{file.name} has {first[0].reason}", where=file.location, why="reading one of them is a guess",
+            fix="rename one of them in the file",
+        )  # fmt: skip
     missing = [item for item in first if isinstance(item, NoColumn)]
     if missing and len(missing) == len(first):
         raise CorpusError(

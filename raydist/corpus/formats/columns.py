@@ -17,8 +17,10 @@ from raydist.corpus.formats.records import (
     Part,
     ReadOptions,
     Record,
+    Torn,
     decoded,
     no_column,
+    same_name,
 )
 from raydist.corpus.formats.streams import Opened
 
@@ -45,16 +47,17 @@ def _is_file(reader: Any) -> bool:
     return isinstance(reader, pa.ipc.RecordBatchFileReader)
 
 
-def _find(schema: Any, column: str) -> list[str] | None:
-    """The path of `column`: its own name, or the structs that its dots enter; None if there is none."""
-    if column in schema.names:
-        return [column]
-    fields, path = {field.name: field for field in schema}, column.split(".")
+def _find(schema: Any, column: str) -> list[str] | Bad:
+    """The path of `column`: its own name, or the structs that its dots enter. Bad: none, or several."""
+    fields, path = list(schema), [column] if column in schema.names else column.split(".")
     for name in path:
-        if name not in fields:
-            return None
-        kind = fields[name].type
-        fields = {field.name: field for field in kind} if pa.types.is_struct(kind) else {}
+        names = [field.name for field in fields]
+        if name not in names:
+            return no_column(column, schema.names)
+        if names.count(name) > 1:
+            return same_name(name, names)
+        kind = fields[names.index(name)].type
+        fields = list(kind) if pa.types.is_struct(kind) else []
     return path
 
 
@@ -66,8 +69,8 @@ def _read_parquet(stream: Opened, part: Part, options: ReadOptions) -> Iterator[
         yield [Bad(None, f"not a readable parquet file: {error}")]
         return
     path = _find(file.schema_arrow, options.text_column)
-    if path is None:
-        yield [no_column(options.text_column, file.schema_arrow.names)]
+    if isinstance(path, Bad):
+        yield [path]
         return
     row = 0
     for group in range(file.num_row_groups):
@@ -75,7 +78,7 @@ def _read_parquet(stream: Opened, part: Part, options: ReadOptions) -> Iterator[
         if part.is_whole or part.start <= group < part.end:
             rows = _batch_rows(file, group, path)
             batches = file.iter_batches(rows, [group], [".".join(path)], use_threads=False)
-            yield from _items_of(batches, path, row, f"row group {group}")
+            yield from _items_of(batches, path, row, f"row group {group}", n_rows)
         row += n_rows
 
 
@@ -93,13 +96,13 @@ def _read_arrow(stream: Opened, part: Part, options: ReadOptions) -> Iterator[li
     try:
         schema = _open_arrow(stream).schema
         path = _find(schema, options.text_column)
-        if path is None:
-            yield [no_column(options.text_column, schema.names)]
+        if isinstance(path, Bad):
+            yield [path]
             return
         stream.seek(0)
         reader = _open_arrow(stream, [schema.get_all_field_indices(path[0])[0]])
         if not _is_file(reader):
-            batches, row = iter(reader), 0
+            batches, row = _to_its_end(reader, stream), 0
         else:
             end = reader.num_record_batches if part.is_whole else part.end
             row = sum(reader.get_batch(i).num_rows for i in range(part.start))
@@ -111,14 +114,30 @@ def _read_arrow(stream: Opened, part: Part, options: ReadOptions) -> Iterator[li
     yield from _items_of(batches, path, row, "the rest of the file" if part.is_whole else what, validate=True)
 
 
+def _to_its_end(reader: Any, stream: Opened) -> Iterator[Any]:
+    """The batches of an IPC stream. Torn: it lacks its end mark, or more follows that mark.
+
+    The reader stops without an error at the file's end, which may be where the file was cut.
+    """
+    n_rows = 0
+    for batch in reader:
+        yield batch
+        n_rows += batch.num_rows
+    if stream.at_end:
+        raise Torn(f"the stream ends after {n_rows} rows without its end mark: it was cut, or never closed")
+    if stream.read(CHUNK_BYTES).strip(b"\0"):
+        raise Torn(f"more follows the stream's end mark, after {n_rows} rows: only one stream is read")
+
+
 def _items_of(
-    batches: Iterator[Any], path: list[str], row: int, what: str, *, validate: bool = False
+    batches: Iterator[Any], path: list[str], row: int, what: str, n_rows: int = -1, *, validate: bool = False
 ) -> Iterator[list[Item]]:
     """Items of each batch. The first that cannot be read is one Bad, and the end.
 
-    what: the part of the file that is lost with it. validate: check offsets, which a damaged file may have
-    wrong.
+    what: the part of the file that is lost with it. n_rows: that it says it has, -1 if it says nothing.
+    validate: check offsets, which a damaged file may have wrong.
     """
+    first = row
     try:
         for batch in batches:
             array = batch.column(batch.schema.get_all_field_indices(path[0])[0])
@@ -132,6 +151,8 @@ def _items_of(
                     _as_bytes(piece).validate(full=True)
                 yield _items(piece, row, path)
                 row += len(piece)
+        if n_rows not in (-1, row - first):
+            yield [Bad(None, f"{what} holds {row - first} rows of {'.'.join(path)}, and says {n_rows}")]
     except MemoryError:
         raise
     except DAMAGED as error:

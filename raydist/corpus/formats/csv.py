@@ -10,7 +10,16 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from raydist.corpus.formats.reader import Cut, Reader, cut_bytes
-from raydist.corpus.formats.records import Bad, ByteRecord, Item, Part, ReadOptions, no_column, utf8_fault
+from raydist.corpus.formats.records import (
+    Bad,
+    ByteRecord,
+    Item,
+    Part,
+    ReadOptions,
+    no_column,
+    same_name,
+    utf8_fault,
+)
 from raydist.corpus.formats.streams import Opened, blocks, whole_lines
 
 
@@ -25,6 +34,8 @@ def _read(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Ite
         yield [Bad(None, "its CSV header cannot be read")]
     elif column not in header:
         yield [no_column(column, header)]
+    elif header.count(column) > 1:
+        yield [same_name(column, header)]
     else:
         lines = whole_lines(blocks(stream, part))
         yield from _read_rows(lines, header, column, delimiter, skip_header=part.start == 0)

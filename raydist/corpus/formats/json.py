@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from functools import cache
 from itertools import chain
 from operator import itemgetter
 from typing import Any
@@ -33,6 +35,7 @@ KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a numbe
 TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
 COLUMN_ROWS = 1024
 """Rows in one list of items of a file of columns, which is in memory as a whole."""
+ESCAPES = {'"': '"', "\\": "\\", "/": "/", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 OBJECT_HEAD = re.compile(rb'\s*(\{\s*"[^"\\]*")')
 
 
@@ -86,6 +89,78 @@ def getter(column: str) -> Callable[[Any], Any]:
     return get
 
 
+class _Pairs(list[tuple[str, Any]]):
+    """An object with every key, also those that occur twice."""
+
+
+class _Key:
+    """The text column's key. Of a key that occurs twice orjson keeps the last value, which is a guess."""
+
+    def __init__(self, column: str) -> None:
+        self.column, self.path = column, column.split(".")
+        # Of letters and digits \u00.. is the only other spelling.
+        is_simple = column.isascii() and column.replace("_", "").isalnum()
+        self._quoted = f'"{column}"'.encode() if is_simple else b"\n no JSON"
+        self._written = {name: _ways_to_write(name) for name in (column, *self.path)}
+
+    def occurs_once(self, raw: bytes, n: int) -> bool:
+        """Whether n records, which all have a value of the column, surely have one. raw: their JSON.
+
+        Counting is fast. It counts the keys of inner objects too, so False says nothing.
+        """
+        if raw.count(self._quoted) == n and not (b"\\" in raw and b"\\u00" in raw):
+            return True
+        count = {name: len(written.findall(raw)) for name, written in self._written.items()}
+        if len(count) == 1 or count[self.column]:
+            return count[self.column] == n
+        return all(count[name] == n * self.path.count(name) for name in self.path)
+
+    def repeats(self, raw: bytes) -> bool:
+        """Whether the key occurs twice in a record. raw: its valid JSON."""
+        return self._repeats(_with_every_key(raw))
+
+    def which_repeat(self, raw: bytes) -> list[bool]:
+        """The same of each record of an array. raw: the array, valid JSON."""
+        return list(map(self._repeats, _with_every_key(raw)))
+
+    def _repeats(self, record: Any) -> bool:
+        has_column = isinstance(record, _Pairs) and self.column in dict(record)
+        for name in [self.column] if has_column else self.path:
+            values = [value for key, value in record if key == name] if isinstance(record, _Pairs) else []
+            if len(values) != 1:
+                return len(values) > 1
+            record = values[0]
+        return False
+
+
+_key = cache(_Key)
+
+
+def _with_every_key(raw: bytes) -> Any:
+    """Objects become _Pairs. Slow."""
+    return json.loads(raw, object_pairs_hook=_Pairs, parse_int=float)
+
+
+def _ways_to_write(name: str) -> re.Pattern[bytes]:
+    """Matches the key `name`, however its characters are escaped, and its colon."""
+
+    def ways(character: str) -> Iterator[bytes]:
+        yield re.escape(character.encode("utf-8", "surrogatepass"))
+        code = character.encode("utf-16-be", "surrogatepass").hex()
+        units = (code[start : start + 4] for start in range(0, len(code), 4))
+        yield b"".join(rb"\\(?i:u%s)" % unit.encode() for unit in units)
+        if character in ESCAPES:
+            yield re.escape(f"\\{ESCAPES[character]}".encode())
+
+    return re.compile(b'"' + b"".join(b"(?:%s)" % b"|".join(ways(c)) for c in name) + rb'"\s*:')
+
+
+def _repeated(row: int, column: str, kind: type[Record]) -> Bad:
+    return Bad(
+        row, f"the field '{column}' occurs more than once: which one holds the text is a guess", unit_of(kind)
+    )
+
+
 def text_item(value: Any, row: int, column: str, kind: type[Record]) -> Item:
     """kind: what it becomes, which says what `row` counts."""
     if not isinstance(value, dict):
@@ -105,8 +180,12 @@ def _value_item(text: Any, row: int, column: str, kind: type[Record]) -> Item:
 
 
 def parsed_item(raw: bytes, row: int, column: str, kind: type[Record]) -> Item:
+    key = _key(column)
     try:
-        return text_item(orjson.loads(raw), row, column, kind)
+        value = orjson.loads(raw)
+        if not key.occurs_once(raw, 1) and key.repeats(raw):
+            return _repeated(row, column, kind)
+        return text_item(value, row, column, kind)
     except orjson.JSONDecodeError as error:  # its own text counts lines, from the record's start
         fault = f"invalid JSON: {error.msg} at character {error.pos} of the record"
         return Bad(row, utf8_fault(raw) or fault, unit_of(kind))
@@ -118,7 +197,7 @@ def _all_strings(values: list[Any]) -> bool:
 
 def _read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
     """chunks: (offset, whole lines). A chunk in which anything is unusual is read again line by line."""
-    get, loads = getter(column), orjson.loads
+    get, loads, key = getter(column), orjson.loads, _key(column)
     for offset, chunk in chunks:
         lines, rows = lines_of(offset, chunk)
         try:
@@ -126,7 +205,14 @@ def _read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[li
         except (orjson.JSONDecodeError, KeyError, TypeError):
             texts = [None]
         if _all_strings(texts):
-            yield list(map(ByteRecord._make, zip(texts, rows, strict=True)))
+            items: list[Item] = list(map(ByteRecord._make, zip(texts, rows, strict=True)))
+            if not key.occurs_once(chunk, len(lines)):
+                repeats = (not key.occurs_once(line, 1) and key.repeats(line) for line in lines)
+                items = [
+                    _repeated(item[1], column, ByteRecord) if again else item  # type: ignore[arg-type]
+                    for item, again in zip(items, repeats, strict=True)
+                ]
+            yield items
         else:
             numbered = zip(lines, rows, strict=True)
             yield [parsed_item(line, row, column, ByteRecord) for line, row in numbered if line.strip()]
@@ -154,6 +240,8 @@ def _column(chunk: bytes, column: str) -> list[Any] | None:
         return None
     with suppress(orjson.JSONDecodeError, KeyError, TypeError):
         values = getter(column)(orjson.loads(chunk))
+        if not _key(column).occurs_once(chunk, 1) and _key(column).repeats(chunk):
+            return None
         values = list(values.values()) if isinstance(values, dict) else values
         return values if isinstance(values, list) else None
     return None
@@ -176,7 +264,7 @@ class _Array:
     """An array of objects whose elements are taken off the front while it is read."""
 
     def __init__(self, column: str) -> None:
-        self.column, self.get = column, getter(column)
+        self.column, self.get, self.key = column, getter(column), _key(column)
         self.pending = b""
         self.wanted = CHUNK_BYTES  # bytes to hold before the next attempt
         self.row = 0
@@ -198,7 +286,7 @@ class _Array:
         """The elements that are left, and one Bad if the file does not end as an array does."""
         if not (torn or self.closed):
             with suppress(orjson.JSONDecodeError):
-                return self._items(orjson.loads(b"[" + self.pending))
+                return self._items(b"[" + self.pending)
         items = self._scan()
         if torn:
             return [*items, Bad(None, str(torn))]
@@ -222,22 +310,26 @@ class _Array:
         if not body.endswith(b","):
             return self._scan()
         try:
-            items = self._items(orjson.loads(b"[" + body[:-1] + b"]"))
+            items = self._items(b"[" + body[:-1] + b"]")
         except orjson.JSONDecodeError:
             return self._scan()
         self.pending = self.pending[last:]
         return items
 
-    def _items(self, values: list[Any]) -> list[Item]:
+    def _items(self, array: bytes) -> list[Item]:
+        values = orjson.loads(array)
         first, self.row = self.row, self.row + len(values)
         rows = range(first, self.row)
         try:
             texts = list(map(self.get, values))
         except (KeyError, TypeError):
             texts = [None]
-        if _all_strings(texts):
+        if _all_strings(texts) and self.key.occurs_once(array, len(texts)):
             return list(map(Record._make, zip(texts, rows, strict=True)))
-        return [text_item(value, row, self.column, Record) for value, row in zip(values, rows, strict=True)]
+        return [
+            _repeated(row, self.column, Record) if again else text_item(value, row, self.column, Record)
+            for value, row, again in zip(values, rows, self.key.which_repeat(array), strict=True)
+        ]
 
     def _scan(self) -> list[Item]:
         """The complete elements of `pending`, found by brackets and parsed one by one: works for bad ones."""

@@ -80,6 +80,12 @@ class NoColumn(Bad):
     __slots__ = ()
 
 
+class SameName(Bad):
+    """Several columns have the text column's name: reading one of them would be a guess."""
+
+    __slots__ = ()
+
+
 Item = Record | Bad
 
 
@@ -107,6 +113,10 @@ def utf8_fault(raw: bytes) -> str | None:
 
 def no_column(column: str, names: list[str]) -> NoColumn:
     return NoColumn(None, f"no column '{column}' (columns: {listed(names)})")
+
+
+def same_name(column: str, names: list[str]) -> SameName:
+    return SameName(None, f"{names.count(column)} columns named '{column}' (columns: {listed(names)})")
 
 
 def listed(names: list[str]) -> str:

@@ -28,10 +28,13 @@ BROKEN = (zlib.error, zstandard.ZstdError, OSError, EOFError)
 
 
 class Opened:
-    """A file's stream. Storage that fails raises CorpusError, and so is never taken for damaged content."""
+    """A file's stream. Storage that fails raises CorpusError, and so is never taken for damaged content.
+
+    at_end: the last read found nothing left.
+    """
 
     def __init__(self, file: File) -> None:
-        self.file = file
+        self.file, self.at_end = file, False
         try:
             self.stream = open_file(file.location)
         except OSError as error:
@@ -39,9 +42,11 @@ class Opened:
 
     def read(self, size: int = -1) -> bytes:
         try:
-            return self.stream.read(size)
+            block = self.stream.read(size)
         except OSError as error:
             cannot_read(error, self.file.location, self.file.name)
+        self.at_end = size != 0 and not block
+        return block
 
     def seek(self, position: int, whence: int = 0) -> int:
         return self.stream.seek(position, whence)

@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import json
+import re
 import struct
 from typing import get_args
 
@@ -443,6 +444,41 @@ def test_a_torn_arrow_stream_keeps_what_came_before(tmp_path):
     assert "not a readable Arrow file" in read(tmp_path / "b.arrow")[0].reason
 
 
+def test_a_row_group_that_gives_fewer_rows_than_it_says_is_bad(tmp_path):
+    path = tmp_path / "a.parquet"
+    groups = [[f"{group} {i}" for i in range(50)] for group in range(3)]
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as sink:
+        for group in groups:
+            sink.write_table(pa.table({"text": group}))
+    raw = bytearray(path.read_bytes())
+    numbers = [match.end() - 1 for match in re.finditer(rb"\x04text\x15.\x16\x64", raw, re.DOTALL)]
+    raw[numbers[1]] ^= 1  # the second row group's number of values becomes negative
+    path.write_bytes(raw)
+    items = read(path)
+    assert texts(items[:50]) == groups[0]
+    assert [bad.reason for bad in bads(items)] == ["row group 1 holds 0 rows of text, and says 50"]
+    assert [item.text for item in items[51:]] == groups[2]
+
+
+@pytest.mark.parametrize("codec", [None, "lz4"])
+def test_an_arrow_stream_without_its_end_mark_is_bad_after_its_rows(tmp_path, codec):
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": [str(i) for i in range(40)]})
+    options = pa.ipc.IpcWriteOptions(compression=codec)
+    with pa.ipc.new_stream(path, table.schema, options=options) as sink:
+        sink.write_table(table, max_chunksize=10)
+    whole = path.read_bytes()
+    batches = [at for at in range(0, len(whole), 8) if whole.startswith(b"\xff" * 4, at)]
+    path.write_bytes(whole[: batches[3]])
+    items = read(path)
+    assert [item.text for item in items[:-1]] == [str(i) for i in range(20)]
+    assert "without its end mark" in items[-1].reason
+    path.write_bytes(whole + bytes(16))
+    assert len(texts(read(path))) == 40
+    path.write_bytes(whole + whole)
+    assert "more follows" in bads(read(path))[0].reason
+
+
 def test_arrow_offsets_that_lie_are_bad(tmp_path):
     path = table_file(tmp_path, pa.array(["first words", "second words"]), "arrow")
     honest = struct.pack("<3i", 0, 11, 23)
@@ -499,6 +535,87 @@ def test_a_missing_column_is_an_error_that_lists_those_there_are(tmp_path, name)
     assert "id, text" in str(caught.value)
     assert file.name in str(caught.value)
     assert all(isinstance(item, Bad) for item in read(file.location, "body"))
+
+
+def same_names(folder, kind):
+    """A file with two columns named text."""
+    path = folder / f"a.{kind}"
+    table = pa.table([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    if kind == "csv":
+        path.write_text("text,text\na,b\n")
+    elif kind == "parquet":
+        pq.write_table(table, path)
+    else:
+        with pa.ipc.new_file(path, table.schema) as sink:
+            sink.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "arrow"])
+def test_two_columns_of_the_name_are_refused_not_guessed(tmp_path, kind):
+    path = same_names(tmp_path, kind)
+    assert [bad.reason for bad in read(path)] == ["2 columns named 'text' (columns: text, text)"]
+    corpus = Corpus(sources={"s": {"path": str(path)}})
+    with pytest.raises(CorpusError, match=rf"a.{kind} has 2 columns named 'text'") as caught:
+        open_source(Source(path=str(path)), corpus)
+    assert "rename" in caught.value.fix
+
+
+def test_two_struct_fields_of_the_name_are_refused(tmp_path):
+    fields = [pa.field("a", pa.string()), pa.field("a", pa.string())]
+    path = table_file(tmp_path, pa.StructArray.from_arrays([pa.array(["x"]), pa.array(["y"])], fields=fields))
+    assert [bad.reason for bad in read(path, "text.a")] == ["2 columns named 'a' (columns: a, a)"]
+
+
+TWICE = "the field 'text' occurs more than once: which one holds the text is a guess"
+
+
+@pytest.mark.parametrize(
+    "twice",
+    [
+        '{"text": "a", "text": "b"}',
+        '{"text": "a", "te\\u0078t": "b"}',
+        '{"text" : 1, "b": {"text": 2}, "text": "b"}',
+        '{"text": "a", "big": 999999999999999999999999, "text": "b"}',
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "array.json"])
+def test_a_key_that_occurs_twice_is_bad_not_guessed(tmp_path, name, twice):
+    good = ['{"text": "\\"text\\": x"}', '{"text": "c", "b": {"text": "inner"}}', '{"text": "\\u00e9"}']
+    records = [*good, twice, *good]
+    path = tmp_path / name
+    path.write_text("[" + ",".join(records) + "]" if name == "array.json" else "\n".join(records))
+    items = read(path)
+    assert [item.reason if isinstance(item, Bad) else item.text for item in items] == [
+        *['"text": x', "c", "é"],
+        TWICE,
+        *['"text": x', "c", "é"],
+    ]
+
+
+def test_keys_of_a_dotted_column_may_not_repeat_either(tmp_path):
+    path = tmp_path / "a.jsonl"
+    records = [
+        '{"a": {"b": "one"}, "b": 1}',
+        '{"a": {"b": "one", "b": "two"}}',
+        '{"a": {"b": "one"}, "a": {"b": "two"}}',
+        '{"a.b": "one", "a": 1, "a": 2}',
+        '{"a.b": "one", "a.b": "two"}',
+    ]
+    path.write_text("\n".join(records))
+    assert [item.text if isinstance(item, Record) else None for item in read(path, "a.b")] == [
+        *["one", None, None, "one", None]
+    ]
+    path.write_text(
+        '{"größe": "a"}\n{"gr\\u00f6ße": "a"}\n{"größe": "a", "gr\\u00F6\\u00dfe": "b", "x": "größe"}'
+    )
+    assert [isinstance(item, Record) for item in read(path, "größe")] == [True, True, False]
+
+
+def test_a_json_file_with_a_column_twice_is_bad(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"text": ["a"], "text": ["b"]}')
+    assert [bad.reason for bad in read(path)] == [TWICE]
 
 
 def test_a_column_that_only_some_records_have_is_no_error(tmp_path):
