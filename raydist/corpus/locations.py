@@ -19,8 +19,8 @@ QUERY = re.compile(r"\?\w+=")
 class File:
     """name: relative, '/'-separated, the same on every machine.  location: the path or URI to open.
 
-    size: bytes.  identity: changes when the content does.  format: a key of READERS.  compression: a key
-    of DECOMPRESSORS, or None. Both are found once, when the file is listed.
+    size: bytes.  identity: changes when the content does.  format: a key of READERS.  compression: one
+    of COMPRESSIONS, or None. Both are found once, when the file is listed.
     """
 
     name: str

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import csv
 import io
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from raydist.corpus.formats.reader import Cut, Reader, cut_bytes
 from raydist.corpus.formats.records import (
+    MAX_RECORD_BYTES,
     Bad,
     ByteRecord,
     Item,
     Part,
     ReadOptions,
+    Torn,
     no_column,
     same_name,
+    too_long,
     utf8_fault,
 )
 from raydist.corpus.formats.streams import Opened, blocks, whole_lines
@@ -49,7 +51,7 @@ class _Lines:
         self.first = -1  # offset of the first line
         self.before = 0  # lines in earlier chunks
         self.ends = np.empty(0, np.int64)
-        self.is_utf8 = True  # so far; if not, undecodable bytes are surrogates
+        self.is_text = True  # UTF-8 without NUL, so far; if not, undecodable bytes are surrogates
 
     def __iter__(self) -> Iterator[str]:
         for offset, chunk in self.chunks:
@@ -58,7 +60,7 @@ class _Lines:
             self.first = offset if self.first < 0 else self.first
             self.before += len(self.ends)
             self.ends = offset + np.cumsum(np.fromiter(sizes, np.int64))
-            self.is_utf8 = self.is_utf8 and utf8_fault(chunk) is None
+            self.is_text = self.is_text and b"\0" not in chunk and utf8_fault(chunk) is None
             yield from io.StringIO(text, newline="")
 
     def end_of(self, line: int) -> int:
@@ -68,7 +70,7 @@ class _Lines:
 
 def _read_header(chunks: Iterable[tuple[int, bytes]], delimiter: str) -> list[str] | None:
     """The names of the columns; None when the file has none or they cannot be read."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MAX_RECORD_BYTES)
     try:
         reader = csv.reader(_Lines(chunks), delimiter=delimiter, strict=True)
         header = next((row for row in reader if row), None)
@@ -81,13 +83,16 @@ def _read_rows(
     chunks: Iterable[tuple[int, bytes]], header: list[str], column: str, delimiter: str, *, skip_header: bool
 ) -> Iterator[list[Item]]:
     """chunks: (offset, whole lines), from the start of a record. `row` is where a record starts."""
-    csv.field_size_limit(sys.maxsize)
+    csv.field_size_limit(MAX_RECORD_BYTES)
     lines = _Lines(chunks)
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
     index, width = header.index(column), len(header)
     items: list[Item] = []
     before, row = 0, -1
     for values in _records(reader):
+        if isinstance(values, Torn):
+            yield items
+            raise values
         if lines.before != before and items:
             yield items
             items = []
@@ -101,23 +106,35 @@ def _read_rows(
             if values:
                 fields = f"{len(values)} fields where the header has {width}"
                 items.append(Bad(start, f"invalid CSV: {fields}", "byte"))
-        elif lines.is_utf8 or utf8_fault(_raw(values, delimiter)) is None:
+        elif lines.is_text or (fault := _text_fault(_raw(values, delimiter))) is None:
             items.append(ByteRecord(values[index], start))
         else:
-            items.append(Bad(start, "invalid UTF-8", "byte"))
+            items.append(Bad(start, fault, "byte"))
     yield items
 
 
-def _records(reader: Iterator[list[str]]) -> Iterator[list[str] | str]:
-    """Rows of the reader; the text of its error where it refuses one."""
+def _records(reader: Iterator[list[str]]) -> Iterator[list[str] | str | Torn]:
+    """Rows of the reader; the text of its error where it refuses one; last, why the rest is lost."""
     while True:
         try:
             values: list[str] | str = next(reader)
         except StopIteration:
             return
+        except Torn as torn:
+            yield torn
+            return
         except csv.Error as error:
             values = str(error)
+            if "field limit" in values:  # what follows is inside of the field
+                yield Torn(too_long("a field"))
+                return
         yield values
+
+
+def _text_fault(raw: bytes) -> str | None:
+    if b"\0" in raw:
+        return "NUL bytes: it is no UTF-8 text"
+    return "invalid UTF-8" if utf8_fault(raw) else None
 
 
 def _raw(values: list[str], delimiter: str) -> bytes:

@@ -16,6 +16,7 @@ import orjson
 from raydist.corpus.formats.reader import Cut, Reader, cut_lines
 from raydist.corpus.formats.records import (
     CHUNK_BYTES,
+    MAX_RECORD_BYTES,
     Bad,
     ByteRecord,
     Item,
@@ -25,22 +26,25 @@ from raydist.corpus.formats.records import (
     Record,
     Torn,
     listed,
+    too_long,
     unit_of,
     utf8_fault,
 )
-from raydist.corpus.formats.streams import Opened, blocks, lines_of, whole_lines
+from raydist.corpus.formats.streams import Opened, blocks, lines_but_long_ones, lines_of, whole_lines
 
 KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "an array",
          dict: "an object", str: "a string"}  # fmt: skip
 TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
 COLUMN_ROWS = 1024
 """Rows in one list of items of a file of columns, which is in memory as a whole."""
+COLUMNS_BYTES = 2**30
+"""A file of columns may have as many."""
 ESCAPES = {'"': '"', "\\": "\\", "/": "/", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 OBJECT_HEAD = re.compile(rb'\s*(\{\s*"[^"\\]*")')
 
 
 def _read_jsonl(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
-    return _read_lines(whole_lines(blocks(stream, part)), options.text_column)
+    return _read_lines(lines_but_long_ones(blocks(stream, part)), options.text_column)
 
 
 def _cut_jsonl(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
@@ -53,12 +57,18 @@ def _read_json(stream: Opened, part: Part, options: ReadOptions) -> Iterator[lis
     if first == b"[" and part.start == 0:
         return _read_array((block for _, block in content), options.text_column)
     is_whole = part.start == 0 and part.end in (-1, stream.file.size)
-    return (_read_columns_or_lines if is_whole else _read_lines)(whole_lines(content), options.text_column)
+    if is_whole:
+        return _read_columns_or_lines(whole_lines(content, COLUMNS_BYTES), options.text_column)
+    return _read_lines(lines_but_long_ones(content), options.text_column)
 
 
 def _cut_json(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
     """An array is not cut."""
-    return [] if _first_character(blocks(stream))[0] == b"[" else cut_lines(stream, n_bytes)
+    try:
+        is_array = _first_character(blocks(stream))[0] == b"["
+    except Torn:  # it is not UTF-8
+        return []
+    return [] if is_array else cut_lines(stream, n_bytes)
 
 
 def _first_character(
@@ -195,10 +205,13 @@ def _all_strings(values: list[Any]) -> bool:
     return set(map(type, values)) <= {str}
 
 
-def _read_lines(chunks: Iterable[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
+def _read_lines(chunks: Iterable[tuple[int, bytes | None]], column: str) -> Iterator[list[Item]]:
     """chunks: (offset, whole lines). A chunk in which anything is unusual is read again line by line."""
     get, loads, key = getter(column), orjson.loads, _key(column)
     for offset, chunk in chunks:
+        if chunk is None:
+            yield [Bad(offset, too_long("a line"), "byte")]
+            continue
         lines, rows = lines_of(offset, chunk)
         try:
             texts = [get(loads(line)) for line in lines]
@@ -278,6 +291,8 @@ class _Array:
         if len(self.pending) < self.wanted:
             return []
         items = self._take()
+        if len(self.pending) > MAX_RECORD_BYTES:
+            raise Torn(f"{too_long('an element')} follows record {self.row - 1}")
         # An element longer than a chunk: reading as much again keeps the work linear.
         self.wanted = CHUNK_BYTES if items else 2 * len(self.pending)
         return items

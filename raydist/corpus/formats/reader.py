@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from raydist.corpus.formats.records import Item, Part, ReadOptions
-from raydist.corpus.formats.streams import Opened
+from raydist.corpus.formats.streams import HEAD_BYTES, Opened, other_encoding
 
 SEARCHED_BYTES = 64 * 1024
 
@@ -67,7 +67,13 @@ def group_neighbours(sizes: Sequence[float], n_bytes: int) -> Iterator[tuple[int
 def cut_bytes(
     stream: Opened, n_bytes: int, find_ends: Callable[[Opened, list[int]], Iterable[int]]
 ) -> list[Cut]:
-    """Byte ranges of about equal size. find_ends(stream, targets): where a record ends, after each target."""
+    """Byte ranges of about equal size. find_ends(stream, targets): where a record ends, after each target.
+
+    None of a file that is not UTF-8: read as a whole, it is one bad file.
+    """
+    stream.seek(0)
+    if other_encoding(stream.read(HEAD_BYTES)):
+        return []
     size = stream.file.size
     count = -(-size // n_bytes)
     ends = find_ends(stream, [size * i // count for i in range(1, count)])

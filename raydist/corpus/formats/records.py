@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 
 CHUNK_BYTES = 4 * 2**20
 """Text in one list of items, about."""
+MAX_RECORD_BYTES = 128 * 2**20
+"""A record that is longer, about, is bad. Tokenizing takes some forty times its size in memory."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,10 @@ def utf8_fault(raw: bytes) -> str | None:
     """Why the bytes of a record are not UTF-8, or None when they are."""
     item = decoded(raw, 0, Record)
     return item.reason if isinstance(item, Bad) else None
+
+
+def too_long(what: str, limit: int = MAX_RECORD_BYTES) -> str:
+    return f"{what} of more than {limit >> 20} MiB"
 
 
 def no_column(column: str, names: list[str]) -> NoColumn:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import bz2
+import lzma
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import IO, Any, cast
 
 import numpy as np
+import pyarrow as pa
 import zstandard
 
-from raydist.corpus.formats.records import CHUNK_BYTES, WHOLE, Part, Torn
+from raydist.corpus.formats.records import CHUNK_BYTES, MAX_RECORD_BYTES, WHOLE, Part, Torn, too_long
 from raydist.corpus.locations import File, cannot_read, open_file
 from raydist.errors import CorpusError
 
@@ -18,13 +21,20 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gz": lambda: zlib.decompressobj(wbits=31),
     "zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
     "bz2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
 }
+COMPRESSIONS = (*DECOMPRESSORS, "lz4")
 """By the extension that follows the format's own, as in a.jsonl.gz."""
 
 BOM = b"\xef\xbb\xbf"
-FED_BYTES = 64 * 1024
+FED_BYTES = {"gz": 64 * 1024}
+FEWER_FED_BYTES = 4 * 1024
 """Compressed bytes that are decompressed at once: what they expand to fits in memory."""
-BROKEN = (zlib.error, zstandard.ZstdError, OSError, EOFError)
+BROKEN = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError)
+PADDED = ("gz", "xz")
+"""Zeros may follow a member of the file."""
+HEAD_BYTES = 4096
+"""Of a file's start, by which UTF-16 is recognised."""
 
 
 class Opened:
@@ -71,20 +81,39 @@ class Opened:
 def blocks(stream: Opened, part: Part = WHOLE) -> Iterator[tuple[int, bytes]]:
     """(offset in the decompressed file, block of about CHUNK_BYTES), without a byte order mark.
 
-    Torn: the content is damaged from here on.
+    Torn: the content is damaged from here on, or it is not UTF-8 from its start.
     """
     offset = part.start
     for block in _content(stream, part):
+        if offset == 0 and (encoding := other_encoding(block)):
+            raise Torn(
+                f"it is {encoding} text, and UTF-8 is read: convert it,"
+                f" as by iconv -f {encoding} -t UTF-8 {stream.file.name.rsplit('/', 1)[-1]!r} > NEW"
+            )
         if offset == 0 and block.startswith(BOM):
             offset, block = len(BOM), block[len(BOM) :]
         yield offset, block
         offset += len(block)
 
 
+def other_encoding(start: bytes) -> str | None:
+    """UTF-16 or UTF-32 if the first bytes of a file say so: by their mark, or as every second one is NUL."""
+    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+        return "UTF-32"
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "UTF-16"
+    head = start[: min(HEAD_BYTES, len(start) // 2 * 2)]
+    big, little = head[::2].count(0), head[1::2].count(0)
+    if max(big, little) < max(2, 0.3 * len(head) / 2) or min(big, little) > 0.1 * max(big, little):
+        return None
+    return "UTF-16LE" if little > big else "UTF-16BE"
+
+
 def _content(stream: Opened, part: Part) -> Iterator[bytes]:
     stream.seek(part.start)
     if stream.file.compression:
-        yield from _gathered(_decompressed(stream, stream.file.compression))
+        is_lz4 = stream.file.compression == "lz4"
+        yield from _gathered(_read_lz4(stream) if is_lz4 else _decompressed(stream, stream.file.compression))
         return
     left = (stream.file.size if part.is_whole else part.end) - part.start
     while left and (block := stream.read(min(CHUNK_BYTES, left))):
@@ -100,20 +129,28 @@ def _content(stream: Opened, part: Part) -> Iterator[bytes]:
 
 
 def _decompressed(stream: Opened, compression: str) -> Iterator[bytes]:
-    """Every member of the file, one after the other. Zeros between gzip members are padding."""
+    """Every member of the file, one after the other."""
     decoder, fresh = DECOMPRESSORS[compression](), True
+    fed = FED_BYTES.get(compression, FEWER_FED_BYTES)
     while raw := stream.read(CHUNK_BYTES):
-        for start in range(0, len(raw), FED_BYTES):
-            pending = raw[start : start + FED_BYTES]
+        for start in range(0, len(raw), fed):
+            pending = raw[start : start + fed]
             while pending:
-                if fresh and compression == "gz":
+                if fresh and compression in PADDED:
                     pending = pending.lstrip(b"\0")
                     if not pending:
                         break
                 fresh = False
+                before = decoder.copy() if compression == "gz" else None
                 try:
                     yield decoder.decompress(pending)
                 except BROKEN as error:
+                    if before and re.search(r"incorrect (data|length) check", str(error)):
+                        yield from _before_checksum(before, pending)
+                        raise Torn(
+                            "damaged .gz: a checksum is not that of the content before it, which was kept;"
+                            " what follows was not read"
+                        ) from error
                     raise Torn(f"damaged .{compression}: {error}") from error
                 pending = b""
                 if decoder.eof:
@@ -121,6 +158,24 @@ def _decompressed(stream: Opened, compression: str) -> Iterator[bytes]:
                     decoder, fresh = DECOMPRESSORS[compression](), True
     if not fresh:
         raise Torn(f"truncated .{compression}: it ends within its content")
+
+
+def _before_checksum(decoder: Any, pending: bytes) -> Iterator[bytes]:
+    """What `pending` holds up to the checksum that is wrong."""
+    for position in range(len(pending)):
+        try:
+            yield decoder.decompress(pending[position : position + 1])
+        except zlib.error:
+            return
+
+
+def _read_lz4(stream: Opened) -> Iterator[bytes]:
+    source = pa.CompressedInputStream(pa.PythonFile(cast(IO[bytes], stream), mode="r"), "lz4")
+    try:
+        while block := source.read(CHUNK_BYTES):
+            yield block
+    except OSError as error:
+        raise Torn(f"damaged .lz4: {error}") from error
 
 
 def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
@@ -140,18 +195,45 @@ def _gathered(pieces: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(held)
 
 
-def whole_lines(content: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    """(offset, chunk) of chunks that end with \\n, except the last of a file that does not end so."""
+def whole_lines(
+    content: Iterable[tuple[int, bytes]], limit: int = MAX_RECORD_BYTES
+) -> Iterator[tuple[int, bytes]]:
+    """(offset, chunk) of chunks that end with \\n, except the last of a file that does not end so.
+
+    Torn: a line is longer than `limit`, about.
+    """
+    for offset, chunk in lines_but_long_ones(content, limit):
+        if chunk is None:
+            raise Torn(f"{too_long('a line', limit)} starts at byte {offset}")
+        yield offset, chunk
+
+
+def lines_but_long_ones(
+    content: Iterable[tuple[int, bytes]], limit: int = MAX_RECORD_BYTES
+) -> Iterator[tuple[int, bytes | None]]:
+    """The same, and (offset, None) of a line that is longer, which is not held in memory."""
     held: list[bytes] = []
-    start = 0
+    start = size = 0
+    inside_long = False
     for offset, block in content:
+        if inside_long:
+            end = block.find(b"\n") + 1
+            if not end or end == len(block):
+                inside_long = not end
+                continue
+            offset, block, inside_long = offset + end, block[end:], False
         start = start if held else offset
         cut = block.rfind(b"\n") + 1
         if not cut:
             held.append(block)
+            size += len(block)
+            if size > limit:
+                yield start, None
+                held, size, inside_long = [], 0, True
             continue
         yield start, b"".join((*held, block[:cut]))
         held, start = ([block[cut:]] if cut < len(block) else []), offset + cut
+        size = len(block) - cut
     if held:
         yield start, b"".join(held)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from raydist.corpus.formats import columns, csv, json, text
 from raydist.corpus.formats.reader import Reader
-from raydist.corpus.formats.streams import DECOMPRESSORS
+from raydist.corpus.formats.streams import COMPRESSIONS
 from raydist.errors import CorpusError
 
 READERS: dict[str, Reader] = {
@@ -25,7 +25,7 @@ READERS: dict[str, Reader] = {
 
 
 class FileFormat(NamedTuple):
-    """format: a key of READERS.  compression: a key of DECOMPRESSORS, or None."""
+    """format: a key of READERS.  compression: one of COMPRESSIONS, or None."""
 
     format: str
     compression: str | None
@@ -50,7 +50,7 @@ def detect_format(name: str, asked: str) -> FileFormat:
         raise CorpusError(
             f"the format of {name} is unknown",
             where=name,
-            why=f"its name ends in none of {known}, with or without {_listed(DECOMPRESSORS)} after those",
+            why=f"its name ends in none of {known}, with or without {_listed(COMPRESSIONS)} after those",
             fix=f"set the source's format to one of {', '.join(READERS)}",
         )
     if compression and not reader.may_be_compressed:
@@ -70,7 +70,7 @@ def _reader_of(extension: str) -> Reader | None:
 def _extensions(name: str) -> tuple[str, str | None]:
     """("csv", "gz") of a/b.CSV.gz: the extension in lower case, and the compression that follows it."""
     *stem, last = name.rsplit("/", 1)[-1].lower().split(".")
-    if last in DECOMPRESSORS and stem:
+    if last in COMPRESSIONS and stem:
         return (stem[-1] if len(stem) > 1 else ""), last
     return (last if stem else ""), None
 

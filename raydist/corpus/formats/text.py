@@ -7,8 +7,18 @@ from collections.abc import Iterable, Iterator
 from itertools import compress
 
 from raydist.corpus.formats.reader import Cut, Reader, cut_bytes, cut_lines, search
-from raydist.corpus.formats.records import ByteRecord, Item, Part, ReadOptions, decoded
-from raydist.corpus.formats.streams import Opened, blocks, lines_of, whole_lines
+from raydist.corpus.formats.records import (
+    MAX_RECORD_BYTES,
+    Bad,
+    ByteRecord,
+    Item,
+    Part,
+    ReadOptions,
+    Torn,
+    decoded,
+    too_long,
+)
+from raydist.corpus.formats.streams import Opened, blocks, lines_but_long_ones, lines_of, whole_lines
 
 # A line is blank when it holds ASCII white space only, so a cut can be found in bytes, without decoding.
 BLANK_LINES = re.compile(rb"\n(?:[ \t\r\v\f]*\n)+")  # from the end of the line before them
@@ -19,19 +29,31 @@ def _read(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Ite
     content = blocks(stream, part)
     if options.document == "file":
         return _read_file(content)
-    read = _read_paragraphs if options.document == "paragraph" else _read_lines
-    return read(whole_lines(content))
+    if options.document == "paragraph":
+        return _read_paragraphs(whole_lines(content))
+    return _read_lines(lines_but_long_ones(content))
 
 
-def _read_lines(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
+def _document(raw: bytes, row: int) -> Item:
+    if b"\0" in raw:
+        return Bad(row, "NUL bytes: it is no UTF-8 text", "byte")
+    return decoded(raw, row, ByteRecord)
+
+
+def _read_lines(chunks: Iterable[tuple[int, bytes | None]]) -> Iterator[list[Item]]:
     """chunks: (offset, whole lines). Lines end at \\n alone; one \\r before it is left out as well."""
     for offset, chunk in chunks:
+        if chunk is None:
+            yield [Bad(offset, too_long("a line"), "byte")]
+            continue
         lines, rows = lines_of(offset, chunk)
         try:
-            texts = chunk.decode().removesuffix("\n").split("\n")
+            texts = chunk.decode().removesuffix("\n").split("\n") if b"\0" not in chunk else None
         except UnicodeDecodeError:
+            texts = None
+        if texts is None:
             pairs = zip(lines, rows, strict=True)
-            yield [decoded(line.removesuffix(b"\r"), row, ByteRecord) for line, row in pairs if line.strip()]
+            yield [_document(line.removesuffix(b"\r"), row) for line, row in pairs if line.strip()]
             continue
         if b"\r" in chunk:
             texts = [text.removesuffix("\r") for text in texts]
@@ -49,11 +71,13 @@ def _read_paragraphs(chunks: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]
             items, used = _paragraphs(held, start)
             yield items
             held, start = held[used:], start + used
+        if len(held) > MAX_RECORD_BYTES:
+            raise Torn(f"{too_long('a paragraph')} starts at byte {start}")
     first = _first_line(held)
     if held[first:].strip():
         body, newline, last = held[first:].rpartition(b"\n")
         raw = body if newline and not last.strip() else held[first:]
-        yield [decoded(raw.removesuffix(b"\r"), start + first, ByteRecord)]
+        yield [_document(raw.removesuffix(b"\r"), start + first)]
 
 
 def _first_line(content: bytes) -> int:
@@ -70,12 +94,19 @@ def _paragraphs(content: bytes, offset: int) -> tuple[list[Item], int]:
         begins.append(blank.end())
     used = begins.pop()
     edges = zip(begins, ends, strict=True)
-    return [decoded(content[a:b].removesuffix(b"\r"), offset + a, ByteRecord) for a, b in edges], used
+    return [_document(content[a:b].removesuffix(b"\r"), offset + a) for a, b in edges], used
 
 
 def _read_file(content: Iterable[tuple[int, bytes]]) -> Iterator[list[Item]]:
     """The whole content as one document, also when it is empty."""
-    yield [decoded(b"".join(block for _, block in content), 0, ByteRecord)]
+    held, size = [], 0
+    for _, block in content:
+        held.append(block)
+        size += len(block)
+        if size > MAX_RECORD_BYTES:
+            yield [Bad(0, too_long("a document"), "byte")]
+            return
+    yield [_document(b"".join(held), 0)]
 
 
 def _cut(stream: Opened, n_bytes: int, options: ReadOptions) -> list[Cut]:

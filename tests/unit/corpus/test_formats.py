@@ -4,6 +4,7 @@ import bz2
 import csv
 import gzip
 import json
+import lzma
 import re
 import struct
 from typing import get_args
@@ -25,8 +26,13 @@ from raydist.corpus.formats import (
     ReadOptions,
     Record,
     check_column,
+    cut_file,
     read_part,
+    streams,
 )
+from raydist.corpus.formats import csv as csv_format
+from raydist.corpus.formats import json as json_format
+from raydist.corpus.formats import text as text_format
 from raydist.corpus.formats.reader import Reader, cut_lines
 from raydist.corpus.formats.streams import blocks, whole_lines
 from raydist.corpus.slices import plan_slices
@@ -99,9 +105,8 @@ def write(folder, name, records):
     else:
         pyarrow.feather.write_feather(table, path, compression="zstd")
         return path
-    pack = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zstandard.compress}.get(
-        name.rsplit(".", 1)[1], bytes
-    )
+    packs = {"gz": gzip.compress, "bz2": bz2.compress, "zst": zstandard.compress, "xz": lzma.compress}
+    pack = (packs | {"lz4": pack_lz4}).get(name.rsplit(".", 1)[1], bytes)
     path.write_bytes(pack(raw))
     return path
 
@@ -489,10 +494,100 @@ def test_arrow_offsets_that_lie_are_bad(tmp_path):
     assert "damaged" in bad.reason
 
 
+# --- bytes that are no UTF-8 text, and what is too long
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv", "a.json", "a.txt.gz"])
+def test_utf16_is_recognised_and_is_one_bad_file(tmp_path, name, encoding):
+    raw = {"a.jsonl": '{"text": "one"}\n{"text": "two"}\n', "a.csv": "text\none\ntwo\n"}.get(
+        name, "[1]\ntwo\n"
+    )
+    raw = raw.encode(encoding)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    (bad,) = read(path)
+    named = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}.get(encoding, encoding.upper())
+    assert bad.row is None
+    assert f"it is {named} text" in bad.reason
+    assert f"iconv -f {named} -t UTF-8 '{name}'" in bad.reason
+    (file,) = list_files(Source(path=str(path)))
+    assert cut_file(file, 4, ReadOptions("auto", "text", "line")) == []
+
+
+def test_text_with_nul_bytes_is_bad_and_the_rest_is_read(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one\0two\n\nthree\n\nfour")
+    nul = Bad(0, "NUL bytes: it is no UTF-8 text", "byte")
+    for document in ["line", "paragraph"]:
+        assert read(path, document=document) == [nul, ByteRecord("three", 9), ByteRecord("four", 16)]
+    assert read(path, document="file") == [nul]
+    path = tmp_path / "a.csv"
+    path.write_bytes(b"id,text\n1,one\n2,t\0o\n3,three\n")
+    assert read(path) == [ByteRecord("one", 8), nul._replace(row=14), ByteRecord("three", 20)]
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "n\\u0000l"}\n')
+    assert texts(read(path)) == ["n\0l"]
+
+
+@pytest.fixture
+def small_limits(monkeypatch):
+    """Records of more than 40 KiB are too long; blocks have 4 KiB."""
+    for module in [streams, json_format, text_format, csv_format]:
+        if hasattr(module, "MAX_RECORD_BYTES"):
+            monkeypatch.setattr(module, "MAX_RECORD_BYTES", 40_960)
+        if hasattr(module, "CHUNK_BYTES"):
+            monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
+    for function in [streams.whole_lines, streams.lines_but_long_ones]:
+        monkeypatch.setattr(function, "__defaults__", (40_960,))
+
+
+LONG = "long " * 20_000
+
+
+@pytest.mark.parametrize("tail", ["", "\n", "\nthree\n", "\n" + "four " * 2000 + "\n\nfive"])
+def test_a_line_that_is_too_long_is_one_bad_record(tmp_path, small_limits, tail):
+    path = tmp_path / "a.txt"
+    path.write_text(f"one\ntwo\n{LONG}{tail}")
+    bad = Bad(8, "a line of more than 128 MiB", "byte")
+    after = [ByteRecord(line, 8 + len(LONG) + tail.index(line)) for line in tail.split("\n") if line]
+    assert read(path) == [ByteRecord("one", 0), ByteRecord("two", 4), bad, *after]
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": "' + LONG + '"}' + ('\n{"text": "two"}' if tail else ""))
+    assert read(path)[1] == bad._replace(row=16)
+    assert [item.text for item in read(path)[2:]] == ["two"] * bool(tail)
+
+
+@pytest.mark.parametrize(
+    ("name", "document", "content", "reason"),
+    [
+        ("a.txt", "file", LONG, "a document of more than"),
+        ("a.txt", "paragraph", "one\n\n" + LONG.replace(" ", "\n"), "a paragraph of more than"),
+        ("a.txt", "paragraph", "one\n\n" + LONG, "a line of more than"),
+        ("a.csv", "line", "text\none\n" + LONG + "\ntwo\n", "a line of more than"),
+        ("a.csv", "line", 'text\none\n"' + LONG.replace(" ", "\n") + '"\ntwo\n', "a field of more than"),
+        (
+            "a.json",
+            "line",
+            json.dumps([{"text": "one"}, {"text": LONG}, {"text": "b"}]),
+            "an element of more",
+        ),
+    ],
+)
+def test_other_records_that_are_too_long_are_bad(tmp_path, small_limits, name, document, content, reason):
+    path = tmp_path / name
+    path.write_text(content)
+    *good, bad = read(path, document=document)
+    assert texts(good) == ([] if document == "file" else ["one"])
+    assert reason in bad.reason
+
+
 # --- compression
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.csv.gz", "a.json.gz"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.jsonl.xz", "a.jsonl.lz4", "a.csv.gz", "a.json.gz"]
+)
 def test_a_truncated_file_keeps_the_records_before_the_tear(tmp_path, name):
     records = [{"id": i, "text": "".join(f"{(i * j) ** 3:x} " for j in range(60))} for i in range(9000)]
     path = write(tmp_path, name, records)
@@ -503,7 +598,7 @@ def test_a_truncated_file_keeps_the_records_before_the_tear(tmp_path, name):
     assert len(good) > 500
     assert good == [record["text"] for record in records[: len(good)]]
     assert bads(items)[-1].row is None
-    assert "truncated" in bads(items)[-1].reason
+    assert "truncated" in bads(items)[-1].reason.lower()
 
 
 def test_a_damaged_gzip_is_bad(tmp_path):
@@ -512,8 +607,46 @@ def test_a_damaged_gzip_is_bad(tmp_path):
     assert "damaged .gz" in bad.reason
 
 
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.jsonl.gz", "a.csv.gz", "a.json.gz"])
+@pytest.mark.parametrize("at", [-5, -1])
+def test_a_wrong_checksum_of_gzip_is_bad_after_the_text_before_it(tmp_path, name, at):
+    """at: the checksum's last byte, the length's last byte."""
+    records = [{"id": i, "text": f"text {i}"} for i in range(100)]
+    if name == "a.txt.gz":
+        path = tmp_path / name
+        path.write_bytes(gzip.compress("".join(f"{record['text']}\n" for record in records).encode()))
+    else:
+        path = write(tmp_path, name, records)
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+    *good, bad = read(path)
+    assert texts(good) == [record["text"] for record in records]
+    assert "checksum is not that of the content" in bad.reason
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, lzma.compress])
+def test_a_compressed_csv_keeps_its_rows_before_damage(tmp_path, pack):
+    path = tmp_path / f"a.csv.{'gz' if pack is gzip.compress else 'xz'}"
+    path.write_bytes(pack(b"text\none\ntwo\n") + b"not compressed")
+    *good, bad = read(path)
+    assert texts(good) == ["one", "two"]
+    assert "damaged" in bad.reason
+
+
+def pack_lz4(raw):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "lz4") as stream:
+        stream.write(raw)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize(
-    ("name", "pack"), [("gz", gzip.compress), ("bz2", bz2.compress), ("zst", zstandard.compress)]
+    ("name", "pack"),
+    [
+        *[("gz", gzip.compress), ("bz2", bz2.compress), ("zst", zstandard.compress)],
+        *[("xz", lzma.compress), ("lz4", pack_lz4)],
+    ],
 )
 def test_members_of_one_file_are_joined(tmp_path, name, pack):
     path = tmp_path / f"a.txt.{name}"
