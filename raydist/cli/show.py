@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,7 @@ def planned(plan: dict[str, Any]) -> None:
             f" {source['mean_tokens']:,.1f} tokens and {source['mean_words']:,.1f} words a document,"
             f" {source['unique_share']:.2%} of those looked at are unique"
         )
+        _not_used(source.get("left_out", {}))
     steps, parameters = plan["steps"], plan["parameters"]
     click.echo(
         f"  tokenizer {plan['data']['tokenizer']}; about {plan['data']['blocks']:,} blocks\n"
@@ -103,8 +105,16 @@ def _parts(parts: dict[str, int]) -> str:
     return f"{size(parts['total'])} ({inner})"
 
 
+def _not_used(left_out: dict[str, dict[str, Any]]) -> None:
+    """What a source's folders and globs hold and it does not use, by reason; see corpus.files.LeftOut."""
+    for reason, found in left_out.items():
+        more = ", ..." if found["count"] > len(found["examples"]) else ""
+        click.echo(f"  not used, {reason}: {found['count']:,} ({', '.join(found['examples'])}{more})")
+
+
 def prepared(described: dict[str, Any]) -> None:
     from raydist.corpus.log_folder import LogFolder
+    from raydist.errors import LogError
 
     for name, source in (described["sources"] | described["eval_sources"]).items():
         click.echo(
@@ -118,6 +128,8 @@ def prepared(described: dict[str, Any]) -> None:
             click.echo(f"  {n:,} unreadable records or files: {listed}")
         if n := source["n_empty"]:
             click.echo(f"  {n:,} documents without text after cleaning, left out")
+        with suppress(LogError, FileNotFoundError):  # one that is still being made has none yet
+            _not_used(LogFolder(Path(source["path"])).read_manifest().get("left_out", {}))
     click.echo(f"{described['unique_share']:.2%} of the documents are unique")
     for packing in described["packing"]:
         click.echo(

@@ -15,7 +15,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydist.corpus.formats import READERS
+from raydist.corpus.formats.table import reader_of
 from raydist.corpus.log import FORMAT, Shard, TokenLog, gathered, open_log, token_dtype
 from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.slices import Slice, from_json, to_json
@@ -327,15 +327,21 @@ def _finish(slices: _Slices) -> None:
 
 
 def _manifest(slices: _Slices) -> dict[str, Any]:
-    return {**_head(slices.plan), **gathered([slices.records[number] for number in sorted(slices.records)])}
+    records = [slices.records[number] for number in sorted(slices.records)]
+    left_out = slices.plan.source.left_out
+    return {**_head(slices.plan), **gathered(records), **({"left_out": left_out} if left_out else {})}
 
 
 def _has_manifest(slices: _Slices) -> bool:
-    """Whether there is a manifest that says what the commit records say."""
+    """Whether there is a manifest that says what the commit records say.
+
+    What its source left out may differ: other files with other neighbours make the same token log.
+    """
     try:
-        return slices.folder.read_manifest() == _manifest(slices)
+        found, expected = slices.folder.read_manifest(), _manifest(slices)
     except (FileNotFoundError, LogError):
         return False
+    return {**found, "left_out": None} == {**expected, "left_out": None}
 
 
 def _head(plan: LogPlan) -> dict[str, Any]:
@@ -380,7 +386,7 @@ def _sample(plan: LogPlan) -> tuple[list[str], float]:
             n_bytes += len(text.encode())
             if n_bytes - before > ESTIMATE_BYTES:  # a large file that cannot be split: its rest stays unread
                 file = plan.source.files[slice_.parts[0].file]
-                compressed = file.compression or READERS[file.format].compresses
+                compressed = file.compression or reader_of(file).compresses
                 ratio = ASSUMED_COMPRESSION if compressed else 1
                 covered += min(slice_.n_bytes, (n_bytes - before) / ratio)
                 break

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 import xxhash
 
-from raydist.corpus.formats import READERS, detect_format, is_known
+from raydist.corpus.formats import READERS, UNUSED, detect_format, is_known, why_unknown
 from raydist.corpus.locations import File, cannot_read, is_uri, open_file, open_filesystem, split_query
 from raydist.errors import CorpusError, RaydistError
 from raydist.job.schema import Source
@@ -27,6 +27,20 @@ from raydist.redact import is_redacted, redact
 MIB = 2**20
 SECOND_NS = 10**9
 HASHED_WHOLE_BYTES = 64 * MIB
+COMPANIONS = re.compile(
+    r"(?:readme|licen[cs]e|copying|notice|authors|changelog|changes|citation|contributing|makefile)(?:\..*)?"
+    r"|(?:md5|sha1|sha256|sha512)sums?|checksums?|dataset_(?:infos?|dict)\.json|_.*"
+    r"|.*\.(?:md5|sha1|sha256|sha512|sum|sig|asc|crc)"
+)
+"""Names, in lower case, of files that come with data and hold none."""
+NOT_TEXT = re.compile(
+    r".*\.(?:png|jpe?g|gif|bmp|webp|ico|tiff?|svg|mp[34]|m4a|wav|flac|ogg|avi|mov|mkv|webm|ttf|otf|woff2?"
+    r"|so|dll|dylib|exe|o|a|lib|py[cod]|class|jar|safetensors|pth?|ckpt|onnx)"
+)
+"""Of images, sound, fonts, programs and weights."""
+HIDDEN, EXCLUDED = "names that begin with _ or .", "excluded"
+EXAMPLES = 3
+NAMED_UNUSED = 5
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "LastModified", "last_modified", "created")
 
 
@@ -35,6 +49,7 @@ class Found(NamedTuple):
 
     stamp: changes with the content, as far as the storage can say (see `_version`).
     named: the path names this very file, so its format has to be known.
+    left_out: why it is not used, or "".
     """
 
     name: str
@@ -42,10 +57,53 @@ class Found(NamedTuple):
     size: int
     stamp: str
     named: bool
+    left_out: str = ""
+
+
+LeftOut = dict[str, dict[str, Any]]
+"""By reason: {count, examples: names of the first}. A folder that is not entered counts as one."""
+
+
+class Listing(NamedTuple):
+    """What the path of a source matches. Lists are sorted by name.
+
+    files: to read.  unused: files of formats that are not known; they may hold text.
+    left_out: what else is passed over.
+    """
+
+    files: list[File]
+    unused: list[File]
+    left_out: LeftOut
 
 
 def list_files(source: Source) -> list[File]:
-    """The files of `source`, sorted by name; one that two entries match counts once.
+    """The files to read of `source`, sorted by name."""
+    return look_up(source).files
+
+
+def refuse_unused(listing: Listing) -> NoReturn:
+    """CorpusError that names them."""
+    unused = listing.unused
+    n, more = len(unused), ", ..." if len(unused) > NAMED_UNUSED else ""
+    extensions = {re.sub(r"^.*?(\.[^.]*)?$", r"\1", file.name.rsplit("/", 1)[-1]) for file in unused}
+    excluded = [f"**/*{extension}" for extension in sorted(extensions) if extension]
+    raise CorpusError(
+        f"{n} of the source's {n + len(listing.files)} files cannot be read",
+        where=", ".join(file.name for file in unused[:NAMED_UNUSED]) + more,
+        why="; ".join(sorted({why_unknown(file.name) for file in unused})[:NAMED_UNUSED])
+        + "; corpus.on_error is fail, so nothing is trained on a part of the text",
+        fix="convert or rename them, leave them out by the source's exclude"
+        f"{_such_as(excluded)}, set the source's format to read all of its files as one format,"
+        " or set corpus.on_error: quarantine to list them and go on",
+    )
+
+
+def _such_as(patterns: list[str]) -> str:
+    return f" (such as [{', '.join(map(repr, patterns[:NAMED_UNUSED]))}])" if patterns else ""
+
+
+def look_up(source: Source) -> Listing:
+    """The files of `source`; one that two entries match counts once.
 
     CorpusError: an entry that matches nothing, nothing left after `exclude`, no known format, or a format
     that cannot be compressed as this file is.
@@ -53,6 +111,7 @@ def list_files(source: Source) -> list[File]:
     entries = [source.path] if isinstance(source.path, str) else source.path
     excluded = [_glob_regex(pattern.rstrip("/")) for pattern in source.exclude]
     found: dict[str, Found] = {}
+    left_out: dict[str, Found] = {}
     for entry in entries:
         if is_redacted(entry):
             raise CorpusError(
@@ -63,16 +122,35 @@ def list_files(source: Source) -> list[File]:
         location = _substitute(entry)
         matches = list(_expand_uri(location) if is_uri(location) else _expand_local(location, excluded))
         for file in sorted(_wanted(entry, matches, excluded, source.format)):
+            if file.left_out:
+                left_out[file.location] = file
+                continue
             same = file.location if is_uri(file.location) else os.path.realpath(file.location)
             found.setdefault(same, file)
     distinct = sorted(_distinct_names(found.values()), key=lambda file: file.name)
-    formats = [detect_format(file.name, source.format) for file in distinct]
+    formats = [_format(file, source.format) for file in distinct]
     with ThreadPoolExecutor(8) as pool:
         identities = pool.map(_identity, distinct)
-        return [
-            File(file.name, file.location, file.size, identity, *form)
+        files = [
+            File(file.name, file.location, file.size if form[0] != UNUSED.name else 0, identity, *form)
             for file, identity, form in zip(distinct, identities, formats, strict=True)
         ]
+    unused = [file for file in files if file.format == UNUSED.name]
+    return Listing(
+        [file for file in files if file.format != UNUSED.name], unused, _counted(left_out.values())
+    )
+
+
+def _format(file: Found, asked: str) -> tuple[str, str | None]:
+    is_used = file.named or asked != "auto" or is_known(file.name)
+    return detect_format(file.name, asked) if is_used else (UNUSED.name, None)
+
+
+def _counted(left_out: Iterable[Found]) -> LeftOut:
+    names: dict[str, list[str]] = {}
+    for file in sorted(left_out):
+        names.setdefault(file.left_out, []).append(redact(file.name))
+    return {reason: {"count": len(of), "examples": of[:EXAMPLES]} for reason, of in sorted(names.items())}
 
 
 @contextmanager
@@ -131,26 +209,44 @@ def _substitute(entry: str) -> str:
 
 
 def _wanted(entry: str, files: list[Found], excluded: list[re.Pattern[str]], asked: str) -> list[Found]:
-    if not files:
+    """The same files; those that are not used say why. Raises CorpusError if none is."""
+    left_out = [file for file in files if file.left_out]
+    files = [file for file in files if not file.left_out]
+    if not files and all(file.left_out != EXCLUDED for file in left_out):
         raise CorpusError(
             f"no file matches {entry}", where=entry, why="a source without files would train on nothing",
             fix="correct the source's path (relative ones start at the working directory) or its exclude",
         )  # fmt: skip
-    kept = [file for file in files if not any(pattern.fullmatch(file.name) for pattern in excluded)]
+    kept = []
+    for file in files:
+        if any(pattern.fullmatch(file.name) for pattern in excluded):
+            left_out.append(file._replace(left_out=EXCLUDED))
+        else:
+            kept.append(file)
     if not kept:
         raise CorpusError(
             f"exclude leaves no file of {entry}", where=entry, fix="loosen the source's exclude"
         )
     if asked != "auto":
-        return kept
-    known = [file for file in kept if file.named or is_known(file.name)]
-    if not known:
+        return kept + left_out
+    names = {file.name for file in kept}
+    marked = [file._replace(left_out="" if file.named else _without_text(file.name, names)) for file in kept]
+    if not any(file.named or is_known(file.name) for file in marked if not file.left_out):
         some = ", ".join(file.name for file in kept[:5]) + (", ..." if len(kept) > 5 else "")
         raise CorpusError(
             f"no file of {entry} has a known format", where=entry, why=f"the files are {some}",
             fix=f"set the source's format to one of {', '.join(READERS)}",
         )  # fmt: skip
-    return known
+    return marked + left_out
+
+
+def _without_text(name: str, names: set[str]) -> str:
+    """Why a file whose format is to be known by its name holds no text, or "". names: of all files."""
+    last = name.lower().rsplit("/", 1)[-1]
+    of_saved_dataset = last == "state.json" and name[: -len(last)] + "dataset_info.json" in names
+    if of_saved_dataset or (COMPANIONS.fullmatch(last) and (last.endswith(".json") or not is_known(name))):
+        return "companions of data"
+    return "images, sound, programs or weights" if NOT_TEXT.fullmatch(last) else ""
 
 
 def _expand_local(entry: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
@@ -160,34 +256,60 @@ def _expand_local(entry: str, excluded: list[re.Pattern[str]]) -> Iterator[Found
         yield from _local(entry, os.path.basename(entry), named=True)
     else:
         root, pattern = _split_glob(entry, glob.has_magic)
+        _check_folders(root, pattern, excluded)
         for name in glob.glob(pattern, root_dir=root, recursive=True):
             whole = os.path.join(root, name)
-            if not os.path.isdir(whole):
+            if any(regex.fullmatch(name) for regex in excluded):
+                yield _left_out(whole, name, EXCLUDED)
+            elif not os.path.isdir(whole):
                 yield from _local(whole, name)
             elif not pattern.endswith("**"):  # ** gives the folders and what is in them
                 yield from _folder(whole, name + "/", excluded)
 
 
-def _folder(root: str, prefix: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
-    """Everything under a folder except names that begin with '_' or '.'. Follows links, each folder once.
+def _check_folders(root: str, pattern: str, excluded: list[re.Pattern[str]]) -> None:
+    """CorpusError if a folder that `pattern` looks into cannot be read: glob passes over it in silence."""
+    segments = pattern.split("/")
+    folders = {""}
+    for i, segment in enumerate(segments):
+        if above := "/".join(segments[: i + (segment == "**")]):
+            folders |= set(glob.glob(above + "/", root_dir=root, recursive=True))
+    for folder in folders:
+        if any(regex.fullmatch(folder.rstrip("/")) for regex in excluded):
+            continue
+        try:
+            os.scandir(os.path.join(root, folder)).close()
+            os.stat(os.path.join(root, folder, "."))
+        except PermissionError as error:
+            cannot_read(error, os.path.join(root, folder))
+        except FileNotFoundError:
+            continue
 
-    Excluded folders are not entered: site-packages can hold more than all the rest.
+
+def _folder(root: str, prefix: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
+    """Everything under a folder, but names that begin with '_' or '.'. Follows links, each folder once.
+
+    Excluded and hidden folders are not entered: site-packages can hold more than all the rest.
     """
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=cannot_read):
         seen.add(os.path.realpath(folder))
         relative = os.path.relpath(folder, root)
         inside = prefix if relative == "." else f"{prefix}{relative}/"
-        folders[:] = [
-            name
-            for name in folders
-            if not _is_hidden(name)
-            and not any(pattern.fullmatch(inside + name) for pattern in excluded)
-            and os.path.realpath(os.path.join(folder, name)) not in seen
-        ]
+        entered = []
+        for name in folders:
+            whole, is_hidden = os.path.join(folder, name), _is_hidden(name)
+            if is_hidden or any(pattern.fullmatch(inside + name) for pattern in excluded):
+                yield _left_out(whole, f"{inside}{name}/", HIDDEN if is_hidden else EXCLUDED)
+            elif os.path.realpath(whole) not in seen:
+                entered.append(name)
+        folders[:] = entered
         for name in names:
-            if not _is_hidden(name):
-                yield from _local(os.path.join(folder, name), inside + name)
+            whole = os.path.join(folder, name)
+            if _is_hidden(name):
+                yield _left_out(whole, inside + name, HIDDEN)
+            else:
+                yield from _local(whole, inside + name)
 
 
 def _local(path: str, name: str, *, named: bool = False) -> Iterator[Found]:
@@ -200,8 +322,17 @@ def _local(path: str, name: str, *, named: bool = False) -> Iterator[Found]:
     except OSError as error:
         cannot_read(error, path)
     if stat.S_ISREG(status.st_mode):
-        printable = os.fsencode(name).decode("utf-8", "backslashreplace")
-        yield Found(printable, os.path.abspath(path), status.st_size, str(status.st_mtime_ns), named)
+        yield Found(_printable(name), os.path.abspath(path), status.st_size, str(status.st_mtime_ns), named)
+    elif not named:
+        yield _left_out(path, name, "no regular files")
+
+
+def _left_out(location: str, name: str, why: str) -> Found:
+    return Found(_printable(name), location, 0, "", False, why)
+
+
+def _printable(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _is_hidden(name: str) -> bool:
@@ -227,8 +358,11 @@ def _expand_uri(entry: str) -> Iterator[Found]:
             for info in filesystem.get_file_info(pafs.FileSelector(inside, recursive=deep)):
                 name = info.path.removeprefix(inside).lstrip("/")
                 hidden = any(part.startswith("." if pattern else ("_", ".")) for part in name.split("/"))
+                location = f"{root.rstrip('/')}/{name}{query}"
                 if info.type == pafs.FileType.File and regex.fullmatch(name) and not hidden:
-                    yield _remote(filesystem, info, name, f"{root.rstrip('/')}/{name}{query}")
+                    yield _remote(filesystem, info, name, location)
+                elif info.type == pafs.FileType.File and hidden and not pattern:
+                    yield Found(redact(name), location, 0, "", False, HIDDEN)
     except OSError as error:
         cannot_read(error, entry)
     except RaydistError:

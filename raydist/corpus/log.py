@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TypedDict, cast
 
@@ -266,6 +266,7 @@ class TokenLog:
     """shards: in planned order, which is the order of the documents.  n_bytes: of their UTF-8 text.
 
     complete: False while the token log is being made; then `shards` are its first ones.
+    left_out: what the source's folders and globs hold and the source does not use, see files.LeftOut.
     """
 
     path: Path
@@ -281,6 +282,7 @@ class TokenLog:
     n_quarantined: int
     n_empty: int
     complete: bool = True
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def folder(self) -> LogFolder:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raydist.corpus.clean import Cleaner, make_cleaner
-from raydist.corpus.files import list_files, unchanged
+from raydist.corpus.files import LeftOut, look_up, refuse_unused, unchanged
 from raydist.corpus.formats import ReadOptions, Record, check_column
 from raydist.corpus.locations import File
 from raydist.corpus.slices import Slice, plan_slices, read_slice
@@ -17,12 +17,17 @@ from raydist.job.schema import Corpus, Source
 
 @dataclass(frozen=True)
 class SourceFiles:
-    """All that decides the documents of a source and their order. clean: the job's steps."""
+    """All that decides the documents of a source and their order.
+
+    files: with on_error "quarantine" also those of unknown formats, each of which is one bad file.
+    clean: the job's steps.  left_out: what is not used and decides nothing.
+    """
 
     files: tuple[File, ...]
     options: ReadOptions
     clean: tuple[Any, ...]
     slice_bytes: int
+    left_out: LeftOut = field(default_factory=dict)
 
     @property
     def n_bytes(self) -> int:
@@ -73,8 +78,15 @@ def cleaned(clean: Cleaner, record: Record, file: str) -> str:
 
 
 def open_source(source: Source, corpus: Corpus) -> SourceFiles:
-    """Lists the files. Raises CorpusError if there are none, or if the first one lacks the text column."""
-    files = tuple(list_files(source))
+    """Lists the files.
+
+    Raises CorpusError if there are none, if the first one lacks the text column or, with on_error "fail",
+    if some have no known format.
+    """
+    listing = look_up(source)
+    if listing.unused and corpus.on_error == "fail":
+        refuse_unused(listing)
     options = ReadOptions(source.format, source.text_column, source.document)
-    check_column(files[0], options)
-    return SourceFiles(files, options, tuple(corpus.clean), corpus.slice_bytes)
+    check_column(listing.files[0], options)
+    files = tuple(sorted((*listing.files, *listing.unused), key=lambda file: file.name))
+    return SourceFiles(files, options, tuple(corpus.clean), corpus.slice_bytes, listing.left_out)

@@ -37,12 +37,13 @@ from raydist.corpus.formats.records import (
     Unit,
 )
 from raydist.corpus.formats.streams import Opened
-from raydist.corpus.formats.table import READERS, detect_format, is_known
+from raydist.corpus.formats.table import READERS, UNUSED, detect_format, is_known, reader_of, why_unknown
 from raydist.corpus.locations import File
 from raydist.errors import CorpusError
 
 __all__ = [
     "READERS",
+    "UNUSED",
     "Bad",
     "ByteRecord",
     "Item",
@@ -55,12 +56,13 @@ __all__ = [
     "detect_format",
     "is_known",
     "read_part",
+    "why_unknown",
 ]
 
 
 def cut_file(file: File, n_bytes: int, options: ReadOptions) -> list[Cut]:
     """Parts of about n_bytes; [] for a file that has to be read as a whole, or is no larger than that."""
-    cut = READERS[file.format].cut
+    cut = reader_of(file).cut
     if file.size <= n_bytes or file.compression or cut is None:
         return []
     with Opened(file) as stream:
@@ -71,7 +73,7 @@ def read_part(file: File, part: Part, options: ReadOptions) -> Iterator[list[Ite
     """Lists of the records of `part` in the file's order; never an empty list."""
     with Opened(file) as stream:
         try:
-            yield from filter(None, READERS[file.format].read(stream, part, options))
+            yield from filter(None, reader_of(file).read(stream, part, options))
         except Torn as error:
             yield [Bad(None, str(error))]
 
@@ -83,7 +85,7 @@ def check_column(file: File, options: ReadOptions) -> None:
 
     A file that cannot be read passes: reading it reports what is wrong with it.
     """
-    if not READERS[file.format].has_columns:
+    if not reader_of(file).has_columns:
         return
     first = next(read_part(file, WHOLE, options), [])
     if first and isinstance(first[0], SameName):

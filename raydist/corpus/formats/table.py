@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from raydist.corpus.formats import columns, csv, json, text
 from raydist.corpus.formats.reader import Reader
-from raydist.corpus.formats.streams import COMPRESSIONS
+from raydist.corpus.formats.records import Bad, Item, Part, ReadOptions
+from raydist.corpus.formats.streams import COMPRESSIONS, Opened
+from raydist.corpus.locations import File
 from raydist.errors import CorpusError
 
 READERS: dict[str, Reader] = {
@@ -24,6 +27,18 @@ READERS: dict[str, Reader] = {
 """Every format by its name. The job's schema lists the same names; a test compares the two."""
 
 
+def _read_unused(stream: Opened, _: Part, __: ReadOptions) -> Iterator[list[Item]]:
+    yield [Bad(None, f"not used: {why_unknown(stream.file.name)}")]
+
+
+UNUSED = Reader("unused", (), _read_unused, has_columns=False)
+"""Reads a file of an unknown format, as one bad file. A job cannot ask for it."""
+
+
+def reader_of(file: File) -> Reader:
+    return READERS.get(file.format, UNUSED)
+
+
 class FileFormat(NamedTuple):
     """format: a key of READERS.  compression: one of COMPRESSIONS, or None."""
 
@@ -36,6 +51,20 @@ def is_known(name: str) -> bool:
     extension, compression = _extensions(name)
     reader = _reader_of(extension)
     return reader is not None and (reader.may_be_compressed or not compression)
+
+
+def why_unknown(name: str) -> str:
+    """Why `format: auto` cannot read a file of this name."""
+    extension, compression = _extensions(name)
+    if compression and (reader := _reader_of(extension)):
+        return f"{reader.name} inside .{compression} has to be decompressed"
+    parts = name.rsplit("/", 1)[-1].lower().split(".")
+    inner = [part for part in parts[1:-1] if _reader_of(part)]
+    if inner and not compression:
+        return f".{parts[-1]} follows .{inner[-1]}: rename it"
+    if re.fullmatch(r"\w{1,12}", extension):
+        return f".{extension} is no format that raydist reads"
+    return "no extension says which format it has"
 
 
 def detect_format(name: str, asked: str) -> FileFormat:

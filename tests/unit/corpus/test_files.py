@@ -2,16 +2,20 @@
 
 import os
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import fsspec
 import pytest
 
-from raydist.corpus.files import list_files
-from raydist.corpus.formats import detect_format
+from raydist.corpus.files import list_files, look_up
+from raydist.corpus.formats import Bad, detect_format
 from raydist.corpus.locations import open_file
+from raydist.corpus.slices import read_slice
+from raydist.corpus.source import open_source
 from raydist.errors import CorpusError
-from raydist.job.schema import Source
+from raydist.fingerprint import fingerprint
+from raydist.job.schema import Corpus, Source
 
 
 def names(path, **options):
@@ -113,6 +117,130 @@ def test_unknown_formats_are_errors(tree):
     assert "x.doc" in caught.value.why
 
 
+def source_of(path, on_error, **options):
+    source = Source(path=str(path), **options)
+    return open_source(source, Corpus(sources={"s": {"path": "x"}}, on_error=on_error))
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    """A folder of data, of what raydist cannot read, and of what comes with data."""
+    folder = tmp_path / "mixed"
+    for name in [
+        *["a.jsonl", "b/README.md"],
+        *["b/c.parquet.gz", "d.jsonl.1", "e.doc", "part-00000"],
+        *["_SUCCESS", ".git/x", ".hidden.jsonl", "README", "LICENSE", "SHA256SUMS", "a.jsonl.md5"],
+        *["dataset_info.json", "state.json", "b/x.png"],
+    ]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text('{"text": "a"}\n')
+    os.mkfifo(folder / "pipe.jsonl")
+    return folder
+
+
+UNUSED = {
+    "b/c.parquet.gz": "not used: parquet inside .gz has to be decompressed",
+    "d.jsonl.1": "not used: .1 follows .jsonl: rename it",
+    "e.doc": "not used: .doc is no format that raydist reads",
+    "part-00000": "not used: no extension says which format it has",
+}
+
+
+@pytest.mark.parametrize("pattern", ["", "**"])
+def test_files_of_unknown_formats_are_refused_by_name_or_are_bad(mixed, pattern):
+    with pytest.raises(CorpusError, match="4 of the source's 6 files cannot be read") as caught:
+        source_of(mixed / pattern, "fail")
+    assert all(name in caught.value.where for name in UNUSED)
+    assert "['**/*.1', '**/*.doc', '**/*.gz']" in caught.value.fix
+    source = source_of(mixed / pattern, "quarantine")
+    assert [file.name for file in source.files] == sorted(["a.jsonl", "b/README.md", *UNUSED])
+    found = {}
+    for slice_ in source.plan():
+        for items in read_slice(source.files, slice_, source.options):
+            found |= {source.files[file].name: item for file, item in items if isinstance(item, Bad)}
+    assert found == {name: Bad(None, reason) for name, reason in UNUSED.items()}
+    names = [file.name for file in source_of(mixed / pattern, "fail", exclude=list(UNUSED)).files]
+    assert names == ["a.jsonl", "b/README.md"]
+
+
+def test_what_a_folder_holds_and_is_not_used_is_counted_by_reason(mixed):
+    left_out = source_of(mixed, "fail", exclude=["*.doc", "*.1", "**/*.gz", "part*"]).left_out
+    assert {reason: found["count"] for reason, found in left_out.items()} == {
+        "companions of data": 6,
+        "excluded": 4,
+        "images, sound, programs or weights": 1,
+        "names that begin with _ or .": 3,
+        "no regular files": 1,
+    }
+    assert left_out["names that begin with _ or ."]["examples"] == [".git/", ".hidden.jsonl", "_SUCCESS"]
+    assert source_of(mixed / "*.jsonl", "fail").left_out == {
+        "no regular files": {"count": 1, "examples": ["pipe.jsonl"]}
+    }
+    assert source_of(mixed / "a.jsonl", "fail").left_out == {}
+
+
+def test_what_is_left_out_does_not_change_the_identity(mixed):
+    before = source_of(mixed / "[ab]*", "fail", exclude=["b"])
+    (mixed / "a.png").write_text("x")
+    after = source_of(mixed / "[ab]*", "fail", exclude=["b"])
+    assert after.left_out != before.left_out
+    assert after.identity() == before.identity()
+
+
+def test_the_identity_of_a_source_stays_what_it_was(tmp_path):
+    """Token logs that exist are used on: the name of each is made from this."""
+    contents = {
+        "a.jsonl": '{"text": "one", "meta": {"text": "inner"}}\n{"text": "tw\\u00f6"}\n',
+        "b.csv": 'id,text\n1,"three\nfour"\n',
+        "c.txt": "five\r\nsix\n",
+        "d/e.json": '[{"text": "seven"}]',
+        "d/README.md": "eight\n",
+        "_SUCCESS": "",
+        "d/.hidden": "",
+    }
+    for name, content in contents.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content.encode())
+    source = source_of(tmp_path, "fail")
+    assert fingerprint(source.identity()) == "54e5f7b9eeb264be43bfac20c9777154"
+    assert [[(part.file, part.start, part.end) for part in slice_.parts] for slice_ in source.plan()] == [
+        [(1, 0, -1), (0, 0, -1), (4, 0, -1), (2, 0, -1), (3, 0, -1)]
+    ]
+    assert list(source.texts(source.plan())) == ["three\nfour", "one", "twö", "seven", "five", "six", "eight"]
+
+
+@pytest.fixture
+def unprivileged():
+    """A folder that is open to all, and no rights of root in it."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        for name in ["a.jsonl", "sub/b.jsonl", "sub/deep/c.jsonl"]:
+            path = Path(folder, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text('{"text": "a"}\n')
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        yield Path(folder), user
+        os.seteuid(user)
+        Path(folder, "sub").chmod(0o755)
+
+
+@pytest.mark.parametrize("pattern", ["**/*.jsonl", "sub/*.jsonl", "*/*.jsonl", "*/b.jsonl", "*/deep/*", "**"])
+@pytest.mark.parametrize("mode", [0, 0o444])
+def test_a_glob_refuses_folders_that_it_cannot_read(unprivileged, pattern, mode):
+    folder, user = unprivileged
+    assert names(folder / pattern)
+    os.seteuid(user)
+    (folder / "sub").chmod(mode)
+    if user == 0:
+        os.seteuid(65534)
+    with pytest.raises(CorpusError, match=r"cannot read .*sub"):
+        names(folder / pattern)
+    if pattern == "**/*.jsonl":
+        assert names(folder / pattern, exclude=["sub/"]) == ["a.jsonl"]
+
+
 def test_a_name_with_wildcard_characters_is_itself(tmp_path):
     (tmp_path / "a[1].txt").write_text("x")
     assert names(tmp_path / "a[1].txt") == ["a[1].txt"]
@@ -147,6 +275,9 @@ def test_remote_filesystems_list_and_open():
     for name in ["a b.txt", "sub/c.txt", "sub/_d.txt", "sub/e.bin"]:
         remote.pipe(f"/corpus/{name}", name.encode())
     assert names("memory://corpus") == ["a b.txt", "sub/c.txt"]
+    listing = look_up(Source(path="memory://corpus"))
+    assert [file.name for file in listing.unused] == ["sub/e.bin"]
+    assert listing.left_out == {"names that begin with _ or .": {"count": 1, "examples": ["sub/_d.txt"]}}
     assert names("memory://corpus/**/*.txt") == ["a b.txt", "sub/_d.txt", "sub/c.txt"]
     assert names("memory://corpus/*.txt") == ["a b.txt"]
     (file,) = list_files(Source(path="memory://corpus/sub/c.txt"))
