@@ -9,6 +9,7 @@ from typing import Any
 from raydist.corpus.clean import Cleaner, make_cleaner
 from raydist.corpus.files import LeftOut, look_up, refuse_unused, unchanged
 from raydist.corpus.formats import ReadOptions, Record, check_column
+from raydist.corpus.formats.records import UTF_8
 from raydist.corpus.locations import File
 from raydist.corpus.slices import Slice, plan_slices, read_slice
 from raydist.errors import CorpusError
@@ -36,9 +37,12 @@ class SourceFiles:
 
     def identity(self) -> dict[str, Any]:
         """JSON that is equal exactly when documents and order are. Folders of the files do not matter."""
+        options = asdict(self.options)
+        if self.options.encoding == UTF_8:
+            del options["encoding"]  # as in token logs from before there was a choice
         return {
             "files": [[file.name, file.size, file.identity] for file in self.files],
-            "options": asdict(self.options),
+            "options": options,
             "clean": make_cleaner(self.clean).fingerprint,
             "slice_bytes": self.slice_bytes,
         }
@@ -86,7 +90,7 @@ def open_source(source: Source, corpus: Corpus) -> SourceFiles:
     listing = look_up(source)
     if listing.unused and corpus.on_error == "fail":
         refuse_unused(listing)
-    options = ReadOptions(source.format, source.text_column, source.document)
+    options = ReadOptions(source.format, source.text_column, source.document, source.encoding)
     check_column(listing.files[0], options)
     files = tuple(sorted((*listing.files, *listing.unused), key=lambda file: file.name))
     return SourceFiles(files, options, tuple(corpus.clean), corpus.slice_bytes, listing.left_out)

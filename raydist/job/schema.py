@@ -49,6 +49,12 @@ class Model(Section):
 Format = Literal["auto", "parquet", "jsonl", "json", "csv", "text", "arrow"]
 """The names in raydist.corpus.formats.table.READERS, which job/ cannot import; a test compares the two."""
 
+Encoding = Literal[
+    "utf-8", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be", "latin-1", "cp1252",
+    "cp1251", "koi8-r", "gb18030", "big5", "shift_jis", "euc-jp", "euc-kr",
+]  # fmt: skip
+"""Python's names of them."""
+
 
 class Source(Section):
     path: str | list[str] = Field(description="file, folder, glob or URI, or a list of them")
@@ -56,6 +62,10 @@ class Source(Section):
     text_column: str = Field("text", description="column of the text; dots enter nested columns")
     document: Literal["line", "paragraph", "file"] = Field(
         "line", description="what one document is in a plain text file"
+    )
+    encoding: Encoding = Field(
+        "utf-8",
+        description="how text, CSV and JSON are encoded; a file that is not in UTF-8 is read in one task",
     )
     exclude: list[str] = Field(
         default_factory=list, description="globs of files to leave out, relative to path"

@@ -14,8 +14,8 @@
 A new format is a module here that makes a Reader, and its line in `table.READERS` (and its name in the
 job's schema, which cannot import this package: a test compares the two).
 
-Content is UTF-8, decoded strictly. Damage never raises: it becomes a Bad, which the package raydist.corpus
-follows from here. Storage that fails, or a file that changed, raises CorpusError.
+Content is UTF-8, or converted to it, decoded strictly. Damage never raises: it becomes a Bad, which the
+package raydist.corpus follows from here. Storage that fails, or a file that changed, raises CorpusError.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from collections.abc import Iterator
 
 from raydist.corpus.formats.reader import Cut
 from raydist.corpus.formats.records import (
+    UTF_8,
     WHOLE,
     Bad,
     ByteRecord,
@@ -61,9 +62,13 @@ __all__ = [
 
 
 def cut_file(file: File, n_bytes: int, options: ReadOptions) -> list[Cut]:
-    """Parts of about n_bytes; [] for a file that has to be read as a whole, or is no larger than that."""
-    cut = reader_of(file).cut
-    if file.size <= n_bytes or file.compression or cut is None:
+    """Parts of about n_bytes; [] for a file that has to be read as a whole, or is no larger than that.
+
+    Text of another encoding than UTF-8 is converted from its start on, as compressed text is decompressed.
+    """
+    reader = reader_of(file)
+    cut, is_converted = reader.cut, options.encoding != UTF_8 and reader.may_be_compressed
+    if file.size <= n_bytes or file.compression or is_converted or cut is None:
         return []
     with Opened(file) as stream:
         return cut(stream, n_bytes, options)
@@ -71,7 +76,7 @@ def cut_file(file: File, n_bytes: int, options: ReadOptions) -> list[Cut]:
 
 def read_part(file: File, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
     """Lists of the records of `part` in the file's order; never an empty list."""
-    with Opened(file) as stream:
+    with Opened(file, options.encoding) as stream:
         try:
             yield from filter(None, reader_of(file).read(stream, part, options))
         except Torn as error:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 CHUNK_BYTES = 4 * 2**20
 """Text in one list of items, about."""
+UTF_8 = "utf-8"
 MAX_RECORD_BYTES = 128 * 2**20
 """A record that is longer, about, is bad. Tokenizing takes some forty times its size in memory."""
 
@@ -33,11 +34,15 @@ WHOLE = Part(0)
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """A source's `format`, `text_column` and `document`. What a file is read as stands in `File.format`."""
+    """A source's `format`, `text_column`, `document` and `encoding`.
+
+    What a file is read as stands in `File.format`.
+    """
 
     format: str
     text_column: str
     document: Literal["line", "paragraph", "file"]
+    encoding: str = UTF_8
 
 
 Unit = Literal["row", "byte"]

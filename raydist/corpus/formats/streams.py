@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from typing import IO, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import zstandard
 
-from raydist.corpus.formats.records import CHUNK_BYTES, MAX_RECORD_BYTES, WHOLE, Part, Torn, too_long
+from raydist.corpus.formats.records import CHUNK_BYTES, MAX_RECORD_BYTES, UTF_8, WHOLE, Part, Torn, too_long
 from raydist.corpus.locations import File, cannot_read, open_file
 from raydist.errors import CorpusError
 
@@ -33,6 +35,8 @@ FEWER_FED_BYTES = 4 * 1024
 BROKEN = (zlib.error, zstandard.ZstdError, lzma.LZMAError, OSError, EOFError)
 PADDED = ("gz", "xz")
 """Zeros may follow a member of the file."""
+MARKS = {"utf-16": (b"\xff\xfe", b"\xfe\xff"), "utf-32": (b"\xff\xfe\0\0", b"\0\0\xfe\xff")}
+"""With which text begins that says its byte order itself."""
 HEAD_BYTES = 4096
 """Of a file's start, by which UTF-16 is recognised."""
 
@@ -40,11 +44,11 @@ HEAD_BYTES = 4096
 class Opened:
     """A file's stream. Storage that fails raises CorpusError, and so is never taken for damaged content.
 
-    at_end: the last read found nothing left.
+    encoding: of the text in it.  at_end: the last read found nothing left.
     """
 
-    def __init__(self, file: File) -> None:
-        self.file, self.at_end = file, False
+    def __init__(self, file: File, encoding: str = UTF_8) -> None:
+        self.file, self.encoding, self.at_end = file, encoding, False
         try:
             self.stream = open_file(file.location)
         except OSError as error:
@@ -79,15 +83,18 @@ class Opened:
 
 
 def blocks(stream: Opened, part: Part = WHOLE) -> Iterator[tuple[int, bytes]]:
-    """(offset in the decompressed file, block of about CHUNK_BYTES), without a byte order mark.
+    """(offset in the decompressed file, block of about CHUNK_BYTES), as UTF-8 without a byte order mark.
+
+    Offsets are of the text as UTF-8, also in a file of another encoding, which `part` has to be the whole of.
 
     Torn: the content is damaged from here on, or it is not UTF-8 from its start.
     """
     offset = part.start
-    for block in _content(stream, part):
+    content = _content(stream, part)
+    for block in content if stream.encoding == UTF_8 else _as_utf8(content, stream.encoding):
         if offset == 0 and (encoding := other_encoding(block)):
             raise Torn(
-                f"it is {encoding} text, and UTF-8 is read: convert it,"
+                f"it is {encoding} text: set the source's encoding, or convert it,"
                 f" as by iconv -f {encoding} -t UTF-8 {stream.file.name.rsplit('/', 1)[-1]!r} > NEW"
             )
         if offset == 0 and block.startswith(BOM):
@@ -96,11 +103,29 @@ def blocks(stream: Opened, part: Part = WHOLE) -> Iterator[tuple[int, bytes]]:
         offset += len(block)
 
 
+def _as_utf8(content: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    """Torn: bytes that the encoding does not have, after the text before them; or no byte order mark."""
+    decoder, marks = codecs.getincrementaldecoder(encoding)(), MARKS.get(encoding)
+    for block in chain(content, [b""]):
+        if marks and block and not block.startswith(marks):
+            raise Torn(
+                f"no byte order mark of {encoding}: set the encoding to {encoding}-le or {encoding}-be"
+            )
+        marks = None
+        state = decoder.getstate()
+        try:
+            yield decoder.decode(block, final=not block).encode()
+        except UnicodeDecodeError as error:
+            decoder.setstate(state)
+            yield decoder.decode(block[: max(0, error.start - len(state[0]))]).encode()
+            raise Torn(f"invalid {encoding}: {error.reason}; what follows was not read") from error
+
+
 def other_encoding(start: bytes) -> str | None:
     """UTF-16 or UTF-32 if the first bytes of a file say so: by their mark, or as every second one is NUL."""
-    if start.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff")):
+    if start.startswith(MARKS["utf-32"]):
         return "UTF-32"
-    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if start.startswith(MARKS["utf-16"]):
         return "UTF-16"
     head = start[: min(HEAD_BYTES, len(start) // 2 * 2)]
     big, little = head[::2].count(0), head[1::2].count(0)

@@ -38,7 +38,7 @@ from raydist.corpus.formats.streams import blocks, whole_lines
 from raydist.corpus.slices import plan_slices
 from raydist.corpus.source import open_source
 from raydist.errors import CorpusError
-from raydist.job.schema import Corpus, Format, Source
+from raydist.job.schema import Corpus, Encoding, Format, Source
 
 TEXTS = [
     "0012",
@@ -513,6 +513,51 @@ def test_utf16_is_recognised_and_is_one_bad_file(tmp_path, name, encoding):
     assert f"iconv -f {named} -t UTF-8 '{name}'" in bad.reason
     (file,) = list_files(Source(path=str(path)))
     assert cut_file(file, 4, ReadOptions("auto", "text", "line")) == []
+
+
+def read_encoded(path, encoding, document="line"):
+    (file,) = list_files(Source(path=str(path)))
+    options = ReadOptions("auto", "text", document, encoding)
+    assert cut_file(file, 100, options) == []
+    return [item for chunk in read_part(file, Part(0), options) for item in chunk]
+
+
+@pytest.mark.parametrize("encoding", get_args(Encoding))
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv.gz", "a.json"])
+def test_other_encodings_are_converted(tmp_path, name, encoding, monkeypatch):
+    monkeypatch.setattr(streams, "CHUNK_BYTES", 101)  # characters lie across blocks
+    tail = {"latin-1": "é", "cp1252": "€", "cp1251": "д", "koi8-r": "д", "big5": "中", "euc-kr": "한"}
+    records = [{"id": i, "text": f"text {i} " + tail.get(encoding, "日本") * i} for i in range(20)]
+    path = write(tmp_path, name, records)
+    raw = gzip.decompress(path.read_bytes()) if name.endswith("gz") else path.read_bytes()
+    raw = raw.decode().encode(encoding)
+    path.write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    if encoding == "utf-8":
+        assert texts(read(path)) == [record["text"] for record in records]
+    else:
+        assert texts(read_encoded(path, encoding)) == [record["text"] for record in records]
+
+
+def test_text_that_is_not_in_the_encoding_is_bad_after_what_is(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("one\ntwo\n".encode("utf-16-le") + b"\0\xd8x\0" + "three".encode("utf-16-le"))
+    *good, bad = read_encoded(path, "utf-16-le")
+    assert texts(good) == ["one", "two"]
+    assert bad.reason.startswith("invalid utf-16-le: ")
+    (bad,) = read_encoded(path, "utf-16")
+    assert bad.reason == "no byte order mark of utf-16: set the encoding to utf-16-le or utf-16-be"
+    path.write_bytes("one\nt".encode("shift_jis") + b"\x81")  # ends within a character
+    assert "invalid shift_jis" in read_encoded(path, "shift_jis")[-1].reason
+
+
+def test_parquet_has_no_other_encoding_and_the_encoding_counts(tmp_path):
+    path = write(tmp_path, "a.parquet", [{"id": i, "text": str(i)} for i in range(9)])
+    corpus = Corpus(sources={"s": {"path": "x"}}, slice_bytes=1024)
+    sources = [open_source(Source(path=str(path), encoding=e), corpus) for e in ["utf-8", "utf-16"]]
+    plain, other = (list(source.texts(source.plan())) for source in sources)
+    assert plain == other
+    assert "encoding" not in sources[0].identity()["options"]
+    assert sources[1].identity()["options"]["encoding"] == "utf-16"
 
 
 def test_text_with_nul_bytes_is_bad_and_the_rest_is_read(tmp_path):
