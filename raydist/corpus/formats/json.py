@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -37,6 +38,8 @@ KINDS = {type(None): "null", bool: "a boolean", int: "a number", float: "a numbe
 TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|[\[\]{},"]', re.DOTALL)
 COLUMN_ROWS = 1024
 """Rows in one list of items of a file of columns, which is in memory as a whole."""
+ORJSON_DEPTH = 1024
+"""Levels of objects and arrays that orjson reads."""
 COLUMNS_BYTES = 2**30
 """A file of columns may have as many."""
 ESCAPES = {'"': '"', "\\": "\\", "/": "/", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
@@ -125,6 +128,13 @@ class _Key:
             return count[self.column] == n
         return all(count[name] == n * self.path.count(name) for name in self.path)
 
+    def none_dropped(self, raw: bytes, records: Iterable[Any]) -> bool:
+        """Whether `records`, parsed from `raw`, have the key as often as it does, inner objects and all."""
+        records = list(records)
+        return all(
+            len(written.findall(raw)) == _n_keys(records, name) for name, written in self._written.items()
+        )
+
     def repeats(self, raw: bytes) -> bool:
         """Whether the key occurs twice in a record. raw: its valid JSON."""
         return self._repeats(_with_every_key(raw))
@@ -146,9 +156,27 @@ class _Key:
 _key = cache(_Key)
 
 
+def _n_keys(values: Iterable[Any], name: str) -> int:
+    """Objects within `values` that have this key."""
+    count, left = 0, list(values)
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            count += name in value
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return count
+
+
 def _with_every_key(raw: bytes) -> Any:
     """Objects become _Pairs. Slow."""
-    return json.loads(raw, object_pairs_hook=_Pairs, parse_int=float)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(limit + ORJSON_DEPTH)
+    try:
+        return json.loads(raw, object_pairs_hook=_Pairs, parse_int=float)
+    finally:
+        sys.setrecursionlimit(limit)
 
 
 def _ways_to_write(name: str) -> re.Pattern[bytes]:
@@ -219,7 +247,7 @@ def _read_lines(chunks: Iterable[tuple[int, bytes | None]], column: str) -> Iter
             texts = [None]
         if _all_strings(texts):
             items: list[Item] = list(map(ByteRecord._make, zip(texts, rows, strict=True)))
-            if not key.occurs_once(chunk, len(lines)):
+            if not (key.occurs_once(chunk, len(lines)) or key.none_dropped(chunk, map(loads, lines))):
                 repeats = (not key.occurs_once(line, 1) and key.repeats(line) for line in lines)
                 items = [
                     _repeated(item[1], column, ByteRecord) if again else item  # type: ignore[arg-type]
@@ -339,7 +367,8 @@ class _Array:
             texts = list(map(self.get, values))
         except (KeyError, TypeError):
             texts = [None]
-        if _all_strings(texts) and self.key.occurs_once(array, len(texts)):
+        is_clear = self.key.occurs_once(array, len(texts)) or self.key.none_dropped(array, values)
+        if _all_strings(texts) and is_clear:
             return list(map(Record._make, zip(texts, rows, strict=True)))
         return [
             _repeated(row, self.column, Record) if again else text_item(value, row, self.column, Record)

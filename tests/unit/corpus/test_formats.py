@@ -771,6 +771,15 @@ def test_a_key_that_occurs_twice_is_bad_not_guessed(tmp_path, name, twice):
     ]
 
 
+def test_a_deep_record_is_looked_at_for_keys_that_occur_twice(tmp_path):
+    path = tmp_path / "a.jsonl"
+    deep = '[{"text": ' * 500 + "1" + "}]" * 500
+    path.write_text(f'{{"text": "a", "x": {deep}}}\n{{"text": "a", "x": {deep}, "text": "b"}}')
+    good, bad = read(path)
+    assert good.text == "a"
+    assert bad.reason == TWICE
+
+
 def test_keys_of_a_dotted_column_may_not_repeat_either(tmp_path):
     path = tmp_path / "a.jsonl"
     records = [
