@@ -60,7 +60,7 @@ def _read_json(stream: Opened, part: Part, options: ReadOptions) -> Iterator[lis
     if first == b"[" and part.start == 0:
         return _read_array((block for _, block in content), options.text_column)
     is_whole = part.start == 0 and part.end in (-1, stream.file.size)
-    if is_whole:
+    if is_whole and first == b"{":
         return _read_columns_or_lines(whole_lines(content, COLUMNS_BYTES), options.text_column)
     return _read_lines(lines_but_long_ones(content), options.text_column)
 
@@ -69,7 +69,7 @@ def _cut_json(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
     """An array is not cut."""
     try:
         is_array = _first_character(blocks(stream))[0] == b"["
-    except Torn:  # it is not UTF-8
+    except Torn:  # it is not UTF-8, or blank
         return []
     return [] if is_array else cut_lines(stream, n_bytes)
 
@@ -77,12 +77,17 @@ def _cut_json(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
 def _first_character(
     content: Iterator[tuple[int, bytes]],
 ) -> tuple[bytes, Iterator[tuple[int, bytes]]]:
-    """The first character that is no white space, b"" if there is none; and the same content."""
+    """The first character that is no white space, b"" if there is none; and the same content.
+
+    Torn: there is much white space before it.
+    """
     seen = []
     for offset, block in content:
         seen.append((offset, block))
         if first := block.lstrip()[:1]:
             return first, chain(seen, content)
+        if offset > MAX_RECORD_BYTES:
+            raise Torn(too_long("white space"))
     return b"", iter(seen)
 
 

@@ -617,6 +617,8 @@ def test_a_line_that_is_too_long_is_one_bad_record(tmp_path, small_limits, tail)
             json.dumps([{"text": "one"}, {"text": LONG}, {"text": "b"}]),
             "an element of more",
         ),
+        ("a.json", "file", " " * 100_000 + "[]", "white space of more than"),
+        ("a.json", "file", LONG, "a line of more than"),
     ],
 )
 def test_other_records_that_are_too_long_are_bad(tmp_path, small_limits, name, document, content, reason):
