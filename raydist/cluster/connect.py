@@ -38,6 +38,10 @@ ENVIRONMENT = {
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """A Python process with this puts neither its script's folder nor the working folder on sys.path."""
 
+PATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(24 * 3600)}
+"""Ray ends a process with a call to the GCS that has waited for it so long: by default 60 s, also where that GCS
+is gone and the process is on another Ray by then. An embedded Ray ends with its driver in any case."""
+
 NO_TOKEN = (
     "couldn't find an authentication token",
     "cannot be opened or is empty",
@@ -150,7 +154,7 @@ def _start_embedded(training_cpus: int) -> None:
     shared_memory = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
     roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 1.2 * OBJECT_STORE_BYTES
     ensure_token()
-    with on_loopback(), _safe_path():
+    with on_loopback(), _environment(SAFE_PATH | PATIENT):
         ray.init(
             address="local",
             job_config=_job_config(),
@@ -180,10 +184,10 @@ def _job_config() -> JobConfig:
 
 
 @contextmanager
-def _safe_path() -> Iterator[None]:
-    """A Ray that is started in this block gives SAFE_PATH to its workers and to what these start."""
-    before = {name: os.environ.get(name) for name in SAFE_PATH}
-    os.environ.update(SAFE_PATH)
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    """For a Ray that is started in this block, its workers and what these start."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:

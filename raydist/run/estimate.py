@@ -115,6 +115,7 @@ def _source(job: Job, name: str, tokenizer: TokenizerSpec | None, storage: Stora
         "mean_tokens": n_tokens / max(1, guess.n_documents),
         "mean_words": guess.mean_words,
         "unique_share": guess.unique_share,
+        "left_out": plan.source.left_out,
         "log": "complete" if tokenizer and plan.complete else "to be made",
     }
 

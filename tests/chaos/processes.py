@@ -19,8 +19,8 @@ TAG = "RAYDIST_RUN_TAG"
 NAMES = {
     "worker": "ray::RayTrainWorker",
     "controller": "ray::TrainController",
-    "trial": "ray::TrialRun",
-    "reader": "ray::Map",  # Ray Data's
+    "trial": "ray::ResourceTrainable",
+    "reader": "ray::Read",  # Ray Data's
     "raylet": "raylet",
     "gcs": "gcs_server",
 }

@@ -67,6 +67,39 @@ def test_preparing_goes_on_with_a_new_ray(
     assert weight_hash(folder.model) == weight_hash(undisturbed[0].model)
 
 
+GCS_CALLS = """
+import os, signal, threading, time
+import psutil, ray
+from raydist.cluster.connect import ray_session
+
+def call():
+    calls.append(time.monotonic())
+    while len(calls) == 1:
+        ray.available_resources()
+    return "on the new Ray"
+
+def kill():
+    gcs = [each for each in psutil.Process().children(recursive=True) if each.name() == "gcs_server"]
+    gcs[0].kill()
+
+calls = []
+with ray_session(1, 1) as session:
+    threading.Timer(2, kill).start()
+    print(session.do_again(call, "work", 1, print), flush=True)
+    time.sleep(65)
+print("alive")
+"""
+
+
+def test_a_call_to_a_lost_gcs_does_not_end_the_process_later() -> None:
+    """Ray would end it after 60 s, on whatever Ray it works by then."""
+    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", GCS_CALLS], capture_output=True, text=True, check=False, env=environment
+    )
+    assert done.returncode == 0 and done.stdout.endswith("on the new Ray\nalive\n"), done.stdout + done.stderr
+
+
 def test_a_lost_controller_counts_as_a_failure(whole: dict[str, Any], undisturbed: object) -> None:
     job = {**whole, "name": "no-failures", "scaling": {"num_workers": 2, "max_failures": 0}}
     process = start(job)
