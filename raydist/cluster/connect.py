@@ -39,8 +39,8 @@ SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """A Python process with this puts neither its script's folder nor the working folder on sys.path."""
 
 PATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(24 * 3600)}
-"""Ray ends a process with a call to the GCS that has waited for it so long: by default 60 s, also where that GCS
-is gone and the process is on another Ray by then. An embedded Ray ends with its driver in any case."""
+"""Ray ends a process in which a call has waited so long for the GCS: by default 60 s, also where that GCS is
+gone and the process is on another Ray by then. An embedded Ray ends with its driver in any case."""
 
 NO_TOKEN = (
     "couldn't find an authentication token",
