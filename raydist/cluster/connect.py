@@ -32,15 +32,14 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an actor, 200 MB, that nothing here asks
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    # Ray ends a process in which a call waits so long for its GCS: by default 60 s, also where that one is
+    # gone and the process works on another Ray by then. Session notices a lost one earlier.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": str(24 * 3600),
 }
 
 
 SAFE_PATH = {"PYTHONSAFEPATH": "1"}
 """A Python process with this puts neither its script's folder nor the working folder on sys.path."""
-
-PATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": str(24 * 3600)}
-"""Ray ends a process in which a call has waited so long for the GCS: by default 60 s, also where that GCS is
-gone and the process is on another Ray by then. An embedded Ray ends with its driver in any case."""
 
 NO_TOKEN = (
     "couldn't find an authentication token",
@@ -57,7 +56,7 @@ def ray_address(given: str | None, in_job: str | None = None) -> str | None:
 
 
 def set_environment() -> None:
-    """Set Ray's environment variables. RAY_AUTH_MODE has an effect only before Ray is imported."""
+    """Set Ray's environment variables. Some, as RAY_AUTH_MODE, have an effect only before Ray is imported."""
     for name, value in ENVIRONMENT.items():
         if name != "RAY_AUTH_MODE" or "ray" not in sys.modules:
             os.environ.setdefault(name, value)
@@ -154,7 +153,7 @@ def _start_embedded(training_cpus: int) -> None:
     shared_memory = Path("/dev/shm")  # noqa: S108 - where Linux keeps shared memory
     roomy = shared_memory.is_dir() and shutil.disk_usage(shared_memory).free > 1.2 * OBJECT_STORE_BYTES
     ensure_token()
-    with on_loopback(), _environment(SAFE_PATH | PATIENT):
+    with on_loopback(), _safe_path():
         ray.init(
             address="local",
             job_config=_job_config(),
@@ -184,10 +183,10 @@ def _job_config() -> JobConfig:
 
 
 @contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """For a Ray that is started in this block, its workers and what these start."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
+def _safe_path() -> Iterator[None]:
+    """A Ray that is started in this block gives SAFE_PATH to its workers and to what these start."""
+    before = {name: os.environ.get(name) for name in SAFE_PATH}
+    os.environ.update(SAFE_PATH)
     try:
         yield
     finally:

@@ -69,10 +69,11 @@ def test_preparing_goes_on_with_a_new_ray(
 
 GCS_CALLS = """
 import os, signal, threading, time
-import psutil, ray
+import psutil
 from raydist.cluster.connect import ray_session
 
 def call():
+    import ray
     calls.append(time.monotonic())
     while len(calls) == 1:
         ray.available_resources()
