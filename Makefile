@@ -42,7 +42,7 @@ chaos: install  ## faults of every kind at random moments, each ending in the un
 	$(BIN)/python -m tests.chaos.chaos $(ARGS)
 
 .PHONY: test
-test: install  ## the tests (about 10 minutes on 2 cores)
+test: install  ## the tests (about 8 minutes on 2 cores)
 	$(BIN)/python -m pytest $(TWO) -m "not slow and not real and not gpu" $(ARGS)
 
 .PHONY: test-all
