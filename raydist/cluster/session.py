@@ -22,14 +22,6 @@ LEAVE_SECONDS = 4.0
 once it is shut down, and one that stays connected for some 10 s without its raylet."""
 
 
-def is_embedded() -> bool:
-    """Whether the Ray that this process is connected to is its own."""
-    from ray._private import worker
-
-    node: Any = worker._global_node
-    return node is not None and bool(node.head)
-
-
 class Session:
     """The Ray that this process is connected to. start: starts one in its place; None for one of others."""
 
@@ -51,8 +43,8 @@ class Session:
     def require(self, *waiting: Future[Any]) -> None:
         """Raises ClusterLost once Ray is lost. waiting: what threads do on it meanwhile.
 
-        To be called every second or so: Ray ends a process that stays connected, after some 10 s without its
-        raylet and after 60 s without its GCS.
+        To be called every second or so: Ray ends a process that stays connected for some 10 s without its
+        raylet.
         """
         if self.lost():
             self._waiting += waiting

@@ -24,9 +24,9 @@ from ray.util.placement_group import PlacementGroup
 from raydist import files
 from raydist.cluster import network
 from raydist.cluster.network import BetweenHosts
-from raydist.cluster.session import is_embedded
 from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost, first_line
 from raydist.folder import RunFolder
+from raydist.own_ray import is_embedded
 from raydist.training.attempt_spec import AttemptSpec, TrainResult
 
 COLLECTIVE_TIMEOUT_SECONDS = 300
