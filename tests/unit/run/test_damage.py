@@ -284,6 +284,22 @@ def test_verify_says_what_it_read_and_what_is_damaged(tmp_path: Path, half: Half
     assert found_out.exit_code == CheckpointError.exit_code and "2 damaged" in found_out.stdout
 
 
+def test_verify_takes_files_that_a_folder_holds_and_a_log_leaves_out_for_no_damage(
+    tmp_path: Path, half: Half
+) -> None:
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    shutil.copy2(str(half.job.corpus.sources["random"].path), folder / "random.txt")
+    for name in ("_SUCCESS", ".hidden.txt"):
+        (folder / name).write_text("w2 w3\n")
+    corpus = {"sources": {"random": {"path": str(folder)}}, "slice_bytes": 2048}
+    job = make_job(tmp_path / "runs", model={"tokenizer": str(half.job.model.tokenizer)}, corpus=corpus)
+    plan = planned(job)
+    make_log(plan)
+    assert plan.folder.read_manifest()["left_out"]
+    assert verify_log(plan.path).damage == []
+
+
 def test_an_altered_model_is_named(tmp_path: Path, half: Half) -> None:
     folder = go_on(half.copied(tmp_path / "runs"))
     assert verify_run(folder).damage == []
