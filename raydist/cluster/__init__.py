@@ -7,7 +7,8 @@ raydist submit ──> submit ──Jobs API──> raydist train, in the cluste
 connect      joins a cluster, or starts an embedded Ray on this machine; temporary: that one's folder
 session      what a driver works on: is that Ray still there, and a new one in its place
 resources    how many workers the nodes hold, and what training leaves free
-trainer      one attempt at training, with Ray Train; network: the process group of its workers
+trainer      one attempt at training, with Ray Train; network: the process group of its workers;
+             groups: frees what workers reserve whose controller died
 worker       what runs in each of them
 ranks        ends the processes of an attempt that hangs
 ray_output   what Ray prints itself, in a file; background: work in a thread

@@ -14,15 +14,14 @@ from contextlib import suppress
 from typing import Any
 
 import ray
-from ray import PlacementGroupID
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
-from ray.util.placement_group import PlacementGroup
 
 from raydist import files
 from raydist.cluster import network
+from raydist.cluster.groups import groups_of, remove_group
 from raydist.cluster.network import BetweenHosts
 from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost, first_line
 from raydist.folder import RunFolder
@@ -78,7 +77,8 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         traceback.clear_frames(error.__traceback__)
         raise _explain(error, spec) from error
     except RayError as error:
-        _remove_group(spec)
+        for reserved in groups_of(RunFolder(spec.run)):
+            remove_group(reserved)
         raise _explain_ray(error, spec) from error
     return TrainResult(**fitted.return_value)  # type: ignore[attr-defined]
 
@@ -153,15 +153,6 @@ def _out_of_memory(spec: AttemptSpec, error: Exception, where: str) -> RaydistEr
     from raydist.training.room import Room
 
     return Room(spec, None).out_of_memory(error, where)
-
-
-def _remove_group(spec: AttemptSpec) -> None:
-    """Free what the workers of a lost controller reserve: nobody else does where Ray has no dashboard."""
-    file = RunFolder(spec.run).placement_group(spec.attempt)
-    if file.exists():
-        group = PlacementGroup(PlacementGroupID.from_hex(file.read_text()))
-        with suppress(RayError, ValueError):
-            ray.util.remove_placement_group(group)
 
 
 def _died(error: RayError) -> str:

@@ -17,6 +17,7 @@ from ray.tune import TuneError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from raydist import files
+from raydist.cluster.groups import Unclaimed, groups_of, remove_group
 from raydist.cluster.resources import cpus_per_worker, node_resources, require_room
 from raydist.errors import ClusterError, ClusterLost, JobError, TrainingError, first_line
 from raydist.folder import RunFolder
@@ -149,7 +150,7 @@ def _search_once(spec: SweepSpec, life: Life, at_a_time: int) -> None:
             name=f"attempt-{folder.next_attempt()}",
             storage_path=str(folder.ray.resolve()),
             stop=StopWhenAsked(folder),
-            callbacks=[OutcomeLog(spec, folder, life.listener)],
+            callbacks=[OutcomeLog(spec, folder, life.listener), FreeWorkers(spec.job)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             failure_config=tune.FailureConfig(max_failures=spec.job.scaling.max_failures),
             verbose=0,
@@ -234,6 +235,30 @@ class OutcomeLog(tune.Callback):
             self._folder.trials_file, {"number": number, "state": state, "error": error}, flush=True
         )
         self._listener.message(f"trial {number:03d}  {state}{': ' * bool(error)}{error}")
+
+
+class FreeWorkers(tune.Callback):
+    """Frees what the workers of a trial reserve whose process died, or no other trial would find room."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._unclaimed: Unclaimed | None = None
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        for group in groups_of(self._folder(trial)):
+            remove_group(group)
+        self._unclaimed = Unclaimed()
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.on_trial_recover(iteration, trials, trial)
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        if self._unclaimed is not None:
+            self._unclaimed.remove(group for trial in trials for group in groups_of(self._folder(trial)))
+
+    def _folder(self, trial: Any) -> RunFolder:
+        path = folder_of(self._job).path
+        return RunFolder(path.with_name(trial_name(self._job, _number(trial))))
 
 
 def _number(trial: Any) -> int:

@@ -19,6 +19,7 @@ from raydist import files
 from raydist.cli import main
 from raydist.folder import RunFolder
 from raydist.track.records import effective
+from tests.chaos.processes import Submission
 from tests.trackers import read_wandb
 from tests.whole_run import finish, write_corpus
 
@@ -152,6 +153,28 @@ def test_a_killed_sweep_runs_no_finished_trial_twice(
     with pytest.raises(SystemExit) as ended:
         main(["submit", str(Path(job["storage"], "killed", "best.yaml"))])
     assert ended.value.code in (0, None) and RunFolder(Path(job["storage"], "killed-best")).model.exists()
+
+
+@pytest.mark.slow
+def test_a_killed_trial_goes_on_where_another_ray_runs_on_the_machine(
+    job: dict[str, Any], ray_local: None, tmp_path: Path
+) -> None:
+    """Ray Train's own actor then does not free the CPUs of the trial's workers."""
+    search = {"train.lr": {"grid": [1e-3]}}
+    job = {**job, "name": "lost", "storage": str(tmp_path), "tune": {"search": search, "scheduler": "none"}}
+    sweep = Submission([sys.executable, "-m", "raydist", "tune", written(job)], tmp_path / "log")
+    sweep.start()
+    try:
+        deadline = time.monotonic() + 240
+        while not trial(job, 0).committed_steps():
+            assert time.monotonic() < deadline and not sweep.ended
+            time.sleep(0.05)
+        assert sweep.kill("trial")
+        assert sweep.wait(240) == 0, sweep.log.read_text()
+    finally:
+        sweep.kill_everything()
+    attempts = {r["attempt"] for r in files.read_jsonl(trial(job, 0).metrics_file)}
+    assert len(attempts) == 2 and trial(job, 0).status()["state"] == "finished"
 
 
 @pytest.mark.slow
