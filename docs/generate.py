@@ -17,7 +17,8 @@ from raydist.job.schema import Job
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.unit.parallel import matrix  # noqa: E402 - found by the line above
+from tests import families  # noqa: E402 - found by the line above
+from tests.unit.parallel import matrix  # noqa: E402
 
 HEAD = """\
 # Every key of a job
@@ -126,7 +127,46 @@ def support_text() -> str:
     lines += [
         f"| {what} | {limits['fp32']:g} | {limits['bf16']:g} |" for what, limits in matrix.WITHIN.items()
     ]
-    return SUPPORT + "\n".join(lines) + "\n\n" + NOTES
+    return SUPPORT + "\n".join(lines) + "\n\n" + NOTES + "\n" + families_text()
+
+
+FAMILIES = """\
+## Families of models
+
+A tiny random model of each family: packed documents have the loss that transformers gives to each of them alone
+(`tests/unit/model/test_families.py`), and the family trains, resumes, exports and merges under `ddp`, `fsdp` and `zero`
+stage 3 (`tests/unit/parallel/test_families.py`, in `make test-all`). Other families are tried in the same way when a
+run starts: a block of two documents must not show one to the other. BLOOM and MPT, which have no positions of
+their own, pass as well.
+
+"""
+
+REFUSED = """\
+
+Of a multimodal model the text side is trained; vision and audio towers and projectors are frozen, get no adapter, and
+are exported as they were. The router's loss is in the loss where the base's configuration has
+`output_router_logits: true`, or as `train.router_aux_loss_coef` says. Experts need `adapter.dropout: 0`.
+
+These families take no packed documents, and are refused unless `packing.document_mask: false`:
+
+"""
+
+
+def families_text() -> str:
+    """The table of families, and those that are refused."""
+    lines = [
+        "| family | all weights, LoRA, merged | `quantization` | documents kept apart by | router's loss |"
+    ]
+    lines += ["|---|---|---|---|---|"]
+    for name in families.FAMILIES:
+        bits = families.NO_INT4.get(name)
+        masked = "its masks" if name in families.MASKED else "their positions or lengths"
+        router = "yes" if name in families.MIXTURES else ""
+        lines.append(
+            f"| {name} | yes | {f'refused: {bits}' if bits else 'int4, int8'} | {masked} | {router} |"
+        )
+    refused = [f"- {name}: {why}." for name, (_, _, why) in families.REFUSED.items()]
+    return FAMILIES + "\n".join(lines) + "\n" + REFUSED + "\n".join(refused) + "\n"
 
 
 def _strategy(name: str) -> str:

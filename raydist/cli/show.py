@@ -66,7 +66,8 @@ def planned(plan: dict[str, Any]) -> None:
         f" on {steps['workers']} workers:"
         f" {steps['accumulation_steps']} micro batches of {steps['micro_batch_size']} sequences each"
         f"{MICRO_BATCH_FROM[steps['micro_batch_from']]}\n"
-        f"  {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained\n"
+        f"  {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained"
+        f"{_frozen(parameters['frozen'])}\n"
         f"  memory per worker: {_parts(plan['memory_per_worker_bytes'])}\n"
         f"  disk: {_parts(plan['disk_bytes'])}"
     )
@@ -75,6 +76,11 @@ def planned(plan: dict[str, Any]) -> None:
             f"  measured here: {measured['seconds_per_step']:,.2f} s a step, {duration(measured['seconds'])}"
             f" without evaluations and checkpoints; {size(measured['memory_bytes'])} of memory"
         )
+
+
+def _frozen(modules: Sequence[str]) -> str:
+    """Of a multimodal model, what is left as it is."""
+    return f"; {', '.join(modules)} frozen, since no text passes through" if modules else ""
 
 
 def planned_sweep(plan: dict[str, Any]) -> None:

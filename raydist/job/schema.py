@@ -196,6 +196,11 @@ class Train(Section):
         description="forward and backward passes; weights are updated in fp32 whatever it is."
         " fp16: for GPUs without bf16, its loss is scaled; fp32: exact, without TF32; no: fp32",
     )
+    router_aux_loss_coef: Annotated[float, Field(ge=0)] | None = Field(
+        None,
+        description="weight of the loss that balances the experts of a mixture; null: as the model's"
+        " configuration says (router_aux_loss_coef, if it has output_router_logits: true)",
+    )
     gradient_checkpointing: Recomputed = Field(
         False,
         description="recompute activations in the backward pass: slower, with less memory. true: all layers;"

@@ -9,8 +9,8 @@ build          configuration, model in memory, its sizes; what cannot be used is
 trust          what a base may decide: no code, no pickle, no size that fits no machine
 base           a base's weights: loaded, and refused where they are not those of its configuration
 attention      kinds of attention, which one a device takes, the probe that tokens see no other document
-layers         the decoder layers of any architecture, and the bare model within what wraps it
-loss           the loss of (model, batch), summed over labels; a model's own extra terms belong here too
+layers         the decoder layers of any architecture, the text side of a multimodal one, its settings
+loss           the loss of (model, batch), summed over labels; router: the own loss of a mixture's router
 head           the loss of a large vocabulary without its logits, and what a model does behind its head
 cross_entropy  a summed loss and its gradient, some rows of logits at a time
 compiled       layers compiled in place by torch.compile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import torch
@@ -9,21 +10,24 @@ from torch import nn
 
 from raydist.errors import ModelError, first_line
 from raydist.job.schema import Lora
+from raydist.model.layers import not_of_text
 
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
-    """The model with a LoRA adapter.
+    """The model with a LoRA adapter; of a multimodal one only the text side gets it.
 
     Raises ModelError for unknown target modules, with the known ones, and for what peft refuses.
     """
     from peft import LoraConfig, get_peft_model
 
+    others = not_of_text(model)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=_target_modules(model, lora),
+        exclude_modules=rf"({'|'.join(map(re.escape, others))})\..*" if others else None,
     )
     try:
         return get_peft_model(model, config)

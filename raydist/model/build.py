@@ -24,8 +24,9 @@ from raydist.model import quantization
 from raydist.model.base import check_finite, check_stored, load_base
 from raydist.model.compiled import compile_layers, why_not_compiled
 from raydist.model.head import Head, find_head, use_chunked_head
-from raydist.model.layers import bare_of
+from raydist.model.layers import bare_of, not_of_text, text_config
 from raydist.model.precision import DTYPES, check_precision, exact_fp32
+from raydist.model.router import use_router_loss
 from raydist.model.trust import NO_CODE, check_sizes, read_config
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ def quietly() -> Iterator[None]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft finds out by itself
+            # patterns of peft's own making, for the experts of mixtures, which do get this rank
+            warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
             yield
     finally:
         logging.disable(level)
@@ -57,8 +60,8 @@ def quietly() -> Iterator[None]:
 class Sizes:
     """total, trainable: numbers of parameters.  weight_bytes: of all weights while training.
 
-    vocabulary: rows of the embedding.  layers, hidden: number of layers, width.  model: the one that was
-    counted, on meta, with its adapter.
+    vocabulary: rows of the embedding.  layers, hidden: number of layers, width.  frozen: paths of what text
+    does not pass through.  model: the one that was counted, on meta, with its adapter.
     """
 
     total: int
@@ -67,6 +70,7 @@ class Sizes:
     vocabulary: int
     layers: int
     hidden: int
+    frozen: tuple[str, ...]
     model: nn.Module
 
 
@@ -156,7 +160,7 @@ def check_fits(config: PretrainedConfig, job: Job) -> None:
     from raydist.model.attention.choose import check_model_attention
 
     check_model_attention(config, job.model.attn_implementation)
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = getattr(text_config(config), "max_position_embeddings", None)
     sections = [*(["stages"] * len(job.stages) or ["packing"]), "eval"]
     for section, block_size in zip(sections, [*job.block_sizes, job.eval_block_size], strict=True):
         if positions is not None and block_size > positions:
@@ -239,8 +243,10 @@ def build_model(
         torch.manual_seed(job.seed)
         model = _bare(config, job, tokenizer_folder, place)
         _check_vocabulary(model, tokenizer_folder)
+        freeze_others(model)
         # the bare model, which knows how attention is chosen
         fit(model) if fit else fit_model(model, job, device)
+        use_router_loss(model, job.train.router_aux_loss_coef)
         model = model if job.adapter is None else add_lora(model, job.adapter)
     if (compute := DTYPES[job.train.mixed_precision]) != torch.float32:
         narrow_frozen(model, compute)  # not before, or the adapter's first weights would be rounded
@@ -249,6 +255,17 @@ def build_model(
     if not fitted_of(model).uncompiled:
         compile_layers(model, must=job.train.compile is True)
     return model.train()
+
+
+def freeze_others(model: nn.Module) -> list[str]:
+    """Freeze the modules of the bare multimodal model that text does not pass through; their paths.
+
+    They have no gradient: they would be stepped by weight decay alone, and kept twice in each checkpoint.
+    """
+    others = not_of_text(model)
+    for path in others:
+        model.get_submodule(path).requires_grad_(False)
+    return others
 
 
 def _bare(config: PretrainedConfig, job: Job, tokenizer_folder: Path, place: torch.device) -> nn.Module:
@@ -266,20 +283,24 @@ def _bare(config: PretrainedConfig, job: Job, tokenizer_folder: Path, place: tor
 class Fitted:
     """What was found by trying the bare model. head: None where its logits are made whole.
 
-    uncompiled: why its layers are not compiled; empty where they are.
+    uncompiled: why its layers are not compiled; empty where they are.  frozen: paths of what text does not
+    pass through.
     """
 
     attention: Chosen
     head: Head | None
     uncompiled: str
+    frozen: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For the record of an attempt's start."""
         return {
             "attention": self.attention.name,
+            "documents_in_mask": self.attention.masked,
             "attention_passed_over": self.attention.passed_over,
             "compiled": not self.uncompiled,
             "uncompiled": self.uncompiled,
+            **({"frozen": self.frozen} if self.frozen else {}),
             "logits": "whole" if self.head is None else "in parts if they are many",
         }
 
@@ -297,7 +318,7 @@ def fit_model(model: nn.Module, job: Job, device: torch.device) -> Fitted:
         asked=job.model.attn_implementation,
         compiled=not uncompiled,
     )
-    fitted = Fitted(attention, head, uncompiled)
+    fitted = Fitted(attention, head, uncompiled, tuple(not_of_text(model)))
     take_fitted(model, fitted)
     return fitted
 
@@ -384,12 +405,15 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **NO_CODE)
         rows = model.get_input_embeddings().weight.shape[0]
+        frozen = tuple(freeze_others(model))
+        quantization.check_share(model, job)
+        use_router_loss(model, job.train.router_aux_loss_coef)
         base_bytes = quantization.base_bytes(model, job)
         model = model if job.adapter is None else add_lora(model, job.adapter)
     total, trainable = n_parameters(model), n_parameters(model, trainable=True)
     held = 4 * total if job.adapter is None else base_bytes + 4 * trainable
-    text: Any = config.get_text_config()
-    return Sizes(total, trainable, held, rows, text.num_hidden_layers, text.hidden_size, model)
+    text = text_config(config)
+    return Sizes(total, trainable, held, rows, text.num_hidden_layers, text.hidden_size, frozen, model)
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:

@@ -19,6 +19,7 @@ from raydist.job.schema import Job
 from raydist.model import quantization
 from raydist.model.base import load_adapter, load_base
 from raydist.model.build import load_config, load_tokenizer, quietly
+from raydist.model.layers import text_config
 from raydist.model.quantization import load_dequantized, load_quantized, read_config
 from raydist.model.trust import read_adapter_config
 
@@ -256,5 +257,5 @@ def _untie(adapted: Any) -> None:
         return
     layers[0].weight = nn.Parameter(layers[0].weight.detach().clone(), requires_grad=False)
     bare = adapted.get_base_model()
-    for config in {id(each): each for each in (bare.config, bare.config.get_text_config())}.values():
+    for config in {id(each): each for each in (bare.config, text_config(bare.config))}.values():
         config.tie_word_embeddings = False

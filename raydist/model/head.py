@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from raydist.model.cross_entropy import loss_and_gradient, summed_cross_entropy
-from raydist.model.layers import bare_of
+from raydist.model.layers import bare_of, text_config
+from raydist.model.router import router_of
 
 LABELS = "raydist_labels"
 """Given to the forward pass of a model that `use_chunked_head` has seen: it returns the summed loss then."""
@@ -90,7 +91,7 @@ def find_head(model: nn.Module) -> Head | None:
 
 def _candidates(config: Any) -> Iterator[Head]:
     """The factors and the cap have these names in transformers' configurations."""
-    text = config.get_text_config()
+    text = text_config(config)
     yield Head()
     if cap := getattr(text, "final_logit_softcapping", None):
         yield Head(cap=float(cap))
@@ -125,7 +126,12 @@ def use_chunked_head(model: nn.Module, head: Head) -> None:
         labels = kwargs.pop(LABELS, None)
         if labels is None:
             return own(*args, **kwargs)
-        hidden = model.base_model(*args, **kwargs).last_hidden_state  # type: ignore[operator]
+        output = model.base_model(*args, **kwargs)  # type: ignore[operator]
+        loss = loss_of_hidden(output.last_hidden_state, labels)
+        router = router_of(model) if model.training else None
+        return loss if router is None else loss + router.term(router.balance(output.router_logits), labels)
+
+    def loss_of_hidden(hidden: Tensor, labels: Tensor) -> Any:
         last = model.get_output_embeddings()  # type: ignore[operator]
         if _compute_dtype(hidden) == torch.float16:  # too small for a gradient that is not scaled yet
             return summed_cross_entropy(head(last(hidden)), labels)

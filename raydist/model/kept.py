@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from raydist.job.schema import Job, Lora
+from raydist.model.layers import text_config
 from raydist.model.trust import NO_CODE
 
 FP32 = 4
@@ -41,7 +42,7 @@ def kept_for_backward(model: nn.Module, job: Job, layers: int, block_size: int) 
 
     model: on meta, as `model_sizes` counted it.  None where its architecture cannot be tried like this.
     """
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    config = text_config(model.config)
     if hasattr(config, "num_local_experts") or hasattr(config, "num_experts"):
         return None  # which experts a token goes through is not known of a fake one
     adapter = job.adapter.model_dump_json() if job.adapter else ""

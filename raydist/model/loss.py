@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from raydist.model.cross_entropy import summed_cross_entropy
 from raydist.model.head import LABELS, has_chunked_head
 from raydist.model.precision import DTYPES
+from raydist.model.router import ROUTED, router_of
 
 DOCUMENTS = "document_lengths"
 Documents = list[list[int]]
@@ -60,14 +61,17 @@ def _inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Scalar fp32: the summed loss of a batch, over the labels that are not -100.
 
-    Every strategy and the evaluation call this, so a loss term of the model's own, as of a router, belongs
-    here. The model computes in what the caller's autocast says, the loss in fp32 all the same. Logits of a
-    large vocabulary are never made whole (model/head.py), unless a collator added inputs of its own, which
-    may be for the model's own forward pass.
+    Every strategy and the evaluation call this. In training a router's own loss is added where it is asked
+    for (model/router.py). The model computes in what the caller's autocast says, the loss in fp32 all the
+    same. Logits of a large vocabulary are never made whole (model/head.py), unless a collator added inputs of
+    its own, which may be for the model's own forward pass.
     """
-    if batch.keys() <= _KNOWN and has_chunked_head(model, batch["labels"].numel()):
-        loss: Tensor = model(**_inputs(batch), **{LABELS: batch["labels"]})
+    router, labels = router_of(model) if model.training else None, batch["labels"]
+    inputs = _inputs(batch) | (ROUTED if router else {})
+    if batch.keys() <= _KNOWN and has_chunked_head(model, labels.numel()):
+        loss: Tensor = model(**inputs, **{LABELS: labels})
         return loss
-    logits = logits_of(model, batch)
-    with torch.autocast(logits.device.type, enabled=False):
-        return summed_cross_entropy(logits, batch["labels"])
+    output = model(**inputs)
+    with torch.autocast(labels.device.type, enabled=False):
+        loss = summed_cross_entropy(output.logits, labels)
+        return loss if router is None else loss + router.term(output.aux_loss, labels)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from raydist import files
 from raydist.errors import JobError, ModelError, first_line
 from raydist.job.schema import Job
-from raydist.model.adapter import is_linear, product_weights
+from raydist.model.adapter import product_weights
 from raydist.model.base import load_base
+from raydist.model.layers import not_of_text
 from raydist.model.precision import DTYPES
 
 if TYPE_CHECKING:
@@ -57,6 +58,37 @@ def check_quantization(config: PretrainedConfig, job: Job) -> None:
         where=where,
         why=why,
         fix="set model.base to the base that it was made from",
+    )
+
+
+LEAST_SHARE = 0.75
+"""Of the weights that are neither the embedding's nor the head's."""
+
+
+def check_share(model: nn.Module, job: Job) -> None:
+    """Raises JobError for a quantization that would leave much of the bare model as it is, also on meta.
+
+    bitsandbytes quantizes plain linear layers: no experts that are one tensor, no linear layers of a class
+    of their own.
+    """
+    if job.quantization is None:
+        return
+    bare: Any = model
+    apart = {m for m in model.modules() if isinstance(m, nn.Embedding)} | {bare.get_output_embeddings()}
+    apart |= {m for path in not_of_text(model) for m in model.get_submodule(path).modules()}
+    layers = [m for m in model.modules() if m not in apart]
+    weights = {p for m in layers for p in m.parameters(recurse=False)}
+    total = sum(p.numel() for p in weights)
+    quantized = sum(p.numel() for m in layers if _is_quantized(m) for p in m.parameters() if p.ndim == 2)
+    if quantized >= LEAST_SHARE * total:
+        return
+    experts = sum(p.numel() for p in weights if p.ndim == 3)
+    why = "of a layer's experts, which are one tensor" if experts > total / 4 else "of layers of its own kind"
+    raise JobError(
+        f"{job.quantization} would reach {quantized / total:.0%} of the layers' weights in {job.model.base}",
+        where="quantization",
+        why=f"bitsandbytes quantizes plain linear layers; the rest is {why}",
+        fix="leave quantization out: the frozen base keeps its own dtype, and strategy: fsdp shards it",
     )
 
 
@@ -127,7 +159,7 @@ def base_bytes(model: nn.Module, job: Job) -> int:
     quantized: dict[int, int] = {}
     if job.quantization is not None:
         for module in model.modules():
-            if is_linear(module) and module is not head:
+            if _is_quantized(module) and module is not head:
                 rows, columns = module.weight.shape  # type: ignore[misc]
                 quantized[id(module.weight)] = stored_bytes(rows, columns, job.quantization)
                 total += quantized[id(module.weight)] - rows * columns * own
@@ -135,6 +167,11 @@ def base_bytes(model: nn.Module, job: Job) -> int:
         narrow = [w for w in product_weights(model) if id(w) not in quantized]
         total -= sum(w.numel() for w in narrow) * (own - compute.itemsize)
     return total
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether transformers has bitsandbytes quantize it, if it is not the head."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def write_config(job: Job, folder: Path) -> None:

@@ -15,12 +15,15 @@ adapter, where its input needs no gradient.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
+
+from raydist.model.layers import bare_of, heads_of, layer_configs, not_of_text, text_config
 
 _NO_ATTENTION = ("linear_attention", "conv", "moe")
 
@@ -29,18 +32,17 @@ _NO_ATTENTION = ("linear_attention", "conv", "moe")
 class Work:
     """Operations of forward and backward passes.
 
-    per_input: of products with weights.  per_pair: of one layer's attention, for an input and one that it
-    sees.  windows: (how many inputs one sees at most, itself included, or None for all; number of layers).
+    per_input: of products with weights.  per_pair: of attention, for an input and one that it sees, of all
+    layers with the same window, by how many inputs one sees at most, itself included, or None for all.
     """
 
     per_input: int
-    per_pair: int
-    windows: tuple[tuple[int | None, int], ...]
+    per_pair: Mapping[int | None, int]
 
     def flops(self, n_inputs: int, document_lengths: NDArray[np.integer]) -> float:
         """For so many inputs in documents of these lengths, int [documents], on which it does not wait."""
-        pairs = sum(layers * visible_pairs(document_lengths, window) for window, layers in self.windows)
-        return float(self.per_input * n_inputs + self.per_pair * pairs)
+        pairs = sum(cost * visible_pairs(document_lengths, window) for window, cost in self.per_pair.items())
+        return float(self.per_input * n_inputs + pairs)
 
 
 def visible_pairs(lengths: NDArray[np.integer], window: int | None = None) -> int:
@@ -52,16 +54,15 @@ def visible_pairs(lengths: NDArray[np.integer], window: int | None = None) -> in
 
 def work_of(model: nn.Module) -> Work:
     """Counted on the whole model, with its adapter if it has one, before weights are sharded."""
-    config: Any = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    heads = getattr(config, "num_attention_heads", None) or 0
-    size = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
-    key, value = (getattr(config, name, None) or size for name in ("qk_head_dim", "v_head_dim"))
-    windows = Counter(_windows(config) if heads else [])
-    return Work(
-        per_input=sum(_per_input(module, config) for module in model.modules()),
-        per_pair=3 * 2 * heads * (key + value),
-        windows=tuple(windows.items()),
-    )
+    config = text_config(model.config)
+    per_pair: Counter[int | None] = Counter()
+    for layer, (attends, window) in zip(layer_configs(config), _windows(config), strict=True):
+        if attends:
+            heads, _, key, value = heads_of(layer)
+            per_pair[window] += 3 * 2 * heads * (key + value)
+    bare = bare_of(model)
+    others = {m for path in not_of_text(bare) for m in bare.get_submodule(path).modules()}
+    return Work(sum(_per_input(m, config) for m in model.modules() if m not in others), +per_pair)
 
 
 def _per_input(module: nn.Module, config: Any) -> int:
@@ -81,15 +82,14 @@ def _per_input(module: nn.Module, config: Any) -> int:
     return total
 
 
-def _windows(config: Any) -> list[int | None]:
-    """Of each layer with attention. A chunk is taken for a window: at most twice too much."""
+def _windows(config: Any) -> list[tuple[bool, int | None]]:
+    """Whether a layer has attention, and its window. A chunk is taken for one: at most twice too much."""
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is None:
         used = getattr(config, "use_sliding_window", True)
-        return [window if used else None] * config.num_hidden_layers
+        return [(True, window if used else None)] * config.num_hidden_layers
     return [
-        window if "sliding" in kind or "chunked" in kind else None
+        (kind not in _NO_ATTENTION, window if "sliding" in kind or "chunked" in kind else None)
         for kind in kinds
-        if kind not in _NO_ATTENTION
     ]

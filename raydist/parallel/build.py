@@ -31,11 +31,12 @@ def build_on_ranks(job: Job, tokenizer_folder: Path, world: World) -> nn.Module:
     def fit(model: nn.Module) -> None:
         fitted = fit_model(model, job, world.device) if world.is_main else None
         name = NAMES[world.from_main(NAMES.index(fitted.attention.name) if fitted else 0)]
+        masked = bool(world.from_main(int(fitted.attention.masked) if fitted else 0))
         head = _head_from_main(fitted.head if fitted else None, world)
         if fitted is None:
             uncompiled = why_not_compiled(job.train.compile, world.device, job.strategy.name)
-            use_attention(model, name)
-            take_fitted(model, Fitted(Chosen(name), head, uncompiled))
+            use_attention(model, name, masked=masked)
+            take_fitted(model, Fitted(Chosen(name, masked), head, uncompiled))
 
     place = torch.device("cpu" if world.is_main else "meta")
     return build_model(job, tokenizer_folder, world.device, place=place, fit=fit)

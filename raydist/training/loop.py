@@ -18,6 +18,7 @@ from raydist.folder import RunFolder
 from raydist.job.functions import find_in
 from raydist.model.build import fitted_of, n_parameters
 from raydist.model.compiled import compile_seconds
+from raydist.model.router import router_of
 from raydist.model.work import work_of
 from raydist.parallel.build import build_on_ranks, make_strategy
 from raydist.parallel.world import World, contact
@@ -103,7 +104,7 @@ class Attempt:
         model = build_on_ranks(self.job, spec.tokenizer, world)
         self.fitted = fitted_of(model)
         self.n_parameters, self.n_trainable = n_parameters(model), n_parameters(model, trainable=True)
-        self.work = work_of(model)
+        self.work, self.router = work_of(model), router_of(model)
         self.strategy = make_strategy(model, self.job, world, self.plan.accumulation_steps)
         self.position, self.norms = Position(), Norms(self.folder, world)
         self.checkpoints = Checkpoints(
@@ -155,6 +156,9 @@ class Attempt:
             self._advance(batch, counts)
             flops = self.work.flops(batch.n_tokens + batch.n_eos, batch.documents)
             result = StepResult(*self._read(loss, norm), lr, counts, batch.wait_seconds, flops)
+            if result.loss is not None and self.router is not None:
+                balance = self.world.sum_floats([self.router.sum_seen()])[0] / n_labels
+                result.figures["router_aux_loss"] = balance
             for hook in self.hooks:
                 hook.on_step(self, result)
             self.phases.begin("steps", self.step, self.plan.steps)
@@ -221,6 +225,8 @@ class Attempt:
         Dropout is a function of (seed, step, rank, micro batch), so that a checkpoint holds no generator.
         """
         loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        if self.router is not None:
+            self.router.start()
         for index, micro_batch in enumerate(batch.micro_batches):
             place = struct.pack("<4q", self.job.seed, self.step, self.world.rank, index)
             torch.manual_seed(xxhash.xxh3_64_intdigest(place) >> 1)

@@ -6,7 +6,8 @@ hook on the model, once for all layers.
 
 choose        the fastest kind that a device and a model have, or the one that was asked for
 probe         the proof, on a small batch, that no token sees another document or the future
-documents     hands the lengths of documents to the attention, as that takes them
+documents     hands the lengths of documents to the attention, as that takes them; masks: puts them into
+              the masks of models that do not find them in their positions
 layers        what the layers ask for: a window, sinks
 function      what attention functions of our own have in common
 per_document  on CPU: one causal call per document, which is faster than a mask

@@ -20,9 +20,10 @@ from raydist.errors import ModelError, first_line
 from raydist.model.attention.documents import FLASH, give_documents
 from raydist.model.attention.flex import FLEX, check_flex, flex_attention_forward
 from raydist.model.attention.layers import asked_by_layers, windows_of
+from raydist.model.attention.masks import MASKED
 from raydist.model.attention.per_document import PER_DOCUMENT, per_document_attention
 from raydist.model.attention.probe import not_runnable, probe
-from raydist.model.layers import layers_of
+from raydist.model.layers import layers_of, text_config
 
 AUTO = {"cpu": (PER_DOCUMENT, "sdpa", "eager"), "cuda": (FLEX, "sdpa", "eager")}
 """By speed. Not every model has SDPA; all have eager attention. On one H200 a layer's attention took 2.3 ms
@@ -33,9 +34,13 @@ NAMES = (PER_DOCUMENT, FLEX, "sdpa", "eager", FLASH)
 
 @dataclass(frozen=True)
 class Chosen:
-    """name: one of NAMES.  passed_over: faster kinds that this model or device does not have, and why."""
+    """name: one of NAMES.  masked: documents are put into the masks that transformers makes.
+
+    passed_over: faster kinds that this model or device does not have, and why.
+    """
 
     name: str
+    masked: bool = False
     passed_over: dict[str, str] = field(default_factory=dict)
 
 
@@ -53,15 +58,14 @@ def set_attention(
     plainest one, when there is none, or what is wrong with the one that was asked for.
     """
     if asked != "auto":
-        _set_this(model, asked, device, document_mask=document_mask)
-        return Chosen(asked)
+        return Chosen(asked, _set_this(model, asked, device, document_mask=document_mask))
     passed_over: dict[str, str] = {}
     for name in AUTO.get(device.type, AUTO["cpu"][1:]):
         try:
             _check_candidate(name, model, device, document_mask=document_mask, compiled=compiled)
-            use_attention(model, name)
-            probe(model, document_mask=document_mask)
-            return Chosen(str(model.config._attn_implementation), passed_over)  # type: ignore[union-attr]
+            masked = _use_and_probe(model, name, document_mask=document_mask)
+            taken = str(model.config._attn_implementation)  # type: ignore[union-attr]
+            return Chosen(taken, masked, passed_over)
         except (ModelError, ValueError, KeyError, ImportError) as error:
             refusal = error
             passed_over[name] = first_line(error)
@@ -70,13 +74,27 @@ def set_attention(
     raise not_runnable(model, refusal) from refusal
 
 
+def _use_and_probe(model: nn.Module, name: str, *, document_mask: bool, bf16: bool = False) -> bool:
+    """Whether the documents are in the mask: only where the model does not find them in position_ids."""
+    use_attention(model, name)
+    try:
+        probe(model, document_mask=document_mask, bf16=bf16)
+        return False
+    except ModelError:
+        if name not in MASKED or not document_mask:
+            raise
+    use_attention(model, name, masked=True)
+    probe(model, document_mask=True, bf16=bf16)
+    return True
+
+
 def _check_candidate(
     name: str, model: nn.Module, device: torch.device, *, document_mask: bool, compiled: bool = False
 ) -> None:
     """Raises ModelError for one of ours that is not for this model, or does not run on this device."""
     if name not in (PER_DOCUMENT, FLEX):
         return
-    config: Any = model.config
+    config = text_config(model.config)
     windows = windows_of(config)
     if name == PER_DOCUMENT:
         if any(windows):
@@ -111,13 +129,13 @@ def check_model_attention(config: PretrainedConfig, name: str) -> None:
         raise _refused(name, f"a model of type {config.model_type} has none such in transformers")
 
 
-def _set_this(model: nn.Module, name: str, device: torch.device, *, document_mask: bool) -> None:
+def _set_this(model: nn.Module, name: str, device: torch.device, *, document_mask: bool) -> bool:
     try:
         use_attention(model, name)
         if (chosen := model.config._attn_implementation) != name:  # type: ignore[union-attr]
             raise ValueError(f"transformers takes {chosen} for {type(model).__name__} instead")
         with _on(device, model) if name == FLASH else nullcontext():
-            probe(model, document_mask=document_mask, bf16=name == FLASH)
+            return _use_and_probe(model, name, document_mask=document_mask, bf16=name == FLASH)
     except (ModelError, ValueError, KeyError, ImportError) as error:
         raise _refused(name, str(error)) from error
 
@@ -161,8 +179,8 @@ def _on(device: torch.device, model: nn.Module) -> Iterator[None]:
             hook.remove()
 
 
-def use_attention(model: nn.Module, name: str) -> None:
-    """Give the bare `model` this attention, unprobed.
+def use_attention(model: nn.Module, name: str, *, masked: bool = False) -> None:
+    """Give the bare `model` this attention, unprobed. masked: as `give_documents` has it.
 
     transformers makes no mask for ours, which have none registered. With one that returns None it would
     still look for documents in position_ids, and so wait for a GPU in every forward pass.
@@ -170,4 +188,4 @@ def use_attention(model: nn.Module, name: str) -> None:
     for own, function in ((PER_DOCUMENT, per_document_attention), (FLEX, flex_attention_forward)):
         AttentionInterface.register(own, function)
     model.set_attn_implementation(name)  # type: ignore[operator]
-    give_documents(model, name)
+    give_documents(model, name, masked=masked)

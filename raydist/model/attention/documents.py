@@ -12,29 +12,39 @@ from torch import nn
 from raydist.errors import ModelError
 from raydist.model.attention.flex import BLOCK_MASKS, FLEX, block_masks
 from raydist.model.attention.layers import windows_of
+from raydist.model.attention.masks import forget_documents, mask_documents, set_documents
 from raydist.model.attention.per_document import PER_DOCUMENT
 from raydist.model.loss import DOCUMENTS, Documents, copied
 
 FLASH = "flash_attention_2"
 
 
-def give_documents(model: nn.Module, attention: str) -> None:
-    """From now on forward passes of `model` hand the documents to `attention`, as that one takes them."""
-    if (earlier := model.__dict__.get(_HOOK)) is not None:
+def give_documents(model: nn.Module, attention: str, *, masked: bool = False) -> None:
+    """From now on forward passes of `model` hand the documents to `attention`, as that one takes them.
+
+    masked: put them into the masks of SDPA and eager attention, whether or not the model hands on its
+    positions.
+    """
+    for earlier in model.__dict__.get(_HOOKS, ()):
         earlier.remove()
-    hook = partial(_hand_over, attention)
-    model.__dict__[_HOOK] = model.register_forward_pre_hook(hook, with_kwargs=True)
+    hook = partial(_hand_over, attention, masked)
+    model.__dict__[_HOOKS] = [model.register_forward_pre_hook(hook, with_kwargs=True)]
+    if masked:
+        mask_documents()
+        model.__dict__[_HOOKS] += [model.register_forward_hook(forget_documents, always_call=True)]
 
 
-_HOOK = "_raydist_documents"
+_HOOKS = "_raydist_documents"
 
 
 def _hand_over(
-    attention: str, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
+    attention: str, masked: bool, model: nn.Module, args: tuple[Any, ...], inputs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A forward pre-hook: in place of document_lengths what `attention` needs; nothing, if that is a mask."""
     documents: Documents | None = inputs.get(DOCUMENTS)
     inputs = {name: value for name, value in inputs.items() if name != DOCUMENTS}
+    if masked and documents is not None:
+        set_documents(documents, inputs["input_ids"].device)
     if attention not in (PER_DOCUMENT, FLASH, FLEX):
         return args, inputs
     if documents is None:

@@ -24,6 +24,7 @@ from raydist.errors import ModelError, first_line
 from raydist.model.attention.function import require_plain
 from raydist.model.attention.layers import Asked, Window
 from raydist.model.compiled import allow_recompiling
+from raydist.model.layers import heads_of, layer_configs
 from raydist.model.loss import Documents, copied
 
 FLEX = "raydist_flex"
@@ -161,36 +162,40 @@ def check_flex(config: Any, device: torch.device, asked: Asked) -> None:
 
     Forward and backward, of a few blocks with the heads of this model, in bf16, for what its layers ask.
     """
-    documents = [[200, 1, 99], [300]]
     try:
-        heads = config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
-        generator = torch.Generator(device).manual_seed(0)
-        query, key, value = (
-            torch.randn(2, h, 300, width, device=device, dtype=torch.bfloat16, generator=generator)
-            for h in (heads, kv_heads, kv_heads)
-        )
-        sinks = torch.randn(heads, device=device, dtype=torch.bfloat16, generator=generator)
-        inputs = [each.requires_grad_() for each in [query, key, value, *([sinks] if asked.sinks else [])]]
-        upstream = torch.randn(query.shape, device=device, dtype=query.dtype, generator=generator)
-        worst = 0.0
-        given = sinks if asked.sinks else None
-        for window in {None, *(window and min(window, 100) for window in asked.windows)}:
-            mask, seen = block_mask(documents, device, window), _dense(documents, device, window)
-            ours = attend(query, key, value, mask, sinks=given)
-            reference = plain_attention(query, key, value, seen, given)
-            pairs = zip(
-                [ours, *torch.autograd.grad(ours, inputs, upstream)],
-                [reference, *torch.autograd.grad(reference, inputs, upstream)],
-                strict=True,
-            )
-            worst = max(worst, *(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs))
+        sizes = dict.fromkeys(heads_of(layer)[:3] for layer in layer_configs(config))
+        worst = max(_difference(*each, device, asked) for each in sizes)
     except Exception as error:  # a compiler fails in many ways; each only means that another kind is taken
         why = f"{type(error).__name__}: {first_line(error)}"
         raise ModelError(f"FlexAttention does not run on this device: {why}") from error
     if not worst < TOLERANCE:
         raise ModelError(f"FlexAttention differs from softmax by {worst:.1e}, and {TOLERANCE:.1e} is allowed")
+
+
+def _difference(heads: int, kv_heads: int, width: int, device: torch.device, asked: Asked) -> float:
+    """Of what is computed and of its gradients, relative to the largest value."""
+    documents = [[200, 1, 99], [300]]
+    generator = torch.Generator(device).manual_seed(0)
+    query, key, value = (
+        torch.randn(2, h, 300, width, device=device, dtype=torch.bfloat16, generator=generator)
+        for h in (heads, kv_heads, kv_heads)
+    )
+    sinks = torch.randn(heads, device=device, dtype=torch.bfloat16, generator=generator)
+    inputs = [each.requires_grad_() for each in [query, key, value, *([sinks] if asked.sinks else [])]]
+    upstream = torch.randn(query.shape, device=device, dtype=query.dtype, generator=generator)
+    worst = 0.0
+    given = sinks if asked.sinks else None
+    for window in {None, *(window and min(window, 100) for window in asked.windows)}:
+        mask, seen = block_mask(documents, device, window), _dense(documents, device, window)
+        ours = attend(query, key, value, mask, sinks=given)
+        reference = plain_attention(query, key, value, seen, given)
+        pairs = zip(
+            [ours, *torch.autograd.grad(ours, inputs, upstream)],
+            [reference, *torch.autograd.grad(reference, inputs, upstream)],
+            strict=True,
+        )
+        worst = max(worst, *(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs))
+    return worst
 
 
 def plain_attention(

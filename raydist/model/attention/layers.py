@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from raydist.errors import ModelError, first_line
+from raydist.model.layers import text_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -30,6 +31,7 @@ def windows_of(config: PretrainedConfig) -> list[Window]:
 
     Raises ModelError where a layer sees anything else than its document or a window.
     """
+    config = text_config(config)
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

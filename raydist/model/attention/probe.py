@@ -25,7 +25,9 @@ def probe(model: nn.Module, *, document_mask: bool, bf16: bool = False) -> None:
     try:
         with autocast(device, "bf16" if bf16 else "fp32"):
             logits = logits_of(model.eval(), to_device(batch, device)).float()
-    except (TypeError, ValueError, KeyError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, RuntimeError) as error:
         raise not_runnable(model, error) from error
     finally:
         model.train(was_training)

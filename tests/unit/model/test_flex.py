@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -159,6 +158,6 @@ def test_it_is_passed_over_with_a_reason() -> None:
         _check_candidate(FLEX, other, CPU, document_mask=True)
     with pytest.raises(ModelError, match="every row is one document"):
         _check_candidate(FLEX, make("llama", "eager"), CPU, document_mask=False)
-    heads = SimpleNamespace(num_attention_heads=4, num_key_value_heads=2, hidden_size=64)
+    heads = make("llama", "eager").config
     with pytest.raises(ModelError, match=r"does not run on this device: NotImplementedError: .*CPU"):
         check_flex(heads, CPU, Asked())  # also where no call was heard

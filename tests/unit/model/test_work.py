@@ -54,11 +54,11 @@ def check(model: nn.Module, skipped: int = 0) -> None:
     """skipped: operations an input that the definition counts and torch does not make."""
     work, found = work_of(model), counted(model)
     every_pair = ROWS * LENGTH**2  # also of inputs and those that follow them
-    assert found.pop("aten.bmm") == work.per_pair * LAYERS * every_pair
+    assert found.pop("aten.bmm") == sum(work.per_pair.values()) * every_pair
     assert sum(found.values()) == (work.per_input - skipped) * ROWS * LENGTH
-    pairs = ROWS * LENGTH * (LENGTH + 1) // 2 * LAYERS
+    pairs = ROWS * LENGTH * (LENGTH + 1) // 2
     lengths = np.full(ROWS, LENGTH)
-    assert work.flops(ROWS * LENGTH, lengths) == work.per_input * ROWS * LENGTH + work.per_pair * pairs
+    assert work.flops(ROWS * LENGTH, lengths) == work.per_input * ROWS * LENGTH + work.per_pair[None] * pairs
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -90,7 +90,7 @@ def test_experts_count_as_far_as_an_input_goes_through_them(tmp_path: Path) -> N
 
 
 def test_attention_falls_with_the_documents_length() -> None:
-    work = Work(per_input=0, per_pair=1, windows=((None, 3),))
+    work = Work(per_input=0, per_pair={None: 3})
     assert work.flops(64, np.array([64])) == 3 * 64 * 65 / 2
     halves = [work.flops(64, np.full(64 // n, n)) for n in (64, 32, 16, 1)]
     assert halves == sorted(halves, reverse=True) and halves[-1] == 3 * 64
@@ -105,19 +105,21 @@ def test_a_window_limits_what_an_input_sees() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "windows"),
+    ("kind", "options", "layers"),
     [
-        ("mistral", {"sliding_window": 8}, ((8, 2),)),
-        ("mistral", {"sliding_window": None}, ((None, 2),)),
-        ("qwen2", {"sliding_window": 8, "use_sliding_window": False}, ((None, 2),)),
-        ("gemma2", {"layer_types": KINDS, "sliding_window": 8}, ((8, 1), (None, 1))),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, ((None, 1),)),
+        ("mistral", {"sliding_window": 8}, {8: 2}),
+        ("mistral", {"sliding_window": None}, {None: 2}),
+        ("qwen2", {"sliding_window": 8, "use_sliding_window": False}, {None: 2}),
+        ("gemma2", {"layer_types": KINDS, "sliding_window": 8, "head_dim": 8}, {8: 1, None: 1}),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, {None: 1}),
     ],
 )  # fmt: skip
 def test_layers_see_what_their_kind_says(
-    kind: str, options: dict[str, Any], windows: tuple[tuple[int | None, int], ...]
+    kind: str, options: dict[str, Any], layers: dict[int | None, int]
 ) -> None:
     sizes = {name: value for name, value in LLAMA.items() if name != "model_type"}
     config = AutoConfig.for_model(kind, **{**sizes, **options}, vocab_size=VOCABULARY)
     with torch.device("meta"):
-        assert work_of(AutoModelForCausalLM.from_config(config)).windows == windows
+        work = work_of(AutoModelForCausalLM.from_config(config))
+    of_a_layer = 3 * 2 * 2 * LLAMA["hidden_size"]
+    assert work.per_pair == {window: n * of_a_layer for window, n in layers.items()}

@@ -29,6 +29,7 @@ from raydist.training.checkpoint import newest_valid
 from raydist.training.data import open_data
 from raydist.training.evaluate import evaluate
 from raydist.training.loop import train
+from tests.families import NO_INT4
 from tests.train_parts import losses, make_spec
 from tests.weights import weight_hash
 
@@ -56,6 +57,16 @@ QUICK = [
     or case == ("zero-3-offload", "lora", "fp32")
 ]
 """With every strategy but two, every method and both precisions; the others take two minutes more."""
+
+Case = tuple[str, str, str]
+
+
+def families_of(family: str) -> list[Case]:
+    """Cases for each family: full, LoRA and int4 where they are offered."""
+    methods = [("ddp", "full"), ("fsdp", "full"), ("zero-3", "full"), ("ddp", "lora"), ("fsdp", "lora")]
+    methods += [] if family in NO_INT4 else [("ddp", "int4")]
+    return [(*method, "fp32") for method in methods]
+
 
 STEPS = 4
 WITHIN = {
@@ -150,6 +161,10 @@ def alone(case: tuple[str, str, str], folder: Path) -> None:
 def run_matrix(folder: Path, part: str) -> None:
     """One rank of part "quick" or "rest"."""
     run_cases(folder, QUICK if part == "quick" else [case for case in CASES if case not in QUICK])
+
+
+def run_families(folder: Path, family: str) -> None:
+    run_cases(folder, families_of(family))
 
 
 def run_cases(folder: Path, cases: list[tuple[str, str, str]]) -> None:

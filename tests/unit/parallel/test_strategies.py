@@ -185,9 +185,13 @@ def replicated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return on_ranks(tmp_path_factory.mktemp("replicated"), run_replicated)
 
 
-def on_ranks(folder: Path, run: Callable[..., None], *more: str) -> Path:
-    """Run once for all: on two ranks in forked processes, then alone from what the two had saved."""
-    parts(folder)
+def on_ranks(folder: Path, run: Callable[..., None], *more: str, made: bool = False) -> Path:
+    """Run once for all: on two ranks in forked processes, then alone from what the two had saved.
+
+    made: token log, tokenizer and base are in `folder`.
+    """
+    if not made:
+        parts(folder)
     work = folder / "work.pickle"
     work.write_bytes(pickle.dumps(functools.partial(run, folder, *more)))
     for n_ranks in (2, 1):

@@ -52,8 +52,8 @@ def test_tokens_and_operations_are_those_of_the_steps_without_padding(
         for g in samples:
             lengths = [n for n in feed.block(g)["document_lengths"].tolist() if n]
             rows += rows_of(lengths, feed.counts(g, g + 1).n_padding, document_mask)
-        pairs = 2 * sum(n * (n + 1) // 2 for n in rows)  # in each of two layers
-        flops = kept.work.per_input * sum(rows) + kept.work.per_pair * pairs
+        pairs = sum(n * (n + 1) // 2 for n in rows)
+        flops = kept.work.per_input * sum(rows) + kept.work.per_pair[None] * pairs
         assert sum(rows) == counts.n_tokens + counts.n_eos
         expected[step] = counts.n_tokens, flops
     since = 0
