@@ -9,15 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+import numpy as np
 import torch
 from torch import nn
 
-from raydist.errors import ModelError
+from raydist.errors import ModelError, first_line
 from raydist.model.trust import SAFE, check_shards, no_weights, read_adapter_config, read_config
 
 if TYPE_CHECKING:
@@ -76,12 +77,13 @@ def load_adapter(model: nn.Module, folder: Path) -> PeftModelForCausalLM:
 
 
 def check_stored(base: str, where: str = "model.base", *, download: bool = False) -> None:
-    """Raises ModelError when the tensors in `base` do not fit; only their names and shapes are read.
+    """Raises ModelError when the tensors in `base` do not fit, or hold what is no number.
 
-    A hub id that is not in the cache is left to loading, unless `download`. A base that is stored
-    quantized is too: its names and shapes are those of the quantization.
+    They are not loaded.  download: a model is about to be, so only names and shapes are read. A hub id that
+    is not in the cache is left to loading, unless `download`. Of a base that is stored quantized the names
+    and shapes are those of the quantization, and are left to loading too.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = read_config(base, where)
@@ -92,11 +94,18 @@ def check_stored(base: str, where: str = "model.base", *, download: bool = False
     stored: dict[str, torch.Tensor] = {}
     for path in paths:
         _refuse_pointer(Path(path), base, where)
-        with safe_open(
-            path, "np"
-        ) as header:  # "pt" maps the whole file, and fails on a machine too small for it
-            for name in header.keys():  # noqa: SIM118 - it is no dict
-                stored[name] = torch.empty(header.get_slice(name).get_shape(), device="meta")
+        try:
+            # "pt" maps the whole file, and fails on a machine too small for it
+            with safe_open(path, "np") as header:
+                for name in header.keys():  # noqa: SIM118 - it is no dict
+                    stored[name] = torch.empty(header.get_slice(name).get_shape(), device="meta")
+        except SafetensorError as error:
+            raise ModelError(
+                f"{Path(path).name} of {base} is cut or damaged",
+                where=where,
+                why=first_line(error),
+                fix="copy the model from its source again",
+            ) from error
     options: dict[str, Any] = {"device_map": {"": "meta"}, "dtype": torch.float32}
     options |= {"attn_implementation": "eager", "output_loading_info": True, "ignore_mismatched_sizes": True}
     with _conversion_report() as report:
@@ -108,6 +117,8 @@ def check_stored(base: str, where: str = "model.base", *, download: bool = False
             names = re.findall(r"^(\S.*?) +\| *CONVERSION", "\n".join(report), re.MULTILINE)
             raise _misfit(base, where, _named("incomplete", names)) from error
     _check(model, info, base, where)
+    if not download:
+        _check_finite_stored(paths, base, where)
 
 
 def _refuse_pointer(path: Path, base: str, where: str) -> None:
@@ -124,11 +135,68 @@ def _refuse_pointer(path: Path, base: str, where: str) -> None:
 
 def check_finite(model: nn.Module, base: str, where: str = "model.base") -> None:
     """Raises ModelError, with the names, where a weight is NaN or infinite. Reads every weight once."""
-    wrong = [
-        name
-        for name, weight in model.named_parameters()
-        if weight.is_floating_point() and not bool(weight.isfinite().all())
-    ]
+    _refuse_infinite(
+        [
+            name
+            for name, weight in model.named_parameters()
+            if weight.is_floating_point() and not bool(weight.isfinite().all())
+        ],
+        base,
+        where,
+    )
+
+
+def _check_finite_stored(paths: Sequence[str], base: str, where: str) -> None:
+    """The same for what is stored, without loading it: all of it, or parts of each tensor of a large base."""
+    stored = [(path, name, *tensor) for path in paths for name, tensor in _tensors_in(path).items()]
+    total = sum(stop - start for _, _, _, start, stop in stored)
+    wrong = []
+    for path, name, dtype, start, stop in stored:
+        kind, exponent = _EXPONENTS.get(dtype, (None, 0))
+        if kind is not None and stop > start:
+            bits = np.memmap(path, kind, "r", start, ((stop - start) // np.dtype(kind).itemsize,))
+            pieces = [bits] if total <= READ_WHOLE else [bits[at : at + PIECE] for at in _evenly(len(bits))]
+            if any(((piece & exponent) == exponent).any() for piece in pieces):
+                wrong.append(name)
+    _refuse_infinite(wrong, base, where)
+
+
+READ_WHOLE = 4 * 2**30
+"""Bytes of a base up to which all of it is read before a run begins: 2 to 4 s."""
+PIECE, PIECES = 2**14, 8
+"""Of a tensor of a larger one: numbers in a piece, and pieces. Loading reads them all in any case."""
+_EXPONENTS = {"BF16": ("<u2", 0x7F80), "F16": ("<u2", 0x7C00), "F32": ("<u4", 0x7F800000)}
+"""A number's exponent in its bits. It is all ones in NaN and infinity, and in nothing else."""
+
+
+def _evenly(length: int) -> Iterator[int]:
+    """Where pieces begin."""
+    last = max(length - PIECE, 0)
+    return iter({round(last * n / (PIECES - 1)) for n in range(PIECES)})
+
+
+def _tensors_in(path: str) -> dict[str, tuple[str, int, int]]:
+    """Of a safetensors file: each tensor's dtype, as the format names it, and its bytes, from and to."""
+    with Path(path).open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    begins = 8 + length
+    return {
+        name: (entry["dtype"], *(begins + offset for offset in entry["data_offsets"]))
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def stored_dtype(base: str, where: str = "model.base") -> torch.dtype | None:
+    """That of the weights in `base`, as transformers takes it: of the first that is a floating number."""
+    paths = _weight_files(base, read_config(base, where), where, download=True)
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    kinds = (names.get(dtype) for path in paths for dtype, _, _ in _tensors_in(path).values())
+    return next((kind for kind in kinds if kind is not None), None)
+
+
+def _refuse_infinite(wrong: list[str], base: str, where: str) -> None:
     if wrong:
         raise ModelError(
             f"weights of {base} are not numbers",

@@ -149,8 +149,9 @@ def _usable(job: Job) -> Iterator[None]:
         ) from error
 
 
+@quietly()
 def check_base(job: Job) -> None:
-    """Raises ModelError where the stored tensors are not those of the base's configuration; loads none."""
+    """Raises ModelError where the stored tensors are not those of the base's configuration, or no numbers."""
     with _usable(job):
         check_stored(base_path(job))
 

@@ -17,8 +17,8 @@ from raydist.errors import ModelError, first_line
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.model import quantization
-from raydist.model.base import load_adapter, load_base
-from raydist.model.build import load_config, load_tokenizer, quietly
+from raydist.model.base import load_adapter, load_base, stored_dtype
+from raydist.model.build import base_path, load_config, load_tokenizer, quietly
 from raydist.model.layers import text_config
 from raydist.model.quantization import load_dequantized, load_quantized, read_config
 from raydist.model.trust import read_adapter_config
@@ -103,9 +103,11 @@ def save_full(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, fo
 
 
 def saved_dtype(job: Job) -> torch.dtype:
-    """The dtype of model/: the base's, or fp32 for a model from random weights."""
-    dtype = load_config(job).dtype if job.model.base is not None else None
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+    """The dtype of model/: the base's, by its weights if its config.json is silent; of a new model fp32."""
+    if job.model.base is None:
+        return torch.float32
+    dtype = load_config(job).dtype
+    return dtype if isinstance(dtype, torch.dtype) else stored_dtype(base_path(job)) or torch.float32
 
 
 def full_state(

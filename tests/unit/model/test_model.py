@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import JobError, ModelError
 from raydist.folder import RunFolder
+from raydist.model import base as base_module
 from raydist.model.build import (
     build_model,
     check_fits,
@@ -22,7 +23,7 @@ from raydist.model.build import (
     model_sizes,
     n_parameters,
 )
-from raydist.model.export import continue_text, load_trained, merge_adapter
+from raydist.model.export import continue_text, load_trained, merge_adapter, saved_dtype
 from raydist.run.preflight import check_job
 from raydist.training.loop import train
 from tests.train_parts import (
@@ -256,13 +257,48 @@ def test_a_tokenizer_that_is_not_the_bases_is_refused(tmp_path: Path, base: Path
     check_job(job)  # a base without a tokenizer takes any
 
 
-def test_a_weight_that_is_no_number_is_named(tmp_path: Path, base: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_that_is_no_number_is_named_before_anything_is_spent(
+    dtype: torch.dtype, tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, name = make_job(tmp_path, model=from_base(base)), "model.layers.0.mlp.up_proj.weight"
+    whole = {name: weight.to(dtype) for name, weight in load_file(base / "model.safetensors").items()}
+    largest = torch.finfo(dtype).max
+    for value, place, parts in (
+        (largest, (3, 5), False),
+        (float("nan"), (3, 5), False),
+        (float("-inf"), (3, 5), False),
+        (float("nan"), (-1, -1), True),
+    ):
+        weights = {**whole, name: whole[name].clone()}
+        weights[name][place] = value
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+        monkeypatch.setattr(base_module, "READ_WHOLE", 0 if parts else 2**30)
+        if value == largest:
+            check_job(job)
+            continue
+        for check in (check_job, lambda job: build_model(job, base, CPU)):
+            with pytest.raises(ModelError, match="are not numbers") as refused:
+                check(job)
+            assert f"1 tensor with NaN or infinite values: {name}" in refused.value.why
+
+
+def test_a_base_that_names_no_dtype_is_written_in_that_of_its_weights(tmp_path: Path, base: Path) -> None:
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "dtype"}))
     weights = load_file(base / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][3, 5] = float("nan")
-    save_file(weights, base / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match="are not numbers") as refused:
-        build_model(make_job(tmp_path, model=from_base(base)), base, CPU)
-    assert "1 tensor with NaN or infinite values: model.layers.0.mlp.up_proj.weight" in refused.value.why
+    for dtype in (torch.float32, torch.bfloat16):
+        stored = {name: w.to(dtype) for name, w in weights.items()}
+        save_file(stored, base / "model.safetensors", {"format": "pt"})
+        assert saved_dtype(make_job(tmp_path, model=from_base(base))) == dtype
+
+
+def test_a_base_that_was_cut_is_told_for_what_it_is(tmp_path: Path, base: Path) -> None:
+    weights = base / "model.safetensors"
+    for length in (weights.stat().st_size - 100, 1000, 4, 0):
+        weights.write_bytes(weights.read_bytes()[:length])
+        with pytest.raises(ModelError, match=r"model\.safetensors of .* is cut or damaged"):
+            check_job(make_job(tmp_path, model=from_base(base)))
 
 
 def test_a_pointer_of_git_lfs_is_told_for_what_it_is(tmp_path: Path, base: Path) -> None:
