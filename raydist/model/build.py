@@ -26,6 +26,7 @@ from raydist.model.compiled import compile_layers, why_not_compiled
 from raydist.model.head import Head, find_head, use_chunked_head
 from raydist.model.layers import bare_of, not_of_text, text_config
 from raydist.model.precision import DTYPES, check_precision, exact_fp32
+from raydist.model.quantized import QuantizedLinear
 from raydist.model.router import use_router_loss
 from raydist.model.trust import NO_CODE, check_sizes, read_config
 
@@ -421,6 +422,6 @@ def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     """The number of all parameters, or of those that are trained. Quantized ones count one by one."""
     packed: dict[torch.Tensor, int] = {}
     for module in model.modules():
-        if isinstance(module, quantization.QuantizedLinear):
+        if isinstance(module, QuantizedLinear):
             packed |= {module.weight: module.in_features * module.out_features, module.scales: 0}
     return sum(packed.get(p, p.numel()) for p in model.parameters() if p.requires_grad or not trainable)

@@ -19,7 +19,7 @@ from raydist.job.schema import Job
 from raydist.model.layers import layers_of
 from raydist.model.loss import loss_of
 from raydist.model.precision import DTYPES
-from raydist.model.quantization import QuantizedLinear
+from raydist.model.quantized import QuantizedLinear
 from raydist.parallel.optimizer import gradient_norm
 from raydist.parallel.own_optimizer import OwnOptimizer
 from raydist.parallel.weights import broadcast_weights, materialize

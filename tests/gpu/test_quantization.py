@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from raydist.model.build import build_model
-from raydist.model.quantization import QuantizedLinear
+from raydist.model.quantized import QuantizedLinear
 from raydist.parallel.world import World
 from tests.gpu.test_gpu import on_each
 from tests.train_parts import make_job

@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from raydist.errors import JobError, ModelError
 from raydist.folder import RunFolder
 from raydist.job.identity import differences
-from raydist.model import quantization
+from raydist.model import quantized as quantized_module
 from raydist.model.build import build_model, check_fits, load_config, model_sizes, n_parameters
 from raydist.model.export import load_trained, merge_adapter
 from raydist.model.layers import layers_of
 from raydist.model.loss import autocast, loss_of
-from raydist.model.quantization import QuantizedLinear, load_dequantized, quantization_config
+from raydist.model.quantization import load_dequantized, quantization_config
+from raydist.model.quantized import QuantizedLinear
 from raydist.parallel import build
 from raydist.run.preflight import check_job
 from raydist.training.attempt_spec import AttemptSpec
@@ -318,8 +319,8 @@ def test_a_weight_is_dequantized_once_for_each_product_in_its_dtype_and_breaks_n
         seen.append(args[-1])
         return dequantize(*args)
 
-    dequantize = quantization._dequantized
-    monkeypatch.setattr(quantization, "_dequantized", count)
+    dequantize = quantized_module._dequantized
+    monkeypatch.setattr(quantized_module, "_dequantized", count)
     found = gradients(model, batch)
     forward, backward = 14, 14 - 3  # what enters the first layer needs no gradient
     # the compiler finds that a layer's last product is not needed again
