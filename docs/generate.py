@@ -146,6 +146,8 @@ REFUSED = """\
 Of a multimodal model the text side is trained; vision and audio towers and projectors are frozen, get no adapter, and
 are exported as they were. The router's loss is in the loss where the base's configuration has
 `output_router_logits: true`, or as `train.router_aux_loss_coef` says. Experts need `adapter.dropout: 0`.
+Quantized experts are dequantized a layer at a time, in the forward pass and again in the backward pass, and get no
+adapter; a base with experts is loaded on the CPU first, which must have room for it in its own dtype.
 
 These families take no packed documents, and are refused unless `packing.document_mask: false`:
 

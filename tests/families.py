@@ -78,10 +78,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 MIXTURES = ("mixtral", "olmoe", "gpt-oss")
 """Whose routers have a loss in transformers."""
-NO_INT4 = {
-    **dict.fromkeys(("mixtral", "olmoe", "gpt-oss", "deepseek-v3"), "its experts are one tensor a layer"),
-    "falcon": "its linear layers are of a class of their own",
-}
+NO_INT4 = {"falcon": "its linear layers are of a class of their own"}
 """And why bitsandbytes leaves most of them as they are."""
 MASKED = ("gpt-oss", "falcon")
 """Which do not find documents in position_ids: they are put into their masks."""

@@ -67,7 +67,7 @@ def planned(plan: dict[str, Any]) -> None:
         f" {steps['accumulation_steps']} micro batches of {steps['micro_batch_size']} sequences each"
         f"{MICRO_BATCH_FROM[steps['micro_batch_from']]}\n"
         f"  {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained"
-        f"{_frozen(parameters['frozen'])}\n"
+        f"{_frozen(parameters)}\n"
         f"  memory per worker: {_parts(plan['memory_per_worker_bytes'])}\n"
         f"  disk: {_parts(plan['disk_bytes'])}"
     )
@@ -78,9 +78,14 @@ def planned(plan: dict[str, Any]) -> None:
         )
 
 
-def _frozen(modules: Sequence[str]) -> str:
-    """Of a multimodal model, what is left as it is."""
-    return f"; {', '.join(modules)} frozen, since no text passes through" if modules else ""
+def _frozen(parameters: dict[str, Any]) -> str:
+    """What is left as it is of a multimodal model, and of a mixture whose experts are quantized."""
+    text = ""
+    if others := parameters["frozen"]:
+        text += f"; {', '.join(others)} frozen, since no text passes through"
+    if experts := parameters["without_adapter"]:
+        text += f"; no adapter on the quantized experts of {len(experts)} layers"
+    return text
 
 
 def planned_sweep(plan: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ compiled       layers compiled in place by torch.compile
 adapter        LoRA by peft
 work           how many operations a step takes
 kept           what a forward pass keeps in memory for the backward pass
-quantization   a frozen base in 4 or 8 bits by bitsandbytes; quantized: its bytes, and a linear layer of them
+quantization   a frozen base in 4 or 8 bits by bitsandbytes; quantized: its bytes, and a linear layer of them;
+               experts: those of a mixture as bytes
 export         a Hugging Face folder: written, loaded again, sampled from, merged
 """

@@ -10,6 +10,7 @@ from torch import nn
 
 from raydist.errors import ModelError, first_line
 from raydist.job.schema import Lora
+from raydist.model.experts import quantized_experts
 from raydist.model.layers import not_of_text
 
 
@@ -44,7 +45,7 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
 
 def _target_modules(model: nn.Module, lora: Lora) -> str | list[str]:
     if lora.target_modules == "all-linear":
-        return "all-linear"
+        return _plain_linear(model) if quantized_experts(model) else "all-linear"
     asked = [lora.target_modules] if isinstance(lora.target_modules, str) else lora.target_modules
     paths = [name for name, module in model.named_modules() if is_linear(module)]
     missing = [name for name in asked if not any(p == name or p.endswith(f".{name}") for p in paths)]
@@ -56,6 +57,17 @@ def _target_modules(model: nn.Module, lora: Lora) -> str | list[str]:
             fix=f"choose from {', '.join(known)}; or all-linear",
         )
     return asked
+
+
+OF_EXPERTS = frozenset({"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"})
+"""Names that peft takes for those of experts in any mixture, also where a dense layer has them."""
+
+
+def _plain_linear(model: nn.Module) -> list[str]:
+    """Names of linear layers but the head and OF_EXPERTS: peft cannot adapt experts that are bytes."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    paths = [path for path, module in model.named_modules() if is_linear(module) and module is not head]
+    return sorted({path.rpartition(".")[2] for path in paths} - OF_EXPERTS)
 
 
 def is_linear(module: nn.Module) -> bool:

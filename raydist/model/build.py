@@ -23,10 +23,11 @@ from raydist.job.schema import Job
 from raydist.model import quantization
 from raydist.model.base import check_finite, check_stored, load_base
 from raydist.model.compiled import compile_layers, why_not_compiled
+from raydist.model.experts import quantize_experts, quantized_experts
 from raydist.model.head import Head, find_head, use_chunked_head
 from raydist.model.layers import bare_of, not_of_text, text_config
 from raydist.model.precision import DTYPES, check_precision, exact_fp32
-from raydist.model.quantized import QuantizedLinear
+from raydist.model.quantized import Quantized
 from raydist.model.router import use_router_loss
 from raydist.model.trust import NO_CODE, check_sizes, read_config
 
@@ -62,7 +63,8 @@ class Sizes:
     """total, trainable: numbers of parameters.  weight_bytes: of all weights while training.
 
     vocabulary: rows of the embedding.  layers, hidden: number of layers, width.  frozen: paths of what text
-    does not pass through.  model: the one that was counted, on meta, with its adapter.
+    does not pass through.  without_adapter: paths of quantized experts.  model: the one that was counted, on
+    meta, with its adapter.
     """
 
     total: int
@@ -72,6 +74,7 @@ class Sizes:
     layers: int
     hidden: int
     frozen: tuple[str, ...]
+    without_adapter: tuple[str, ...]
     model: nn.Module
 
 
@@ -377,9 +380,7 @@ def _base(job: Job, device: torch.device) -> nn.Module:
         if job.quantization is not None:
             config = quantization.quantization_config(job)
             options["dtype"] = torch.float32 if job.train.mixed_precision == "fp32" else "auto"
-            quantized = quantization.load_quantized(base_path(job), config, device, **options)
-            check_finite(quantized, base_path(job))
-            return quantized
+            return quantization.load_quantized(base_path(job), config, device, **options)
         model: nn.Module = load_base(base_path(job), dtype=dtype, **options)
         check_finite(model, base_path(job))
         return model
@@ -411,17 +412,29 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
         quantization.check_share(model, job)
         use_router_loss(model, job.train.router_aux_loss_coef)
         base_bytes = quantization.base_bytes(model, job)
+        if job.quantization is not None:
+            quantize_experts(model, job.quantization, torch.device("meta"))
         model = model if job.adapter is None else add_lora(model, job.adapter)
     total, trainable = n_parameters(model), n_parameters(model, trainable=True)
     held = 4 * total if job.adapter is None else base_bytes + 4 * trainable
     text = text_config(config)
-    return Sizes(total, trainable, held, rows, text.num_hidden_layers, text.hidden_size, frozen, model)
+    return Sizes(
+        total,
+        trainable,
+        held,
+        rows,
+        text.num_hidden_layers,
+        text.hidden_size,
+        frozen,
+        without_adapter=tuple(quantized_experts(bare_of(model))),
+        model=model,
+    )
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:
     """The number of all parameters, or of those that are trained. Quantized ones count one by one."""
     packed: dict[torch.Tensor, int] = {}
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, Quantized):
             packed |= {module.weight: module.in_features * module.out_features, module.scales: 0}
     return sum(packed.get(p, p.numel()) for p in model.parameters() if p.requires_grad or not trainable)

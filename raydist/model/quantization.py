@@ -20,10 +20,13 @@ from raydist import files
 from raydist.errors import JobError, ModelError, first_line
 from raydist.job.schema import Job
 from raydist.model.adapter import product_weights
-from raydist.model.base import load_base
+from raydist.model.base import check_finite, load_base
+from raydist.model.experts import dequantize_into, experts_of, quantize_experts
 from raydist.model.layers import not_of_text
 from raydist.model.precision import DTYPES
 from raydist.model.quantized import QuantizedLinear, stored_bytes
+from raydist.model.trust import NO_CODE
+from raydist.model.trust import read_config as read_base_config
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,8 +64,8 @@ LEAST_SHARE = 0.75
 def check_share(model: nn.Module, job: Job) -> None:
     """Raises JobError for a quantization that would leave much of the bare model as it is, also on meta.
 
-    bitsandbytes quantizes plain linear layers: no experts that are one tensor, no linear layers of a class
-    of their own.
+    bitsandbytes quantizes plain linear layers, and experts are quantized here: what is left are linear layers
+    of a class of their own.
     """
     if job.quantization is None:
         return
@@ -73,14 +76,13 @@ def check_share(model: nn.Module, job: Job) -> None:
     weights = {p for m in layers for p in m.parameters(recurse=False)}
     total = sum(p.numel() for p in weights)
     quantized = sum(p.numel() for m in layers if _is_quantized(m) for p in m.parameters() if p.ndim == 2)
+    quantized += sum(m.get_parameter(name).numel() for _, m, names in experts_of(model) for name in names)
     if quantized >= LEAST_SHARE * total:
         return
-    experts = sum(p.numel() for p in weights if p.ndim == 3)
-    why = "of a layer's experts, which are one tensor" if experts > total / 4 else "of layers of its own kind"
     raise JobError(
         f"{job.quantization} would reach {quantized / total:.0%} of the layers' weights in {job.model.base}",
         where="quantization",
-        why=f"bitsandbytes quantizes plain linear layers; the rest is {why}",
+        why="bitsandbytes quantizes plain linear layers; those of this model are of a class of its own",
         fix="leave quantization out: the frozen base keeps its own dtype, and strategy: fsdp shards it",
     )
 
@@ -112,21 +114,28 @@ def quantization_config(job: Job) -> dict[str, Any]:
 def load_quantized(
     base: str, config: dict[str, Any], device: torch.device, *, dtype: Any = torch.float32, **options: Any
 ) -> nn.Module:
-    """The base on `device`: every linear layer except the output head is a QuantizedLinear.
+    """The base on `device`: linear layers except the output head are QuantizedLinear, experts are bytes.
 
     dtype: of all else, or "auto" for the base's own; what is quantized does not depend on it.
-    It is put there while it is loaded: large models are quantized on a GPU, a layer at a time.
+    It is put there while it is loaded: large models are quantized on a GPU, a layer at a time. One with
+    experts is loaded on the CPU, since bitsandbytes leaves them as they are.
     """
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-    from transformers import BitsAndBytesConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     check_bitsandbytes(device)
-    options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": str(device)}}
+    bits = "int8" if config.get("load_in_8bit") else "int4"
+    with torch.device("meta"):
+        mixture = any(experts_of(AutoModelForCausalLM.from_config(read_base_config(base), **NO_CODE)))
+    place = torch.device("cpu") if mixture else device
+    options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": str(place)}}
     model: nn.Module = load_base(base, dtype=dtype, **options)
+    check_finite(model, base)
+    quantize_experts(model, bits, device)
     made = [(name, m) for name, m in model.named_modules() if isinstance(m, Linear4bit | Linear8bitLt)]
     for name, layer in made:
         model.set_submodule(name, QuantizedLinear(layer))
-    return model
+    return model.to(device) if mixture else model
 
 
 def load_dequantized(base: str, config: dict[str, Any], **options: Any) -> nn.Module:
@@ -139,6 +148,7 @@ def load_dequantized(base: str, config: dict[str, Any], **options: Any) -> nn.Mo
         target, weight = plain.get_submodule(name), layer.dequantized(torch.float32)
         # GPT-2's Conv1D holds its weight as (in, out)
         target.weight.data.copy_(weight if isinstance(target, nn.Linear) else weight.T)  # type: ignore[operator]
+    dequantize_into(plain, quantized)
     return plain
 
 
@@ -156,6 +166,10 @@ def base_bytes(model: nn.Module, job: Job) -> int:
                 rows, columns = module.weight.shape  # type: ignore[misc]
                 quantized[id(module.weight)] = stored_bytes(rows, columns, job.quantization)
                 total += quantized[id(module.weight)] - rows * columns * own
+        for _, module, names in experts_of(model):
+            for weight in (module.get_parameter(name) for name in names):
+                rows, columns = weight.flatten(0, 1).shape
+                total += stored_bytes(rows, columns, job.quantization) - weight.numel() * own
     if compute != torch.float32:
         narrow = [w for w in product_weights(model) if id(w) not in quantized]
         total -= sum(w.numel() for w in narrow) * (own - compute.itemsize)

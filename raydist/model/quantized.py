@@ -20,15 +20,33 @@ ALIGNED = 16
 """Bytes: numbers of any size can be read at such places, and the whole can be seen as numbers of any size."""
 
 
-class QuantizedLinear(nn.Linear):
-    """x W^T + b with a frozen W of 4 or 8 bits.
+class Quantized(nn.Module):
+    """A frozen matrix (out_features, in_features) of 4 or 8 bits.
 
     weight: uint8 (bytes, 1), two weights to a byte in int4.  scales: uint8 (bytes,), all that turns them into
     numbers again. Both are bytes whatever they hold, so no cast of the model changes them, and FSDP2 and
     DeepSpeed send and shard them as they are. A sharding strategy may hold the same bytes in another dtype.
     """
 
+    weight: nn.Parameter
     scales: nn.Parameter
+    in_features: int
+    out_features: int
+    bits: str
+
+    def store_as(self, dtype: torch.dtype) -> None:
+        """Hold the same bytes in `dtype`, for a sharding strategy that would cast any other."""
+        weight = self.weight.detach().flatten().view(dtype).unsqueeze(1)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.scales = nn.Parameter(self.scales.detach().view(dtype), requires_grad=False)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The matrix."""
+        return _dequantized(self.weight, self.scales, self.out_features, self.in_features, self.bits, dtype)
+
+
+class QuantizedLinear(Quantized, nn.Linear):  # type: ignore[misc]  # whose weight may be any tensor
+    """x W^T + b with a quantized W."""
 
     def __init__(self, layer: nn.Module) -> None:
         """layer: a Linear4bit or Linear8bitLt of bitsandbytes, whose storage is taken over."""
@@ -47,16 +65,6 @@ class QuantizedLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         out: Tensor = _product(x, self.weight, self.scales, self.out_features, self.bits)
         return out if self.bias is None else out + self.bias.to(out.dtype)
-
-    def store_as(self, dtype: torch.dtype) -> None:
-        """Hold the same bytes in `dtype`, for a sharding strategy that would cast any other."""
-        weight = self.weight.detach().flatten().view(dtype).unsqueeze(1)
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.scales = nn.Parameter(self.scales.detach().view(dtype), requires_grad=False)
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight, (out, in)."""
-        return _dequantized(self.weight, self.scales, self.out_features, self.in_features, self.bits, dtype)
 
 
 # One operator for dequantization and product, so that a compiler sees neither inside. It would otherwise find

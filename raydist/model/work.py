@@ -23,7 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from raydist.model.experts import QuantizedExperts
 from raydist.model.layers import bare_of, heads_of, layer_configs, not_of_text, text_config
+from raydist.model.quantized import Quantized
 
 _NO_ATTENTION = ("linear_attention", "conv", "moe")
 
@@ -74,8 +76,10 @@ def _per_input(module: nn.Module, config: Any) -> int:
         if weight.ndim < 2 or name.endswith("bias"):
             continue
         size = weight.numel()
-        if isinstance(module, nn.Linear):  # a quantized one packs its weights
+        if isinstance(module, nn.Linear | Quantized):  # a quantized one packs its weights
             size = module.in_features * module.out_features
+        if isinstance(module, QuantizedExperts):
+            size = size // module.shape[0] * config.num_experts_per_tok
         elif weight.ndim == 3 and getattr(module, "num_experts", None) == len(weight):
             size = size // len(weight) * config.num_experts_per_tok
         total += (6 if weight.requires_grad else 4) * size

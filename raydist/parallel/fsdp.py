@@ -19,7 +19,7 @@ from raydist.job.schema import Job
 from raydist.model.layers import layers_of
 from raydist.model.loss import loss_of
 from raydist.model.precision import DTYPES
-from raydist.model.quantized import QuantizedLinear
+from raydist.model.quantized import Quantized
 from raydist.parallel.optimizer import gradient_norm
 from raydist.parallel.own_optimizer import OwnOptimizer
 from raydist.parallel.weights import broadcast_weights, materialize
@@ -37,7 +37,7 @@ class Fsdp(OwnOptimizer):
         narrow = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         policy = MixedPrecisionPolicy() if compute == torch.float32 else narrow
         for module in model.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, Quantized):
                 module.store_as(compute)
         for module in [*layers_of(model), model]:
             broadcast_weights(module)

@@ -89,7 +89,12 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
             "tokenizer": "to be trained" if tokenizer is None else "ready",
         },
         "steps": {**_steps(plan), "micro_batch_from": micro_batch_from(job, found)},
-        "parameters": {"total": sizes.total, "trainable": sizes.trainable, "frozen": sizes.frozen},
+        "parameters": {
+            "total": sizes.total,
+            "trainable": sizes.trainable,
+            "frozen": sizes.frozen,
+            "without_adapter": sizes.without_adapter,
+        },
         "memory_per_worker_bytes": worker_memory(job, plan, sizes, on_cpu=not on_gpus),
         "disk_bytes": _disk(job, sizes, int(tokens), getattr(config.dtype, "itemsize", FP32)),
     }

@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from raydist.errors import JobError, ModelError
-from raydist.job.schema import Job
+from raydist.job.schema import Job, Lora
 from raydist.model import head
+from raydist.model.adapter import add_lora
 from raydist.model.attention.choose import set_attention
-from raydist.model.build import build_model, fitted_of, load_config, model_sizes
+from raydist.model.build import build_model, fitted_of, load_config, model_sizes, n_parameters, quietly
+from raydist.model.experts import QuantizedExperts
 from raydist.model.layers import not_of_text
 from raydist.model.loss import loss_of
+from raydist.model.quantization import load_dequantized, quantization_config
 from raydist.model.router import router_of
 from raydist.model.work import work_of
 from tests.families import FAMILIES, MASKED, MIXTURES, NO_INT4, REFUSED, write_base
@@ -149,6 +152,56 @@ def test_a_quantization_that_would_leave_most_as_it_is_is_refused(
     with pytest.raises(JobError, match=r"int4 would reach \d+% of the layers' weights") as refused:
         model_sizes(load_config(job), job)
     assert refused.value.where == "quantization"
+
+
+@pytest.mark.parametrize("bits", ["int4", "int8"])
+@pytest.mark.parametrize("family", [*MIXTURES, "deepseek-v3"])
+def test_quantized_experts_compute_with_the_numbers_that_their_bytes_stand_for(
+    family: str, bits: str, tmp_path: Path, words: Path
+) -> None:
+    base, batch = write_base(family, tmp_path / "base"), packed()
+    job = job_of(base, words, adapter=LORA, quantization=bits)
+    ours = build_model(job, words, CPU)
+    of_experts = [m for m in ours.modules() if isinstance(m, QuantizedExperts)]
+    assert of_experts and not any(w.ndim == 3 for w in ours.parameters())
+    plain = load_dequantized(str(base), quantization_config(job), attn_implementation="eager")
+    set_attention(plain, CPU, document_mask=True)
+    with quietly():
+        plain = add_lora(plain, Lora(r=4, dropout=0.0, target_modules=["o_proj"]))
+    weights = dict(ours.named_parameters())
+    adapted = {name: w for name, w in plain.named_parameters() if w.requires_grad}
+    for name, weight in adapted.items():
+        weight.data.copy_(weights[name].data)
+    expected = loss_of(plain, batch)
+    expected.backward()
+    found = loss_of(ours, batch)
+    found.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert found.item() != pytest.approx(alone(base, batch), rel=1e-6)  # or nothing was quantized
+    assert len(adapted) == 4
+    for name, weight in adapted.items():
+        torch.testing.assert_close(weights[name].grad, weight.grad, rtol=1e-4, atol=1e-5)
+    sizes = model_sizes(load_config(job), job)
+    held = sum(w.numel() * w.element_size() for w in ours.parameters())
+    assert (sizes.weight_bytes, sizes.trainable) == (held, n_parameters(ours, trainable=True))
+    assert len(sizes.without_adapter) == len(of_experts) / 2
+
+
+def test_experts_are_dequantized_a_layer_at_a_time(tmp_path: Path, words: Path) -> None:
+    """And again for the backward pass: what a layer keeps for it is bytes."""
+    base = write_base("mixtral", tmp_path / "base", num_hidden_layers=4)
+    model = build_model(job_of(base, words, adapter=LORA, quantization="int4"), words, CPU)
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss_of(model, packed())
+    assert not any(tensor.ndim == 3 and tensor.shape[0] == 4 for tensor in kept.values())
+    experts = [m for m in model.modules() if hasattr(m, "num_experts") and "gate_up_proj" in m.__dict__]
+    assert experts == []
 
 
 # --- routers

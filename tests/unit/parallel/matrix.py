@@ -29,7 +29,7 @@ from raydist.training.checkpoint import newest_valid
 from raydist.training.data import open_data
 from raydist.training.evaluate import evaluate
 from raydist.training.loop import train
-from tests.families import NO_INT4
+from tests.families import MIXTURES, NO_INT4
 from tests.train_parts import losses, make_spec
 from tests.weights import weight_hash
 
@@ -64,7 +64,9 @@ Case = tuple[str, str, str]
 def families_of(family: str) -> list[Case]:
     """Cases for each family: full, LoRA and int4 where they are offered."""
     methods = [("ddp", "full"), ("fsdp", "full"), ("zero-3", "full"), ("ddp", "lora"), ("fsdp", "lora")]
-    methods += [] if family in NO_INT4 else [("ddp", "int4")]
+    methods += [] if family in NO_INT4 else [("ddp", "int4"), ("fsdp", "int4")]
+    if family in MIXTURES:  # whose experts are quantized here, not by bitsandbytes
+        methods += [("zero-3", "int4"), ("ddp", "int8")]
     return [(*method, "fp32") for method in methods]
 
 
