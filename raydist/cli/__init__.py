@@ -1,7 +1,7 @@
 """The `raydist` command. Each command imports what it needs when it is called, so that help is quick.
 
     jobs       init, validate, plan, prepare, train, submit, tune
-    runs       ls, status, logs, stop, resume, verify, export
+    runs       ls, status, logs, show, stop, resume, verify, export
     llm        llm: AutoTrain's parameters; import: config files of other trainers
     clusters   doctor, cluster
     show       what the commands print; summary: a run's folder in one dictionary
@@ -47,7 +47,7 @@ def group() -> None:
 
 for command in (
     *(jobs.init, jobs.validate, jobs.plan, jobs.prepare, jobs.train, jobs.submit, jobs.tune),
-    *(runs.ls, runs.status, runs.logs, runs.stop, runs.resume, runs.verify, runs.export),
+    *(runs.ls, runs.status, runs.logs, runs.show_step, runs.stop, runs.resume, runs.verify, runs.export),
     *(llm.llm, llm.import_, clusters.doctor, clusters.cluster),
 ):
     group.add_command(command)

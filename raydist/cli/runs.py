@@ -119,6 +119,23 @@ def _logs_of_job(run: str, address: str, follow: bool) -> int:
     return remote.exit_status(client.get_job_info(submission))
 
 
+@click.command(name="show", short_help="Print the text that the model saw in a step.")
+@of_a_run
+@click.option("--step", type=click.IntRange(min=1), required=True, help="The step, counted from 1.")
+@as_json
+def show_step(run: str, storage: str, step: int, as_json: bool) -> None:
+    """Print what the model saw in a step of RUN: each document's file, place and text, as it was packed."""
+    from raydist.folder import find_run
+    from raydist.run.step_text import samples_of_step
+
+    samples = samples_of_step(find_run(run, storage), step)
+    if as_json:
+        show.as_json([sample.to_json() for sample in samples])
+    else:
+        for sample in samples:
+            show.sample(sample)
+
+
 @click.command(short_help="Ask a run for a checkpoint and a clean end.")
 @of_a_run
 @at_cluster

@@ -13,6 +13,7 @@ from raydist.errors import RaydistError
 
 if TYPE_CHECKING:
     from raydist.run.run import RunResult
+    from raydist.run.step_text import Sample
     from raydist.run.verify import Verified
     from raydist.sweep.sweep import SweepResult
 
@@ -86,6 +87,22 @@ def _frozen(parameters: dict[str, Any]) -> str:
     if experts := parameters["without_adapter"]:
         text += f"; no adapter on the quantized experts of {len(experts)} layers"
     return text
+
+
+def sample(shown: Sample) -> None:
+    """A line for the sample and for each of its documents, and their text."""
+    click.secho(f"sample {shown.number:,}", bold=True)
+    for seen in shown.pieces:
+        piece = seen.piece
+        parts = [f"{piece.source}: {piece.file}, row {piece.row:,}", f"{piece.length:,} tokens"]
+        parts += [f"after {piece.skipped:,} others of it"] if piece.skipped else []
+        parts += [f"{piece.rest:,} follow"] if piece.rest else []
+        if (masked := piece.length - (piece.rest == 0) - seen.n_labels) > 0:
+            parts.append(f"{masked:,} without a label")
+        click.secho(f"── {'; '.join(parts)}", fg="cyan")
+        click.echo(seen.text)
+    if shown.n_padding:
+        click.secho(f"── {shown.n_padding:,} tokens of padding", fg="cyan")
 
 
 def planned_sweep(plan: dict[str, Any]) -> None:

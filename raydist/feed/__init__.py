@@ -15,6 +15,7 @@
     feed        all stages of a run: the g-th sample
     loader      a rank's part of each global batch as tensors, read ahead by a thread
     eval_set    held-out documents as batches
+    trace       from a sample back to its documents and their files
     audit       what became of every token of the token logs
     cache       arrays kept on disk next to the token logs
 

@@ -86,7 +86,7 @@ class Stage:
         self._refuse_empty()
         # A window's samples come from all of its shards: one that is closed too early is opened again.
         open_at_once = (packing.window_shards + 1) * len(self.streams)
-        self._open = lru_cache(maxsize=min(256, max(32, open_at_once)))(self._open_shard)
+        self.open = lru_cache(maxsize=min(256, max(32, open_at_once)))(self._open_shard)
         if before is not None:
             self._follow(before)
 
@@ -98,7 +98,7 @@ class Stage:
         batch, counts = self.blocks.empty(samples), np.zeros((len(samples), 4), np.int64)
         rows = np.flatnonzero(samples >= 0)
         for row, place in zip(rows.tolist(), self.places(samples[rows]), strict=True):
-            index, tokens = self._open(place.stream, place.stream_shard)
+            index, tokens = self.open(place.stream, place.stream_shard)
             self.blocks.fill(batch, row, tokens, index, place.block)
             counts[row] = index.counts[place.block]
         return batch, counts
@@ -161,7 +161,7 @@ class Stage:
         shards, blocks = self.streams[number].places(span)
         for stream_shard in np.unique(shards).tolist():
             source, shard = self._shards[number][stream_shard]
-            index, _ = self._open(number, stream_shard)
+            index, _ = self.open(number, stream_shard)
             yield source, shard, index, np.sort(blocks[shards == stream_shard])
 
     def _follow(self, before: Stage) -> None:

@@ -15,6 +15,7 @@
     hang          an attempt that makes no progress: said, and ended in the end
     describe      the data in figures, for the report and `raydist prepare`
     verify        every file compared with its checksum: `raydist verify`
+    step_text     what the model saw in a step: `raydist show`
     text_sample   how the trained model continues a held-out document
     estimate      what a job would cost, without starting anything: `raydist plan`
     calibrate     two steps, for the time and memory that it would take: `raydist plan --measure`

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 
 import raydist
@@ -26,6 +27,7 @@ from raydist.cluster import remote
 from raydist.errors import RunError
 from raydist.folder import RunFolder
 from raydist.job.load import build_job
+from raydist.run.lifecycle import began_with
 from raydist.track.records import effective
 from raydist.training.checkpoint import newest_valid
 from tests.chaos.chaos import ending, wait_for_moment
@@ -111,6 +113,21 @@ def test_a_run_from_raw_files_to_a_model(undisturbed: tuple[RunFolder, str]) -> 
     )
     logits = model(torch.tensor([tokenizer.encode("the quick brown")])).logits
     assert torch.isfinite(logits).all() and model.dtype == torch.float32
+
+
+def test_show_prints_what_a_step_saw(undisturbed: tuple[RunFolder, str], command: Command) -> None:
+    run, _ = undisturbed
+    code, printed = command("show", str(run.path), "--step", "2")
+    assert code == 0 and "text.jsonl, row " in printed
+    samples = orjson.loads(command("show", str(run.path), "--step", "2", "--json")[1])
+    text = (Path(began_with(run).corpus.sources["words"].path)).read_text()  # type: ignore[arg-type]
+    rows = [orjson.loads(line)["text"] for line in text.splitlines()]
+    pieces = [piece for sample in samples for piece in sample["pieces"]]
+    whole = [p for p in pieces if not p["skipped"] and not p["rest"]]
+    assert whole and {p["source"] for p in pieces} == {"words"}
+    for piece in whole:
+        assert any(row.startswith(piece["text"][:20]) for row in rows) and piece["text"][:20] in printed
+    assert command("show", str(run.path), "--step", str(STEPS + 1))[0] == RunError.exit_code
 
 
 def test_trackers_have_the_run(undisturbed: tuple[RunFolder, str]) -> None:

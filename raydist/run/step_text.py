@@ -1,0 +1,73 @@
+"""What the model saw in one step of a run, as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from raydist.errors import RunError
+from raydist.feed.loader import global_batches
+from raydist.feed.packing import IGNORED
+from raydist.feed.trace import Piece, pieces
+from raydist.folder import RunFolder
+from raydist.job.plan import make_plan
+from raydist.model.build import load_tokenizer
+from raydist.run.dataset import find_prepared
+from raydist.run.lifecycle import began_with
+from raydist.training.collate import make_collator
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A piece of a sample.  text: of its inputs.  n_labels: how many of them predict the next token."""
+
+    piece: Piece
+    text: str
+    n_labels: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self.piece.to_json(), "text": self.text, "n_labels": self.n_labels}
+
+
+@dataclass(frozen=True)
+class Sample:
+    """number: in the run.  n_padding: inputs behind the last piece."""
+
+    number: int
+    pieces: list[Seen]
+    n_padding: int
+
+    def to_json(self) -> dict[str, Any]:
+        seen = [each.to_json() for each in self.pieces]
+        return {"sample": self.number, "pieces": seen, "n_padding": self.n_padding}
+
+
+def samples_of_step(folder: RunFolder, step: int) -> Iterator[Sample]:
+    """The samples of the run's step, counted from 1, with the labels that `train.collator` left.
+
+    Raises RunError for a step that the run does not have, LogError where a token log is gone or damaged.
+    """
+    job = began_with(folder)
+    prepared = find_prepared(job, folder.data().get("pins"))
+    feed = prepared.feed()
+    plan = make_plan(job, 1, feed.samples_per_epoch)
+    if not 1 <= step <= plan.steps:
+        raise RunError(f"there is no step {step}", where=str(folder.path), why=f"the run has {plan.steps}")
+    starts, sizes = [stage.start for stage in feed.stages], [stage.global_batch_size for stage in plan.stages]
+    batches = global_batches(starts, 0, plan.samples, sizes)
+    _, first, end = next(batch for number, batch in enumerate(batches, 1) if number == step)
+    tokenizer, collate = load_tokenizer(prepared.tokenizer.folder), make_collator(job.train.collator)
+    for g in range(first, end):
+        batch = {name: torch.from_numpy(array) for name, array in feed.batch([g]).items()}
+        batch = batch if collate is None else collate(batch)
+        ids, labels = batch["input_ids"][0], batch["labels"][0]
+        seen, filled = [], 0
+        for piece in pieces(feed, g):
+            filled = piece.first + piece.length
+            inputs = slice(piece.first, filled)
+            text = str(tokenizer.decode(ids[inputs].tolist()))
+            seen.append(Seen(piece, text, int((labels[inputs] != IGNORED).sum())))
+        yield Sample(g, seen, len(ids) - filled)
