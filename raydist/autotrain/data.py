@@ -8,9 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from raydist.corpus.files import folder_splits, list_files
 from raydist.corpus.formats import is_known
 from raydist.corpus.locations import is_uri
-from raydist.errors import JobError, first_line
+from raydist.corpus.splits import ALL, TRAIN
+from raydist.errors import CorpusError, JobError, first_line
+from raydist.job.schema import Source
 
 FindData = Callable[[str | list[str], str, str | None], tuple[list[str], list[str]]]
 HUB_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::([\w.-]+))?")
@@ -21,7 +24,9 @@ CONVERTED = "refs/convert/parquet"
 def find_data(places: str | list[str], train: str, valid: str | None) -> tuple[list[str], list[str]]:
     """Paths of the training and the validation split; none of the latter if `valid` is None.
 
-    If nothing in a folder is named `train`, everything in it but the validation split is training text.
+    A folder's splits are those that its files declare (see raydist.corpus.splits), or else its entries of
+    their names, or else files deeper in it. If nothing in a folder is named `train`, everything in it but the
+    validation split is training text.
     """
     places = [places] if isinstance(places, str) else places
     by_place = {place: _split(place, valid) if valid else [] for place in places}
@@ -47,15 +52,33 @@ def _training(place: str, split: str, validation: list[str]) -> list[str]:
             where="data_path",
             fix="give a file, a folder, or a hub data set: owner/name",
         )
-    return [p for p in _entries(folder) if p not in validation] if validation else [place]
+    if not validation:
+        return [place]
+    entries = _entries(folder)
+    if not set(validation) <= set(entries):
+        entries = [str(folder / file.name) for file in list_files(Source(path=str(folder), split=ALL))]
+    return [path for path in entries if path not in validation]
 
 
 def _split(place: str, split: str) -> list[str]:
-    """Files and subfolders named after the split; [] if `place` is no folder or has none."""
+    """Files and subfolders of the split; [] if `place` is no folder or has none."""
     if _is_hub(place):
         return _hub_split(place, split)
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        return []
+    try:
+        splits = folder_splits(folder)
+    except CorpusError as error:
+        raise JobError(error.what, where="data_path", why=error.why, fix=error.fix) from error
+    found = splits.find(split)
+    if splits.is_declared and found == TRAIN:
+        return [place]  # a source reads this split if none is named
     named = re.compile(rf"{re.escape(split)}(?![A-Za-z0-9])")
-    return [path for path in _entries(Path(place).expanduser()) if named.match(Path(path).name)]
+    entries = [path for path in _entries(folder) if named.match(Path(path).name)]
+    if entries and not splits.is_declared:
+        return entries
+    return sorted(str(folder / name) for name, of in splits.of.items() if found in of)
 
 
 def _entries(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@
     files       which files a source names
     formats/    readers of file formats; READERS is the table of them
     slices      the units of work, planned from the files
+    splits      the split of a data set in a folder: by its card, by save_to_disk, by names
     source      a source as a whole: its files, options and cleaning, and its plan
     clean       cleaning steps, named ones and a user's own functions
     tokenizer   text to token ids; training a tokenizer

@@ -11,15 +11,32 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote
 
 import xxhash
 
-from raydist.corpus.formats import READERS, UNUSED, detect_format, is_known, why_unknown
-from raydist.corpus.locations import File, cannot_read, is_uri, open_file, open_filesystem, split_query
+from raydist.corpus.formats import (
+    POINTER_BYTES,
+    READERS,
+    UNUSED,
+    detect_format,
+    is_known,
+    is_pointer,
+    why_unknown,
+)
+from raydist.corpus.locations import (
+    File,
+    cannot_read,
+    glob_regex,
+    is_uri,
+    open_file,
+    open_filesystem,
+    split_glob,
+    split_query,
+)
+from raydist.corpus.splits import ALL, COMPANION, INFO, STATE, TRAIN, Splits, find_splits
 from raydist.errors import CorpusError, RaydistError
 from raydist.job.schema import Source
 from raydist.redact import is_redacted, redact
@@ -39,6 +56,8 @@ NOT_TEXT = re.compile(
 )
 """Of images, sound, fonts, programs and weights."""
 HIDDEN, EXCLUDED = "names that begin with _ or .", "excluded"
+NO_TEXT = "images, sound, programs or weights"
+DESCRIPTION_BYTES = 16 * MIB
 EXAMPLES = 3
 NAMED_UNUSED = 5
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "LastModified", "last_modified", "created")
@@ -68,12 +87,13 @@ class Listing(NamedTuple):
     """What the path of a source matches. Lists are sorted by name.
 
     files: to read.  unused: files of formats that are not known; they may hold text.
-    left_out: what else is passed over.
+    left_out: what else is passed over.  pointers: local files that Git LFS left in place of the data.
     """
 
     files: list[File]
     unused: list[File]
     left_out: LeftOut
+    pointers: list[File]
 
 
 def list_files(source: Source) -> list[File]:
@@ -98,6 +118,18 @@ def refuse_unused(listing: Listing) -> NoReturn:
     )
 
 
+def refuse_pointers(listing: Listing) -> NoReturn:
+    """CorpusError that names them."""
+    pointers, more = listing.pointers, ", ..." if len(listing.pointers) > NAMED_UNUSED else ""
+    raise CorpusError(
+        f"{len(pointers)} of the source's files {'are' if len(pointers) > 1 else 'is'} missing: Git LFS left"
+        f" pointers to {'them' if len(pointers) > 1 else 'it'}",
+        where=", ".join(file.name for file in pointers[:NAMED_UNUSED]) + more,
+        why="the repository was cloned without them, as when git-lfs is not installed",
+        fix="install git-lfs and run `git lfs pull` in the clone, or leave them out by the source's exclude",
+    )
+
+
 def _such_as(patterns: list[str]) -> str:
     return f" (such as [{', '.join(map(repr, patterns[:NAMED_UNUSED]))}])" if patterns else ""
 
@@ -109,7 +141,7 @@ def look_up(source: Source) -> Listing:
     that cannot be compressed as this file is.
     """
     entries = [source.path] if isinstance(source.path, str) else source.path
-    excluded = [_glob_regex(pattern.rstrip("/")) for pattern in source.exclude]
+    excluded = [glob_regex(pattern.rstrip("/")) for pattern in source.exclude]
     found: dict[str, Found] = {}
     left_out: dict[str, Found] = {}
     for entry in entries:
@@ -121,7 +153,9 @@ def look_up(source: Source) -> Listing:
             )  # fmt: skip
         location = _substitute(entry)
         matches = list(_expand_uri(location) if is_uri(location) else _expand_local(location, excluded))
-        for file in sorted(_wanted(entry, matches, excluded, source.format)):
+        for file in sorted(
+            _wanted(entry, matches, excluded, source, is_folder=_is_folder(location, matches))
+        ):
             if file.left_out:
                 left_out[file.location] = file
                 continue
@@ -130,14 +164,16 @@ def look_up(source: Source) -> Listing:
     distinct = sorted(_distinct_names(found.values()), key=lambda file: file.name)
     formats = [_format(file, source.format) for file in distinct]
     with ThreadPoolExecutor(8) as pool:
-        identities = pool.map(_identity, distinct)
-        files = [
-            File(file.name, file.location, file.size if form[0] != UNUSED.name else 0, identity, *form)
-            for file, identity, form in zip(distinct, identities, formats, strict=True)
-        ]
-    unused = [file for file in files if file.format == UNUSED.name]
+        looked_at = list(pool.map(_look_at, distinct))
+    files = [
+        File(file.name, file.location, file.size if form[0] != UNUSED.name else 0, identity, *form)
+        for file, (identity, _), form in zip(distinct, looked_at, formats, strict=True)
+    ]
     return Listing(
-        [file for file in files if file.format != UNUSED.name], unused, _counted(left_out.values())
+        [file for file in files if file.format != UNUSED.name],
+        [file for file in files if file.format == UNUSED.name],
+        _counted(left_out.values()),
+        [file for file, (_, is_lfs) in zip(files, looked_at, strict=True) if is_lfs],
     )
 
 
@@ -208,8 +244,25 @@ def _substitute(entry: str) -> str:
     return entry if is_uri(entry) else str(Path(entry).expanduser().absolute())
 
 
-def _wanted(entry: str, files: list[Found], excluded: list[re.Pattern[str]], asked: str) -> list[Found]:
+def folder_splits(folder: str | Path) -> Splits:
+    """The splits of the data set in a local folder. CorpusError: a file that declares them is damaged."""
+    where = str(Path(folder).expanduser().absolute())
+    files = [file for file in _folder(where, "", []) if not file.left_out]
+    return _find_splits(where, files, frozenset(file.name for file in files))
+
+
+def _is_folder(location: str, matches: list[Found]) -> bool:
+    """Whether an entry without wildcards stands for a folder."""
+    if not is_uri(location):
+        return os.path.isdir(location)
+    return not split_glob(split_query(location)[0], _is_magic)[1] and not any(file.named for file in matches)
+
+
+def _wanted(
+    entry: str, files: list[Found], excluded: list[re.Pattern[str]], source: Source, *, is_folder: bool
+) -> list[Found]:
     """The same files; those that are not used say why. Raises CorpusError if none is."""
+    known = frozenset(file.name for file in files)
     left_out = [file for file in files if file.left_out]
     files = [file for file in files if not file.left_out]
     if not files and all(file.left_out != EXCLUDED for file in left_out):
@@ -227,10 +280,12 @@ def _wanted(entry: str, files: list[Found], excluded: list[re.Pattern[str]], ask
         raise CorpusError(
             f"exclude leaves no file of {entry}", where=entry, fix="loosen the source's exclude"
         )
-    if asked != "auto":
+    if is_folder or (source.split not in (TRAIN, ALL) and not all(file.named for file in kept)):
+        kept = _of_split(entry, kept, source, known)
+    if source.format != "auto":
         return kept + left_out
     names = {file.name for file in kept}
-    marked = [file._replace(left_out="" if file.named else _without_text(file.name, names)) for file in kept]
+    marked = [file if file.named or file.left_out else _without_text(file, names) for file in kept]
     if not any(file.named or is_known(file.name) for file in marked if not file.left_out):
         some = ", ".join(file.name for file in kept[:5]) + (", ..." if len(kept) > 5 else "")
         raise CorpusError(
@@ -240,13 +295,41 @@ def _wanted(entry: str, files: list[Found], excluded: list[re.Pattern[str]], ask
     return marked + left_out
 
 
-def _without_text(name: str, names: set[str]) -> str:
-    """Why a file whose format is to be known by its name holds no text, or "". names: of all files."""
-    last = name.lower().rsplit("/", 1)[-1]
-    of_saved_dataset = last == "state.json" and name[: -len(last)] + "dataset_info.json" in names
-    if of_saved_dataset or (COMPANIONS.fullmatch(last) and (last.endswith(".json") or not is_known(name))):
-        return "companions of data"
-    return "images, sound, programs or weights" if NOT_TEXT.fullmatch(last) else ""
+def _of_split(entry: str, files: list[Found], source: Source, known: frozenset[str]) -> list[Found]:
+    """The same files; those that are not of the split of the data set in this folder say why.
+
+    known: the names of all its files, excluded ones too. Raises CorpusError if there is no such split.
+    """
+    splits = _find_splits(entry, files, known, as_text=source.format == "text")
+    why = splits.left_out([file.name for file in files], source.split)
+    return [file if file.named else file._replace(left_out=why.get(file.name, "")) for file in files]
+
+
+def _find_splits(entry: str, files: list[Found], known: frozenset[str], *, as_text: bool = False) -> Splits:
+    locations = {file.name: file.location for file in files}
+    return find_splits(list(locations), lambda name: _content(locations[name]), entry, known, as_text=as_text)
+
+
+def _content(location: str) -> bytes:
+    """Of a file that describes others, which is small: of a large one the first bytes, which say nothing."""
+    try:
+        with open_file(location) as stream:
+            return stream.read(DESCRIPTION_BYTES)
+    except OSError as error:
+        cannot_read(error, location)
+
+
+def _without_text(file: Found, names: set[str]) -> Found:
+    """The same file, left out if its format is to be known by its name, which says that it holds no text.
+
+    names: of all files.
+    """
+    last = file.name.lower().rsplit("/", 1)[-1]
+    if last == STATE and file.name[: -len(last)] + INFO in names:
+        return file._replace(left_out=COMPANION)
+    if COMPANIONS.fullmatch(last) and (last.endswith(".json") or not is_known(file.name)):
+        return file._replace(left_out=COMPANION)
+    return file._replace(left_out=NO_TEXT) if NOT_TEXT.fullmatch(last) else file
 
 
 def _expand_local(entry: str, excluded: list[re.Pattern[str]]) -> Iterator[Found]:
@@ -255,7 +338,7 @@ def _expand_local(entry: str, excluded: list[re.Pattern[str]]) -> Iterator[Found
     elif os.path.exists(entry) or not glob.has_magic(entry):
         yield from _local(entry, os.path.basename(entry), named=True)
     else:
-        root, pattern = _split_glob(entry, glob.has_magic)
+        root, pattern = split_glob(entry, glob.has_magic)
         _check_folders(root, pattern, excluded)
         for name in glob.glob(pattern, root_dir=root, recursive=True):
             whole = os.path.join(root, name)
@@ -346,7 +429,7 @@ def _expand_uri(entry: str) -> Iterator[Found]:
     import pyarrow.fs as pafs
 
     base, query = split_query(entry)
-    root, pattern = _split_glob(base, lambda segment: "*" in segment or "[" in segment)
+    root, pattern = split_glob(base, _is_magic)
     filesystem, inside = open_filesystem(root.rstrip("/") + query)
     try:
         info = filesystem.get_file_info(inside)
@@ -354,7 +437,7 @@ def _expand_uri(entry: str) -> Iterator[Found]:
             yield _remote(filesystem, info, info.base_name, entry, named=True)
         elif info.type != pafs.FileType.NotFound:
             deep = not pattern or "/" in pattern or "**" in pattern
-            regex = _glob_regex(pattern or "**")
+            regex = glob_regex(pattern or "**")
             for info in filesystem.get_file_info(pafs.FileSelector(inside, recursive=deep)):
                 name = info.path.removeprefix(inside).lstrip("/")
                 hidden = any(part.startswith("." if pattern else ("_", ".")) for part in name.split("/"))
@@ -372,6 +455,10 @@ def _expand_uri(entry: str) -> Iterator[Found]:
             f"cannot list {entry}", where=entry, why=f"{type(error).__name__}: {error}",
             fix="check the path, and what its storage asks for",
         ) from error  # fmt: skip
+
+
+def _is_magic(segment: str) -> bool:
+    return "*" in segment or "[" in segment
 
 
 def _remote(filesystem: Any, info: Any, name: str, location: str, *, named: bool = False) -> Found:
@@ -395,24 +482,6 @@ def _version(filesystem: Any, info: Any) -> str:
 # --- names and identities
 
 
-def _split_glob(path: str, has_magic: Any) -> tuple[str, str]:
-    """(root, pattern): the folders before the first segment with a wildcard, and the rest."""
-    segments = path.split("/")
-    first = next((i for i, segment in enumerate(segments) if has_magic(segment)), len(segments))
-    return "/".join(segments[:first]) or "/", "/".join(segments[first:])
-
-
-@cache
-def _glob_regex(pattern: str) -> re.Pattern[str]:
-    """** crosses folders, * and ? do not; a pattern that matches a folder matches all in it."""
-    wild = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    regex = ""
-    for part in re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]/]+\])", pattern):
-        is_set = len(part) > 2 and part[0] == "[" and part[-1] == "]"
-        regex += wild.get(part) or (part.replace("[!", "[^", 1) if is_set else re.escape(part))
-    return re.compile(f"{regex}(?:/.*)?", re.DOTALL)
-
-
 def _distinct_names(files: Iterable[Found]) -> list[Found]:
     """Files of one name get the folders above them added until their names differ."""
     groups: dict[str, list[Found]] = {}
@@ -431,15 +500,26 @@ def _prefixed(group: list[Found]) -> list[Found]:
 
 
 def _identity(file: Found) -> str:
-    """Changes with the content. Of a small local file a hash, of a large one its ends', else the stamp."""
+    return _look_at(file)[0]
+
+
+def _look_at(file: Found) -> tuple[str, bool]:
+    """(identity, whether it is a Git LFS pointer, as far as the file is read for that).
+
+    The identity changes with the content. Of a small local file it is a hash, of a large one its ends', of
+    another the stamp.
+    """
     if is_uri(file.location) and file.stamp:
-        return f"{file.size}:{file.stamp}"
+        return f"{file.size}:{file.stamp}", False
     try:
         with open_file(file.location) as stream:
+            if file.size <= POINTER_BYTES:
+                content = stream.read()
+                return xxhash.xxh3_128_hexdigest(content), is_pointer(content)
             if file.size <= HASHED_WHOLE_BYTES:
-                return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest()
+                return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest(), False
             first = stream.read(MIB)
             stream.seek(-MIB, os.SEEK_END)
-            return f"{file.size}:{file.stamp}:{xxhash.xxh3_128_hexdigest(first + stream.read(MIB))}"
+            return f"{file.size}:{file.stamp}:{xxhash.xxh3_128_hexdigest(first + stream.read(MIB))}", False
     except OSError as error:
         cannot_read(error, file.location)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -71,6 +73,24 @@ def split_query(uri: str) -> tuple[str, str]:
     """pyarrow's URIs end in options after '?', as in s3://bucket/key?region=eu-west-1."""
     match = QUERY.search(uri)
     return (uri[: match.start()], uri[match.start() :]) if match else (uri, "")
+
+
+def split_glob(path: str, has_magic: Callable[[str], bool]) -> tuple[str, str]:
+    """(root, pattern): the folders before the first segment with a wildcard, and the rest."""
+    segments = path.split("/")
+    first = next((i for i, segment in enumerate(segments) if has_magic(segment)), len(segments))
+    return "/".join(segments[:first]) or "/", "/".join(segments[first:])
+
+
+@cache
+def glob_regex(pattern: str) -> re.Pattern[str]:
+    """** crosses folders, * and ? do not; a pattern that matches a folder matches all in it."""
+    wild = {"**/": "(?:[^/]+/)*", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    regex = ""
+    for part in re.split(r"(\*\*/|\*\*|\*|\?|\[!?[^\]/]+\])", pattern):
+        is_set = len(part) > 2 and part[0] == "[" and part[-1] == "]"
+        regex += wild.get(part) or (part.replace("[!", "[^", 1) if is_set else re.escape(part))
+    return re.compile(f"{regex}(?:/.*)?", re.DOTALL)
 
 
 def cannot_read(error: OSError, location: str = "", name: str = "") -> NoReturn:

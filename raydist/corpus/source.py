@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from raydist.corpus.clean import Cleaner, make_cleaner
-from raydist.corpus.files import LeftOut, look_up, refuse_unused, unchanged
+from raydist.corpus.files import LeftOut, look_up, refuse_pointers, refuse_unused, unchanged
 from raydist.corpus.formats import ReadOptions, Record, check_column
 from raydist.corpus.formats.records import UTF_8
 from raydist.corpus.locations import File
@@ -85,11 +85,13 @@ def open_source(source: Source, corpus: Corpus) -> SourceFiles:
     """Lists the files.
 
     Raises CorpusError if there are none, if the first one lacks the text column or, with on_error "fail",
-    if some have no known format.
+    if some have no known format or are Git LFS's pointers.
     """
     listing = look_up(source)
     if listing.unused and corpus.on_error == "fail":
         refuse_unused(listing)
+    if listing.pointers and corpus.on_error == "fail":
+        refuse_pointers(listing)
     options = ReadOptions(source.format, source.text_column, source.document, source.encoding)
     check_column(listing.files[0], options)
     files = tuple(sorted((*listing.files, *listing.unused), key=lambda file: file.name))

@@ -70,6 +70,10 @@ class Source(Section):
     exclude: list[str] = Field(
         default_factory=list, description="globs of files to leave out, relative to path"
     )
+    split: str = Field(
+        "train",
+        description="of a folder that holds a data set with splits: the one to read; all: every one",
+    )
 
 
 class TrainSource(Source):

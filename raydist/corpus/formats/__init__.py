@@ -24,6 +24,8 @@ from collections.abc import Iterator
 
 from raydist.corpus.formats.reader import Cut
 from raydist.corpus.formats.records import (
+    LFS_POINTER,
+    POINTER_BYTES,
     UTF_8,
     WHOLE,
     Bad,
@@ -38,11 +40,20 @@ from raydist.corpus.formats.records import (
     Unit,
 )
 from raydist.corpus.formats.streams import Opened
-from raydist.corpus.formats.table import READERS, UNUSED, detect_format, is_known, reader_of, why_unknown
+from raydist.corpus.formats.table import (
+    READERS,
+    UNUSED,
+    detect_format,
+    format_named,
+    is_known,
+    reader_of,
+    why_unknown,
+)
 from raydist.corpus.locations import File
 from raydist.errors import CorpusError
 
 __all__ = [
+    "POINTER_BYTES",
     "READERS",
     "UNUSED",
     "Bad",
@@ -55,7 +66,9 @@ __all__ = [
     "check_column",
     "cut_file",
     "detect_format",
+    "format_named",
     "is_known",
+    "is_pointer",
     "read_part",
     "why_unknown",
 ]
@@ -77,10 +90,19 @@ def cut_file(file: File, n_bytes: int, options: ReadOptions) -> list[Cut]:
 def read_part(file: File, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
     """Lists of the records of `part` in the file's order; never an empty list."""
     with Opened(file, options.encoding) as stream:
+        if file.size <= POINTER_BYTES and is_pointer(stream.read(len(LFS_POINTER))):
+            yield [Bad(None, "a Git LFS pointer, not the file itself: run `git lfs pull`")]
+            return
+        stream.seek(0)
         try:
             yield from filter(None, reader_of(file).read(stream, part, options))
         except Torn as error:
             yield [Bad(None, str(error))]
+
+
+def is_pointer(start: bytes) -> bool:
+    """Whether a file of at most POINTER_BYTES is Git LFS's pointer to its content. start: its first bytes."""
+    return start.startswith(LFS_POINTER)
 
 
 def check_column(file: File, options: ReadOptions) -> None:

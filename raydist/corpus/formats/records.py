@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 CHUNK_BYTES = 4 * 2**20
 """Text in one list of items, about."""
 UTF_8 = "utf-8"
+LFS_POINTER, POINTER_BYTES = b"version https://git-lfs.github.com/spec/v1", 1024
+"""What a Git LFS pointer begins with, and the most bytes that one has."""
 MAX_RECORD_BYTES = 128 * 2**20
 """A record that is longer, about, is bad. Tokenizing takes some forty times its size in memory."""
 

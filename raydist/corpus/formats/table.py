@@ -53,6 +53,11 @@ def is_known(name: str) -> bool:
     return reader is not None and (reader.may_be_compressed or not compression)
 
 
+def format_named(name: str) -> str | None:
+    """The format that a file's name means; None if `format: auto` cannot read a file of this name."""
+    return detect_format(name, "auto").format if is_known(name) else None
+
+
 def why_unknown(name: str) -> str:
     """Why `format: auto` cannot read a file of this name."""
     extension, compression = _extensions(name)

@@ -25,6 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         *("splits/train-0.jsonl", "splits/train_1.jsonl", "splits/trainer.jsonl", "splits/train.log"),
         *("splits/validation.jsonl", "plain/a.txt", "plain/valid/b.txt", "plain/.hidden.txt"),
         *("nested/train/deep/c.csv", "nested/test.csv", "own/valid.txt", "corpus.json"),
+        *("clone/data/train-00000-of-00001.csv", "clone/data/test-00000-of-00001.csv", "clone/README.md"),
+        *("deep/data/a.txt", "deep/data/valid.txt", "words/data/my-train.txt", "words/data/my-dev.txt"),
     ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("{}")
@@ -47,6 +49,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ),
         ("splits", "validation", None, (["splits/validation.jsonl"], [])),
         ("nested", "train", "test", (["nested/train"], ["nested/test.csv"])),
+        ("clone", "train", "test", (["clone"], ["clone/data/test-00000-of-00001.csv"])),
+        ("clone", "test", None, (["clone/data/test-00000-of-00001.csv"], [])),
+        ("deep", "train", "validation", (["deep/data/a.txt"], ["deep/data/valid.txt"])),
+        ("words", "train", "validation", (["words/data/my-train.txt"], ["words/data/my-dev.txt"])),
         ("plain", "train", None, (["plain"], [])),
         ("plain", "train", "valid", (["plain/a.txt"], ["plain/valid"])),
         (["plain", "nested"], "train", "test", (["plain", "nested/train"], ["nested/test.csv"])),
