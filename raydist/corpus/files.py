@@ -33,11 +33,12 @@ from raydist.corpus.locations import (
     is_uri,
     open_file,
     open_filesystem,
+    pinned,
     split_glob,
     split_query,
 )
 from raydist.corpus.splits import ALL, COMPANION, INFO, STATE, TRAIN, Splits, find_splits
-from raydist.errors import CorpusError, RaydistError
+from raydist.errors import CorpusError, RaydistError, first_line
 from raydist.job.schema import Source
 from raydist.redact import is_redacted, redact
 
@@ -68,7 +69,7 @@ class Found(NamedTuple):
 
     stamp: changes with the content, as far as the storage can say (see `_version`).
     named: the path names this very file, so its format has to be known.
-    left_out: why it is not used, or "".
+    left_out: why it is not used, or "".  pinned: its location at the commit that was listed, if there is one.
     """
 
     name: str
@@ -77,6 +78,12 @@ class Found(NamedTuple):
     stamp: str
     named: bool
     left_out: str = ""
+    pinned: str = ""
+
+    @property
+    def opened(self) -> str:
+        """The location to read it from."""
+        return self.pinned or self.location
 
 
 LeftOut = dict[str, dict[str, Any]]
@@ -166,7 +173,7 @@ def look_up(source: Source) -> Listing:
     with ThreadPoolExecutor(8) as pool:
         looked_at = list(pool.map(_look_at, distinct))
     files = [
-        File(file.name, file.location, file.size if form[0] != UNUSED.name else 0, identity, *form)
+        File(file.name, file.opened, file.size if form[0] != UNUSED.name else 0, identity, *form)
         for file, (identity, _), form in zip(distinct, looked_at, formats, strict=True)
     ]
     return Listing(
@@ -306,7 +313,7 @@ def _of_split(entry: str, files: list[Found], source: Source, known: frozenset[s
 
 
 def _find_splits(entry: str, files: list[Found], known: frozenset[str], *, as_text: bool = False) -> Splits:
-    locations = {file.name: file.location for file in files}
+    locations = {file.name: file.opened for file in files}
     return find_splits(list(locations), lambda name: _content(locations[name]), entry, known, as_text=as_text)
 
 
@@ -430,23 +437,33 @@ def _expand_uri(entry: str) -> Iterator[Found]:
 
     base, query = split_query(entry)
     root, pattern = split_glob(base, _is_magic)
-    filesystem, inside = open_filesystem(root.rstrip("/") + query)
+    root = root.rstrip("/")
     try:
+        at = pinned(root)
+        filesystem, inside = open_filesystem(at + query)
         info = filesystem.get_file_info(inside)
         if info.type == pafs.FileType.File and not pattern:
-            yield _remote(filesystem, info, info.base_name, entry, named=True)
+            file = _remote(filesystem, info, info.base_name, entry, named=True)
+            yield file._replace(pinned=at if at != root else "")
         elif info.type != pafs.FileType.NotFound:
             deep = not pattern or "/" in pattern or "**" in pattern
             regex = glob_regex(pattern or "**")
             for info in filesystem.get_file_info(pafs.FileSelector(inside, recursive=deep)):
                 name = info.path.removeprefix(inside).lstrip("/")
                 hidden = any(part.startswith("." if pattern else ("_", ".")) for part in name.split("/"))
-                location = f"{root.rstrip('/')}/{name}{query}"
+                location = f"{root}/{name}{query}"
                 if info.type == pafs.FileType.File and regex.fullmatch(name) and not hidden:
-                    yield _remote(filesystem, info, name, location)
+                    file = _remote(filesystem, info, name, location)
+                    yield file._replace(pinned=f"{at}/{name}" if at != root else "")
                 elif info.type == pafs.FileType.File and hidden and not pattern:
                     yield Found(redact(name), location, 0, "", False, HIDDEN)
     except OSError as error:
+        if entry.startswith("hf://") and isinstance(error, FileNotFoundError):
+            raise CorpusError(
+                f"cannot read {entry}", where=entry, why=first_line(error),
+                fix="correct the path; a private or gated data set needs a token (`hf auth login` or HF_TOKEN"
+                " in the environment) on each machine that reads it",
+            ) from error  # fmt: skip
         cannot_read(error, entry)
     except RaydistError:
         raise
@@ -512,7 +529,7 @@ def _look_at(file: Found) -> tuple[str, bool]:
     if is_uri(file.location) and file.stamp:
         return f"{file.size}:{file.stamp}", False
     try:
-        with open_file(file.location) as stream:
+        with open_file(file.opened) as stream:
             if file.size <= POINTER_BYTES:
                 content = stream.read()
                 return xxhash.xxh3_128_hexdigest(content), is_pointer(content)

@@ -53,20 +53,43 @@ def open_filesystem(uri: str) -> tuple[Any, str]:
     base, query = split_query(uri)
     scheme, _, rest = base.partition("://")
     host, slash, path = rest.partition("/")
-    try:
-        escaped = f"{scheme}://{host}{slash}{quote(path, safe='/@')}{query}"
-        return cast(tuple[Any, str], pafs.FileSystem.from_uri(escaped))
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as unknown:
-        import fsspec
-
+    unknown = ""
+    if scheme != "hf":  # which pyarrow would hand to fsspec too, but escaped
         try:
-            filesystem, inside = fsspec.core.url_to_fs(uri)
-        except (ValueError, ImportError) as error:
-            raise CorpusError(
-                f"no filesystem reads {scheme}://", where=uri, why=f"{unknown}; {error}",
-                fix="install the fsspec package of this kind of storage",
-            ) from error  # fmt: skip
-        return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(inside)
+            escaped = f"{scheme}://{host}{slash}{quote(path, safe='/@')}{query}"
+            return cast(tuple[Any, str], pafs.FileSystem.from_uri(escaped))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            unknown = f"{error}; "
+    import fsspec
+
+    try:
+        filesystem, inside = fsspec.core.url_to_fs(uri)
+    except (ValueError, ImportError) as error:
+        raise CorpusError(
+            f"no filesystem reads {scheme}://", where=uri, why=f"{unknown}{error}",
+            fix="install the fsspec package of this kind of storage",
+        ) from error  # fmt: skip
+    return pafs.PyFileSystem(pafs.FSSpecHandler(filesystem)), str(inside)
+
+
+def pinned(uri: str) -> str:
+    """A URI of a repository of the hub with the commit that its revision is now; any other URI as it is.
+
+    What is listed and read by it stays the same when somebody pushes. The hub's library takes the token from
+    the environment or its own cache. Raises OSError or ValueError.
+    """
+    if not uri.startswith("hf://"):
+        return uri
+    from huggingface_hub import HfApi, HfFileSystem
+
+    filesystem = HfFileSystem()
+    filesystem.invalidate_cache()
+    found: Any = filesystem.resolve_path(uri)
+    if not hasattr(found, "repo_id"):  # a bucket has no commits
+        return uri
+    commit = HfApi().repo_info(found.repo_id, revision=found.revision, repo_type=found.repo_type).sha
+    kind = {"model": ""}.get(found.repo_type, f"{found.repo_type}s/")
+    return f"hf://{kind}{found.repo_id}@{commit}/{found.path_in_repo}".rstrip("/")
 
 
 def split_query(uri: str) -> tuple[str, str]:

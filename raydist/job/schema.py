@@ -57,7 +57,9 @@ Encoding = Literal[
 
 
 class Source(Section):
-    path: str | list[str] = Field(description="file, folder, glob or URI, or a list of them")
+    path: str | list[str] = Field(
+        description="file, folder, glob or URI (s3://..., hf://datasets/OWNER/NAME), or a list of them"
+    )
     format: Format = Field("auto", description="auto: by each file's name")
     text_column: str = Field("text", description="column of the text; dots enter nested columns")
     document: Literal["line", "paragraph", "file"] = Field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,16 +12,25 @@ from threading import Thread
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+ASKED = re.compile(
+    r"/(?:api/)?datasets/(?P<name>[^/]+/[^/]+)"
+    r"(?:/(?P<what>tree|resolve|revision)/(?:refs/convert/parquet|main|[0-9a-f]{40})/?(?P<rest>.*))?$"
+)
+"""The path of a request for a data set, its listing or a file of it."""
+
 
 class Hub(ThreadingHTTPServer):
-    """files: of data sets, {"owner/name/CONFIG/SPLIT/0000.parquet": bytes}.
+    """files: of data sets, {"owner/name/CONFIG/SPLIT/0000.parquet": bytes}, the same in every revision.
+
+    token: what a request for a data set has to carry, if any.
 
     requests: (method, path, Authorization) of each.  uploaded: {"owner/name/file": bytes}.
     """
 
-    def __init__(self, files: dict[str, bytes] | None = None) -> None:
+    def __init__(self, files: dict[str, bytes] | None = None, token: str = "") -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.files = files or {}
+        self.files, self.token = files or {}, token
+        self.commit = "0" * 40
         self.requests: list[tuple[str, str, str]] = []
         self.uploaded: dict[str, bytes] = {}
         self.created: list[dict[str, Any]] = []
@@ -92,15 +102,19 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self._read()
         path = unquote(urlparse(self.path).path)
-        name, _, rest = path.removeprefix("/api/datasets/").partition("/tree/refs/convert/parquet")
+        asked = ASKED.match(path)
+        name = asked["name"] if asked else ""
         known = {"/".join(file.split("/")[:2]) for file in self.server.files}
-        if "/resolve/" in path:
-            self._send(path.removeprefix("/datasets/").replace("resolve/refs/convert/parquet/", ""))
-        elif "/revision/" in name and name.partition("/revision/")[0] in known:
-            self._answer({"id": name.partition("/revision/")[0], "sha": "0" * 40, "siblings": []})
-        elif name in known:
+        may_read = self.server.token in self.headers.get("Authorization", "")
+        if asked and asked["what"] == "resolve" and may_read:
+            self._send(f"{name}/{asked['rest']}")
+        elif asked and name in known and asked["what"] == "tree" and may_read:
             deep = "recursive=true" in self.path.lower()
-            self._answer([e for e in self._entries(name) if _is_in(e["path"], rest.strip("/"), deep)])
+            self._answer(
+                [e for e in self._entries(name) if _is_in(e["path"], asked["rest"].strip("/"), deep)]
+            )
+        elif name in known and may_read:
+            self._answer({"id": name, "sha": self.server.commit, "siblings": []})
         else:
             self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
 
@@ -118,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, file: str) -> None:
         content = self.server.files[file]
-        told = {"ETag": f'"{len(content)}"', "X_Repo_Commit": "0" * 40, "Accept_Ranges": "bytes"}
+        told = {"ETag": f'"{len(content)}"', "X_Repo_Commit": self.server.commit, "Accept_Ranges": "bytes"}
         if wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
             part = content[int(first) : int(last or len(content)) + 1]
