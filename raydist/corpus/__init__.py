@@ -27,5 +27,6 @@ A record that cannot be read goes this way:
                                                               (build: _finish)
 
 The slice's commit record counts them too. With corpus.on_error "fail", BadRecords is raised once such a slice
-is committed, and again by every later build of the token log. With "quarantine" they are left out.
+is committed. A later build reads the slice again, unless the token log is complete, and refuses it as long as
+it holds one. With "quarantine" they are left out.
 """

@@ -153,6 +153,8 @@ def build_log(
     """
     slices = _Slices(plan, verify)
     slices.begin()
+    if on_error == "fail" and not plan.complete:
+        slices.leave_out_bad()
     _refuse_bad(slices, on_error)
     if wanted := [number for number in slices.missing if stop is None or number < stop]:
         with _reporting(slices, on_progress):
@@ -208,6 +210,12 @@ class _Slices:
                 if not intact:
                     self.folder.remove_commit(number)
                     del self.records[number]
+
+    def leave_out_bad(self) -> None:
+        """Slices with records that could not be read are read again: a later version may read them."""
+        for number in self.bad:
+            self.folder.remove_commit(number)
+            del self.records[number]
 
     def _is_intact(self, number: int) -> bool:
         try:

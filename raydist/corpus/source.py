@@ -37,7 +37,7 @@ class SourceFiles:
 
     def identity(self) -> dict[str, Any]:
         """JSON that is equal exactly when documents and order are. Folders of the files do not matter."""
-        options = asdict(self.options)
+        options = {key: value for key, value in asdict(self.options).items() if value is not None}
         if self.options.encoding == UTF_8:
             del options["encoding"]  # as in token logs from before there was a choice
         return {
@@ -92,7 +92,27 @@ def open_source(source: Source, corpus: Corpus) -> SourceFiles:
         refuse_unused(listing)
     if listing.pointers and corpus.on_error == "fail":
         refuse_pointers(listing)
-    options = ReadOptions(source.format, source.text_column, source.document, source.encoding)
-    check_column(listing.files[0], options)
+    options = ReadOptions(
+        *(source.format, source.text_column, source.document, source.encoding),
+        *(source.records, source.delimiter, source.quote),
+    )
+    _refuse_options_without_effect(listing.files, options)
+    check_column(next((file for file in listing.files if file.size), listing.files[0]), options)
     files = tuple(sorted((*listing.files, *listing.unused), key=lambda file: file.name))
     return SourceFiles(files, options, tuple(corpus.clean), corpus.slice_bytes, listing.left_out)
+
+
+def _refuse_options_without_effect(files: Sequence[File], options: ReadOptions) -> None:
+    """CorpusError for an option of a format that no file has."""
+    formats = {file.format for file in files}
+    for name, value, of in [
+        ("records", options.records, "json"),
+        ("delimiter", options.delimiter, "csv"),
+        ("quote", options.quote, "csv"),
+    ]:
+        if value is not None and of not in formats:
+            raise CorpusError(
+                f"the source's {name} has no effect: none of its files is read as {of}",
+                where=files[0].location, why=f"they are read as {', '.join(sorted(formats))}",
+                fix=f"drop {name}, or set the source's format to {of}",
+            )  # fmt: skip

@@ -87,6 +87,12 @@ def _no_epochs_with_weights(epochs: int | None, weights: Named) -> str:
     return ""
 
 
+def _delimiter_is_no_quote(name: str, delimiter: str | None, quote: str | None) -> str:
+    if quote is not None and quote == delimiter:
+        return f"{name} has {quote!r} for delimiter and quote; set quote: none if nothing is quoted"
+    return ""
+
+
 # --- length and batch
 
 
@@ -298,6 +304,8 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("corpus.sources.*.weight",), _weights_for_all_or_none),
     (("corpus.sources.*.weight",), _weights_add_up),
     (("train.epochs", "corpus.sources.*.weight"), _no_epochs_with_weights),
+    (("corpus.sources.<each>.delimiter", "corpus.sources.<each>.quote"), _delimiter_is_no_quote),
+    (("eval.sources.<each>.delimiter", "eval.sources.<each>.quote"), _delimiter_is_no_quote),
     ((*LENGTHS, "stages.*.max_tokens"), _one_length),
     ((*LENGTHS, "stages.*.max_tokens"), _no_length_next_to_stages),
     (("checkpoint.save_steps", "train.epochs"), _epoch_needs_epochs),

@@ -72,6 +72,19 @@ class Source(Section):
     exclude: list[str] = Field(
         default_factory=list, description="globs of files to leave out, relative to path"
     )
+    records: str | None = Field(
+        None,
+        description="of a .json file that is one object: the path, with dots, of the list of its records;"
+        " null: the object is one record",
+    )
+    delimiter: Annotated[str, Field(pattern=r"^[\t -~]$")] | None = Field(
+        None,
+        description="between the fields of CSV; null: a comma (in .tsv a tab), or else the first of , ; tab"
+        " and | with which the header has the text column",
+    )
+    quote: Annotated[str, Field(pattern=r"^([!-~]|none)$")] | None = Field(
+        None, description='around fields of CSV that hold delimiters; null: "; none: no quotes'
+    )
     split: str = Field(
         "train",
         description="of a folder that holds a data set with splits: the one to read; all: every one",

@@ -21,7 +21,7 @@ import xxhash
 
 from raydist.corpus import build, pipeline
 from raydist.corpus.build import LogPlan, Progress, build_log, estimate, plan_log
-from raydist.corpus.log import TokenLog
+from raydist.corpus.log import SliceWriter, TokenLog
 from raydist.corpus.log_folder import LogFolder
 from raydist.corpus.tokenizer import Reference, TokenizerSpec, open_tokenizer, train_tokenizer
 from raydist.errors import BadRecords, ClusterError, CorpusError, EmptyCorpus, LogError
@@ -186,6 +186,17 @@ class TestOnRay:
         assert all(each["reason"] for each in listed)
         with pytest.raises(BadRecords, match="3 records"):
             build_log(plan, on_error="fail")
+
+    def test_a_slice_that_could_not_be_read_is_read_again(self, tmp_path: Path, planned: Any) -> None:
+        """By the version before, say: then its record is no reason to refuse the corpus for ever."""
+        write_lines(tmp_path / "files/a.jsonl", [text_of(i) for i in range(9)])
+        plan = planned()
+        before = SliceWriter(plan.folder, 0, ["a.jsonl"])
+        before.bad.append({"file": "a.jsonl", "byte": 0, "reason": "NaN"})
+        before.commit()
+        log = build_log(plan, on_error="fail")
+        assert (log.n_documents, log.n_quarantined) == (9, 0)
+        self.check_tidy(log, plan)
 
     def test_cleaning_and_its_errors(
         self, tmp_path: Path, planned: Any, monkeypatch: pytest.MonkeyPatch

@@ -38,6 +38,7 @@ from raydist.corpus.formats.records import (
     SameName,
     Torn,
     Unit,
+    Wrapped,
 )
 from raydist.corpus.formats.streams import Opened
 from raydist.corpus.formats.table import (
@@ -122,7 +123,8 @@ def check_column(file: File, options: ReadOptions) -> None:
         )  # fmt: skip
     missing = [item for item in first if isinstance(item, NoColumn)]
     if missing and len(missing) == len(first):
+        key = "records to the path of a list" if isinstance(missing[0], Wrapped) else "text_column to the one"
         raise CorpusError(
             f"{file.name} has {missing[0].reason}", where=file.location, why="no text can be read from it",
-            fix="set the source's text_column to the one that holds the text",
+            fix=f"set the source's {key} that holds the text",
         )  # fmt: skip

@@ -1,4 +1,8 @@
-"""JSON Lines; and .json files: arrays of objects, read without holding the file, columns, or lines."""
+"""JSON Lines; and .json files: arrays of objects, read without holding the file, lines, or one object.
+
+One object is one document, or columns as pandas writes them, or, with the source's `records`, it holds a list
+of objects.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import cache
-from itertools import chain
+from itertools import chain, islice
 from operator import itemgetter
 from typing import Any
 
@@ -26,6 +30,7 @@ from raydist.corpus.formats.records import (
     ReadOptions,
     Record,
     Torn,
+    Wrapped,
     listed,
     too_long,
     unit_of,
@@ -40,8 +45,12 @@ COLUMN_ROWS = 1024
 """Rows in one list of items of a file of columns, which is in memory as a whole."""
 ORJSON_DEPTH = 1024
 """Levels of objects and arrays that orjson reads."""
-COLUMNS_BYTES = 2**30
-"""A file of columns may have as many."""
+OBJECT_BYTES = 2**30
+"""A file that is one object may have as many, in lines of any length."""
+NOT_STRICT = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]")
+"""What Python's json reads and writes, and orjson refuses: numbers that JSON has not, halves of a pair."""
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+LISTS_DEPTH = 4
 ESCAPES = {'"': '"', "\\": "\\", "/": "/", "\b": "b", "\f": "f", "\n": "n", "\r": "r", "\t": "t"}
 OBJECT_HEAD = re.compile(rb'\s*(\{\s*"[^"\\]*")')
 
@@ -55,23 +64,29 @@ def _cut_jsonl(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
 
 
 def _read_json(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
-    """A file whose first character is '[' is an array. Any other is of lines, or, if whole, of columns."""
+    """A file whose first character is '[' is an array. Any other is of lines, or, if whole, one object."""
     first, content = _first_character(blocks(stream, part))
     if first == b"[" and part.start == 0:
+        if options.records:
+            return iter([[Wrapped(None, f"no object around '{options.records}': the file itself is a list")]])
         return _read_array((block for _, block in content), options.text_column)
     is_whole = part.start == 0 and part.end in (-1, stream.file.size)
     if is_whole and first == b"{":
-        return _read_columns_or_lines(whole_lines(content, COLUMNS_BYTES), options.text_column)
+        return _read_object_or_lines(whole_lines(content, OBJECT_BYTES), options)
     return _read_lines(lines_but_long_ones(content), options.text_column)
 
 
-def _cut_json(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
-    """An array is not cut."""
+def _cut_json(stream: Opened, n_bytes: int, options: ReadOptions) -> list[Cut]:
+    """An array is not cut, nor an object over several lines."""
     try:
-        is_array = _first_character(blocks(stream))[0] == b"["
+        first, content = _first_character(blocks(stream))
+        head = b"".join(block for _, block in islice(content, 2)).lstrip()
     except Torn:  # it is not UTF-8, or blank
         return []
-    return [] if is_array else cut_lines(stream, n_bytes)
+    line, newline, _ = head.partition(b"\n")
+    if options.records or first == b"[" or (newline and _is_open(line)):
+        return []
+    return cut_lines(stream, n_bytes)
 
 
 def _first_character(
@@ -89,6 +104,40 @@ def _first_character(
         if offset > MAX_RECORD_BYTES:
             raise Torn(too_long("white space"))
     return b"", iter(seen)
+
+
+def loads(raw: bytes) -> Any:
+    """The value of a record. Raises orjson.JSONDecodeError.
+
+    Python's json reads what orjson refuses only for NaN, Infinity, or half of a surrogate pair in a text.
+    """
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        if NOT_STRICT.search(raw) and _depth(raw) < ORJSON_DEPTH:
+            with suppress(ValueError):
+                return _python_loads(raw)
+        raise
+
+
+def _depth(raw: bytes) -> int:
+    """Levels of objects and arrays in each other, at most."""
+    level = most = 0
+    for token in TOKEN.finditer(raw):
+        level += (token[0] in b"{[") - (token[0] in b"]}")
+        most = max(most, level)
+    return most
+
+
+def _is_open(raw: bytes) -> bool:
+    """Whether an object or array that begins in `raw` goes on after it."""
+    with suppress(orjson.JSONDecodeError):
+        orjson.loads(raw)
+        return False
+    level = 0
+    for token in TOKEN.finditer(raw):
+        level += (token[0] in b"{[") - (token[0] in b"]}")
+    return level > 0
 
 
 def getter(column: str) -> Callable[[Any], Any]:
@@ -142,13 +191,14 @@ class _Key:
 
     def repeats(self, raw: bytes) -> bool:
         """Whether the key occurs twice in a record. raw: its valid JSON."""
-        return self._repeats(_with_every_key(raw))
+        return self.repeats_in(_with_every_key(raw))
 
     def which_repeat(self, raw: bytes) -> list[bool]:
         """The same of each record of an array. raw: the array, valid JSON."""
-        return list(map(self._repeats, _with_every_key(raw)))
+        return list(map(self.repeats_in, _with_every_key(raw)))
 
-    def _repeats(self, record: Any) -> bool:
+    def repeats_in(self, record: Any) -> bool:
+        """The same of a record that was parsed with every key."""
         has_column = isinstance(record, _Pairs) and self.column in dict(record)
         for name in [self.column] if has_column else self.path:
             values = [value for key, value in record if key == name] if isinstance(record, _Pairs) else []
@@ -156,6 +206,12 @@ class _Key:
                 return len(values) > 1
             record = values[0]
         return False
+
+    def value_in(self, record: Any) -> Any:
+        """The value of a key that occurs once, and exists, in a record that was parsed with every key."""
+        for name in [self.column] if self.column in dict(record) else self.path:
+            record = dict(record)[name]
+        return record
 
 
 _key = cache(_Key)
@@ -176,10 +232,14 @@ def _n_keys(values: Iterable[Any], name: str) -> int:
 
 def _with_every_key(raw: bytes) -> Any:
     """Objects become _Pairs. Slow."""
+    return _python_loads(raw, object_pairs_hook=_Pairs)
+
+
+def _python_loads(raw: bytes, **options: Any) -> Any:
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(limit + ORJSON_DEPTH)
     try:
-        return json.loads(raw, object_pairs_hook=_Pairs, parse_int=float)
+        return json.loads(raw.decode(), parse_int=float, **options)
     finally:
         sys.setrecursionlimit(limit)
 
@@ -217,15 +277,18 @@ def text_item(value: Any, row: int, column: str, kind: type[Record]) -> Item:
 
 def _value_item(text: Any, row: int, column: str, kind: type[Record]) -> Item:
     if isinstance(text, str):
+        if HALF_PAIR.search(text):
+            return Bad(row, f"{column} has half of a surrogate pair, which is no character", unit_of(kind))
         return kind(text, row)
-    fault = f"{column} is null" if text is None else f"{column} is {KINDS[type(text)]}, not a string"
-    return Bad(row, fault, unit_of(kind))
+    if text is None or text != text:
+        return Bad(row, f"{column} is {'null' if text is None else 'NaN'}", unit_of(kind))
+    return Bad(row, f"{column} is {KINDS[type(text)]}, not a string", unit_of(kind))
 
 
 def parsed_item(raw: bytes, row: int, column: str, kind: type[Record]) -> Item:
     key = _key(column)
     try:
-        value = orjson.loads(raw)
+        value = loads(raw)
         if not key.occurs_once(raw, 1) and key.repeats(raw):
             return _repeated(row, column, kind)
         return text_item(value, row, column, kind)
@@ -240,19 +303,19 @@ def _all_strings(values: list[Any]) -> bool:
 
 def _read_lines(chunks: Iterable[tuple[int, bytes | None]], column: str) -> Iterator[list[Item]]:
     """chunks: (offset, whole lines). A chunk in which anything is unusual is read again line by line."""
-    get, loads, key = getter(column), orjson.loads, _key(column)
+    get, parse, key = getter(column), orjson.loads, _key(column)
     for offset, chunk in chunks:
         if chunk is None:
             yield [Bad(offset, too_long("a line"), "byte")]
             continue
         lines, rows = lines_of(offset, chunk)
         try:
-            texts = [get(loads(line)) for line in lines]
+            texts = [get(parse(line)) for line in lines]
         except (orjson.JSONDecodeError, KeyError, TypeError):
             texts = [None]
         if _all_strings(texts):
             items: list[Item] = list(map(ByteRecord._make, zip(texts, rows, strict=True)))
-            if not (key.occurs_once(chunk, len(lines)) or key.none_dropped(chunk, map(loads, lines))):
+            if not (key.occurs_once(chunk, len(lines)) or key.none_dropped(chunk, map(parse, lines))):
                 repeats = (not key.occurs_once(line, 1) and key.repeats(line) for line in lines)
                 items = [
                     _repeated(item[1], column, ByteRecord) if again else item  # type: ignore[arg-type]
@@ -264,33 +327,104 @@ def _read_lines(chunks: Iterable[tuple[int, bytes | None]], column: str) -> Iter
             yield [parsed_item(line, row, column, ByteRecord) for line, row in numbered if line.strip()]
 
 
-def _read_columns_or_lines(chunks: Iterator[tuple[int, bytes]], column: str) -> Iterator[list[Item]]:
-    """chunks: of a whole file. If it is one object whose text column is an object or an array, it holds
-    columns, as pandas writes them; `row` counts the rows. Else it holds lines."""
+def _read_object_or_lines(chunks: Iterator[tuple[int, bytes]], options: ReadOptions) -> Iterator[list[Item]]:
+    """chunks: of a whole file that begins with '{'. If it is valid JSON it is one object, else lines."""
     first = next(chunks, None)
     if first is None:
         return
-    texts = _column(first[1], column)
-    if texts is None:
-        yield from _read_lines(chain([first], chunks), column)
-    elif (second := next(chunks, None)) is not None:
-        yield from _read_lines(chain([first, second], chunks), column)
+    line, _, rest = first[1].lstrip().partition(b"\n")
+    held, size, torn = [first], len(first[1]), None
+    is_line = not rest.strip()
+    is_object = is_line or _is_open(line)
+    try:
+        while is_object and (chunk := next(chunks, None)):
+            held.append(chunk)
+            size += len(chunk[1])
+            if is_line and chunk[1].strip():
+                is_line, is_object = False, _is_open(line)
+            is_object = is_object and size <= OBJECT_BYTES
+    except Torn as error:
+        torn, is_object = error, False
+    value = None
+    if is_object:
+        raw = b"".join(chunk for _, chunk in held).strip()
+        with suppress(orjson.JSONDecodeError):
+            value = loads(raw)
+    if isinstance(value, dict):
+        yield from _read_object(value, raw, held, options)
+        return
+    yield from _read_lines(chain(held, chunks), options.text_column)
+    if torn:
+        raise torn
+
+
+def _read_object(
+    value: dict[str, Any], raw: bytes, chunks: list[tuple[int, bytes]], options: ReadOptions
+) -> Iterator[list[Item]]:
+    """raw: the JSON of `value`, the only object of a file.  chunks: the file as it is.
+
+    If the text column is an object or an array, it is a column as pandas writes it; `row` counts its rows.
+    """
+    column, key = options.text_column, _key(options.text_column)
+    if options.records:
+        yield from _in_lists_of(_records_inside(value, raw, options.records, column))
+        return
+    texts = None
+    try:
+        texts = getter(column)(value)
+    except (KeyError, TypeError):
+        if lists := _lists_of_records(value, column):
+            yield [Wrapped(None, f"no field '{column}': it is one object, with lists of records at {lists}")]
+            return
+    if isinstance(texts, dict | list) and (key.occurs_once(raw, 1) or not key.repeats(raw)):
+        rows = texts.values() if isinstance(texts, dict) else texts
+        yield from _in_lists_of([_value_item(text, row, column, Record) for row, text in enumerate(rows)])
+    elif b"\n" not in raw:
+        yield from _read_lines(chunks, column)
     else:
-        items = [_value_item(text, row, column, Record) for row, text in enumerate(texts)]
-        yield from (items[start : start + COLUMN_ROWS] for start in range(0, len(items), COLUMN_ROWS))
+        offset, first = chunks[0]
+        offset += len(first) - len(first.lstrip())
+        is_long = len(raw) > MAX_RECORD_BYTES
+        long = Bad(offset, too_long("an object"), "byte")
+        yield [long if is_long else parsed_item(raw, offset, column, ByteRecord)]
 
 
-def _column(chunk: bytes, column: str) -> list[Any] | None:
-    """The text column of the only line in `chunk`; None if there are more lines, or it is no column."""
-    if b"\n" in chunk.strip():
-        return None
-    with suppress(orjson.JSONDecodeError, KeyError, TypeError):
-        values = getter(column)(orjson.loads(chunk))
-        if not _key(column).occurs_once(chunk, 1) and _key(column).repeats(chunk):
-            return None
-        values = list(values.values()) if isinstance(values, dict) else values
-        return values if isinstance(values, list) else None
-    return None
+def _in_lists_of(items: list[Item]) -> Iterator[list[Item]]:
+    return (items[start : start + COLUMN_ROWS] for start in range(0, len(items), COLUMN_ROWS))
+
+
+def _records_inside(value: dict[str, Any], raw: bytes, records: str, column: str) -> list[Item]:
+    """The elements of the list at the path `records` of the file's only object. raw: its JSON."""
+    try:
+        found = getter(records)(value)
+    except (KeyError, TypeError):
+        found = None
+    if not isinstance(found, list):
+        lists = _lists_of_records(value, column)
+        return [Wrapped(None, f"no list at '{records}'{f', but at {lists}' if lists else ''}")]
+    if _key(records).none_dropped(raw, [value]) and _key(column).none_dropped(raw, [value]):
+        return [text_item(element, row, column, Record) for row, element in enumerate(found)]
+    if _key(records).repeats(raw):
+        return [Bad(None, f"the field '{records}' occurs more than once: which one is the list is a guess")]
+    repeats = map(_key(column).repeats_in, _key(records).value_in(_with_every_key(raw)))
+    return [
+        _repeated(row, column, Record) if again else text_item(element, row, column, Record)
+        for row, (element, again) in enumerate(zip(found, repeats, strict=True))
+    ]
+
+
+def _lists_of_records(value: dict[str, Any], column: str) -> str:
+    """Paths of the lists of objects in `value`: of those whose first has the column, if there are any."""
+    found: dict[str, bool] = {}
+    level = {"": value}
+    for _ in range(LISTS_DEPTH):
+        inside = {f"{path}{name}": inner for path, of in level.items() for name, inner in of.items()}
+        lists = {path: inner for path, inner in inside.items() if isinstance(inner, list) and inner}
+        for path, inner in lists.items():
+            if isinstance(inner[0], dict):
+                found[path] = isinstance(text_item(inner[0], 0, column, Record), Record)
+        level = {f"{path}.": inner for path, inner in inside.items() if isinstance(inner, dict)}
+    return listed([path for path, has_text in found.items() if has_text] or list(found))
 
 
 def _read_array(content: Iterable[bytes], column: str) -> Iterator[list[Item]]:

@@ -36,7 +36,7 @@ WHOLE = Part(0)
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """A source's `format`, `text_column`, `document` and `encoding`.
+    """A source's `format`, `text_column`, `document` and `encoding`, `records`, `delimiter` and `quote`.
 
     What a file is read as stands in `File.format`.
     """
@@ -45,6 +45,9 @@ class ReadOptions:
     text_column: str
     document: Literal["line", "paragraph", "file"]
     encoding: str = UTF_8
+    records: str | None = None
+    delimiter: str | None = None
+    quote: str | None = None
 
 
 Unit = Literal["row", "byte"]
@@ -85,6 +88,12 @@ class Bad(NamedTuple):
 
 class NoColumn(Bad):
     """The text column is missing."""
+
+    __slots__ = ()
+
+
+class Wrapped(NoColumn):
+    """So it is, but the file is one object with lists of records, which the source's `records` may name."""
 
     __slots__ = ()
 
@@ -133,6 +142,6 @@ def same_name(column: str, names: list[str]) -> SameName:
 
 
 def listed(names: list[str]) -> str:
-    """ "a, b" and, after twenty, how many more."""
+    """ "a, b" and, after twenty, how many more. Halves of surrogate pairs are escaped."""
     more = f", and {len(names) - 20} more" if len(names) > 20 else ""
-    return ", ".join(names[:20]) + more
+    return ", ".join(names[:20]).encode("utf-8", "backslashreplace").decode() + more

@@ -19,9 +19,11 @@ from raydist.corpus.formats.records import CHUNK_BYTES, MAX_RECORD_BYTES, UTF_8,
 from raydist.corpus.locations import File, cannot_read, open_file
 from raydist.errors import CorpusError
 
+MOST_WINDOW_BYTES = 2**31
+"""Of a zstd frame, as `zstd --long=31` makes it. So much memory is the most that decompressing takes."""
 DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gz": lambda: zlib.decompressobj(wbits=31),
-    "zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    "zst": lambda: zstandard.ZstdDecompressor(max_window_size=MOST_WINDOW_BYTES).decompressobj(),
     "bz2": bz2.BZ2Decompressor,
     "xz": lzma.LZMADecompressor,
 }
@@ -194,8 +196,19 @@ def _before_checksum(decoder: Any, pending: bytes) -> Iterator[bytes]:
             return
 
 
+class _Lent:
+    """A stream that stays open when pyarrow closes it, as it does at the end: CSV is read twice."""
+
+    def __init__(self, stream: Opened) -> None:
+        self.read, self.closed = stream.read, False
+
+    def close(self) -> None:
+        pass
+
+
 def _read_lz4(stream: Opened) -> Iterator[bytes]:
-    source = pa.CompressedInputStream(pa.PythonFile(cast(IO[bytes], stream), mode="r"), "lz4")
+    lent = cast(IO[bytes], _Lent(stream))
+    source = pa.CompressedInputStream(pa.PythonFile(lent, mode="r"), "lz4")
     try:
         while block := source.read(CHUNK_BYTES):
             yield block

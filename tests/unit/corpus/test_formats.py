@@ -34,7 +34,7 @@ from raydist.corpus.formats import csv as csv_format
 from raydist.corpus.formats import json as json_format
 from raydist.corpus.formats import text as text_format
 from raydist.corpus.formats.reader import Reader, cut_lines
-from raydist.corpus.formats.streams import blocks, whole_lines
+from raydist.corpus.formats.streams import COMPRESSIONS, blocks, whole_lines
 from raydist.corpus.slices import plan_slices
 from raydist.corpus.source import open_source
 from raydist.errors import CorpusError
@@ -57,9 +57,9 @@ TEXTS = [
 ]
 
 
-def read(path, column="text", document="line", fmt="auto", part=None):
+def read(path, column="text", document="line", fmt="auto", part=None, **more):
     (file,) = list_files(Source(path=str(path), format=fmt))
-    chunks = list(read_part(file, part or Part(0, 0, -1), ReadOptions(fmt, column, document)))
+    chunks = list(read_part(file, part or Part(0, 0, -1), ReadOptions(fmt, column, document, **more)))
     assert all(chunks)
     return [item for chunk in chunks for item in chunk]
 
@@ -221,7 +221,11 @@ BAD_LINES = [
     (b'{"text": 12}', "text is a number, not a string"),
     (b'{"text": true}', "text is a boolean, not a string"),
     (b'{"text": ["a"]}', "text is an array, not a string"),
-    (b'{"text": "\\ud800"}', "invalid JSON"),
+    (b'{"text": "\\ud800"}', "text has half of a surrogate pair, which is no character"),
+    (b'{"text": NaN}', "text is NaN"),
+    (b'{"text": Infinity}', "text is a number, not a string"),
+    (b'{"text": "a", "n": NaNa}', "invalid JSON"),
+    (b'{"text": "a", "n": NaN} {}', "invalid JSON"),
     (b'{"a": 1, "b": 2}', "no field 'text' (fields: a, b)"),
     (b'"text"', "the record is a string, not an object"),
     (b"7", "the record is a number, not an object"),
@@ -316,7 +320,151 @@ def test_dots_enter_objects_and_a_name_with_the_dot_wins(tmp_path):
     assert bad.reason == "no field 'a.b.c' (fields: a)"
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_numbers_that_json_has_not_spoil_no_text(tmp_path, name):
+    """As json.dumps of Python writes them."""
+    fields = [float("nan"), float("inf"), -float("inf"), "\ud83d", [{"a": float("nan")}]]
+    records = [json.dumps({"n": n, "text": text}) for n in fields for text in TEXTS]
+    content = "\n".join(records) if name == "a.jsonl" else f"[{', '.join(records)}]"
+    (tmp_path / name).write_text(content)
+    assert texts(read(tmp_path / name)) == TEXTS * len(fields)
+
+
+def test_what_python_alone_reads_is_looked_at_as_strictly(tmp_path):
+    lines = [
+        b'{"text": "a", "n": NaN, "text": "b"}',
+        b'{"n": NaN, "text": "\\udc00"}',
+        b'{"n": NaN, "text": "\xed\xa0\x80"}',
+        b'{"\\ud800": NaN}',
+        b'{"text": "a", "n": NaN, "deep": ' + b"[" * 1100 + b"]" * 1100 + b"}",
+    ]
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    reasons = [item.reason for item in read(tmp_path / "a.jsonl")]
+    assert reasons[:2] == [
+        "the field 'text' occurs more than once: which one holds the text is a guess",
+        "text has half of a surrogate pair, which is no character",
+    ]
+    assert reasons[2].startswith("invalid UTF-8") and reasons[4].startswith("invalid JSON")
+    assert reasons[3] == "no field 'text' (fields: \\ud800)"
+
+
+def pretty(value):
+    return json.dumps(value, indent=2).encode()
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_an_object_over_several_lines_is_one_record(tmp_path, pack):
+    path = tmp_path / ("a.json" if pack is bytes else "a.json.gz")
+    path.write_bytes(pack(b"\n " + pretty({"text": "alone", "n": float("nan"), "tags": ["x"]}) + b"\n\n"))
+    assert read(path) == [ByteRecord("alone", 2)]
+    path.write_bytes(pack(pretty({"text": {"0": "a", "1": "b"}})))
+    assert read(path) == [Record("a", 0), Record("b", 1)]
+    path.write_bytes(pack(pretty({"meta": {"text": "inner"}})))
+    assert read(path, "meta.text") == [ByteRecord("inner", 0)]
+    assert read(path)[0].reason == "no field 'text' (fields: meta)"
+    path.write_bytes(pack(b'{\n"text": "a", "text": "b"}'))
+    assert "more than once" in read(path)[0].reason
+    path.write_bytes(pack(b'{"text": "torn\n{"text": "b"}\n{"text": "c"}\n'))
+    torn, *rest = read(path)
+    assert isinstance(torn, Bad) and texts(rest) == ["b", "c"]
+
+
+@pytest.mark.parametrize("write_as", [pretty, orjson.dumps])
+def test_a_list_inside_of_an_object_is_read_by_its_path(tmp_path, write_as):
+    items = [{"text": "a"}, {"text": None}, {"body": "c"}, "d"]
+    path = tmp_path / "a.json"
+    path.write_bytes(write_as({"meta": {"authors": [{"name": "x"}]}, "data": {"items": items, "n": [1]}}))
+    good, *bad = read(path, records="data.items")
+    assert good == Record("a", 0)
+    assert [(item.row, item.reason) for item in bad] == [
+        (1, "text is null"),
+        (2, "no field 'text' (fields: body)"),
+        (3, "the record is a string, not an object"),
+    ]
+    (file,) = list_files(Source(path=str(path)))
+    assert cut_file(file, 20, ReadOptions("auto", "text", "line", records="data.items")) == []
+    options = {"path": str(path), "text_column": "text"}
+    for more, what, fix in [
+        ({}, "no field 'text': it is one object, with lists of records at data.items", "records"),
+        ({"text_column": "z"}, "with lists of records at meta.authors, data.items", "records"),
+        ({"records": "data"}, "no list at 'data', but at data.items", "records"),
+    ]:
+        with pytest.raises(CorpusError, match=re.escape(what)) as caught:
+            open_source(Source(**{**options, **more}), Corpus(sources={"s": options}))
+        assert fix in caught.value.fix
+
+
+def test_records_that_occur_twice_or_not_at_all_are_not_guessed(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"a": [{"text": "x"}], "a": [{"text": "y"}]}')
+    (bad,) = read(tmp_path / "a.json", records="a")
+    assert bad.reason == "the field 'a' occurs more than once: which one is the list is a guess"
+    (tmp_path / "a.json").write_bytes(b'{"a": [{"text": "x", "text": "z"}, {"text": "y"}, {"b": 1}]}')
+    twice, good, _ = read(tmp_path / "a.json", records="a")
+    assert "'text' occurs more than once" in twice.reason and good.text == "y"
+    (tmp_path / "a.json").write_bytes(b'[{"text": "x"}]')
+    assert (
+        read(tmp_path / "a.json", records="a")[0].reason == "no object around 'a': the file itself is a list"
+    )
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}')
+    for key in ("records", "delimiter", "quote"):
+        source = Source(path=str(tmp_path / "a.jsonl"), **{key: "|"})
+        with pytest.raises(CorpusError, match=f"the source's {key} has no effect"):
+            open_source(source, Corpus(sources={"s": {"path": "x"}}))
+
+
+def test_a_large_object_over_several_lines_is_not_cut(tmp_path):
+    (tmp_path / "a.json").write_bytes(pretty({"data": [{"text": f"{n}"} for n in range(500)]}))
+    (file,) = list_files(Source(path=str(tmp_path / "a.json")))
+    assert cut_file(file, 1024, ReadOptions("auto", "text", "line")) == []
+
+
 # --- CSV
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+def test_the_delimiter_of_csv_is_the_one_by_which_the_header_has_the_text(tmp_path, name, delimiter):
+    rows = [f'{n}{delimiter}"a, b; c\t| d\n{n}"' for n in range(200)]
+    (tmp_path / name).write_text("\n".join([f"id{delimiter}text", *rows]))
+    expected = [f"a, b; c\t| d\n{n}" for n in range(200)]
+    assert texts(read(tmp_path / name)) == expected
+    (file,) = list_files(Source(path=str(tmp_path / name)))
+    cuts = cut_file(file, 1024, ReadOptions("auto", "text", "line"))
+    parts = (read(tmp_path / name, part=Part(0, cut.start, cut.end)) for cut in cuts)
+    assert len(cuts) > 2 and [item.text for part in parts for item in part] == expected
+
+
+def test_a_delimiter_and_a_quote_may_be_set(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('id:text\n1:say "hi", then\n2:"\n')
+    assert texts(read(path, delimiter=":", quote="none")) == ['say "hi", then', '"']
+    path.write_text("id,text\n1,'a, b'\n2,'it''s'\n")
+    assert texts(read(path, quote="'")) == ["a, b", "it's"]
+    path.write_text("id,text\n" + "1,'a\nb'\n" * 400)
+    (file,) = list_files(Source(path=str(path)))
+    cuts = cut_file(file, 1024, ReadOptions("auto", "text", "line", quote="'"))
+    parts = (read(path, part=Part(0, cut.start, cut.end), quote="'") for cut in cuts)
+    assert len(cuts) > 2 and [item.text for part in parts for item in part] == ["a\nb"] * 400
+    path.write_text("id:text\n1:a\n")
+    (bad,) = read(path)
+    assert bad.reason == "no column 'text' (columns: id:text)"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt"])
+def test_an_empty_file_has_no_documents(tmp_path, name):
+    for content in (b"", b"\n\r\n"):
+        (tmp_path / name).write_bytes(content)
+        assert read(tmp_path / name) == []
+    for compression in COMPRESSIONS:
+        (tmp_path / f"{name}.{compression}").write_bytes(b"")
+        assert read(tmp_path / f"{name}.{compression}") == []
+
+
+def test_the_column_is_looked_for_in_the_first_file_that_is_not_empty(tmp_path):
+    (tmp_path / "part-0.csv").write_text("")
+    (tmp_path / "part-1.csv").write_text("id,body\n1,a\n")
+    with pytest.raises(CorpusError, match=r"part-1\.csv has no column 'text'"):
+        open_source(Source(path=str(tmp_path)), Corpus(sources={"s": {"path": "x"}}))
 
 
 def test_csv_keeps_quoted_newlines_and_every_character(tmp_path):
@@ -648,6 +796,15 @@ def test_a_truncated_file_keeps_the_records_before_the_tear(tmp_path, name):
     assert "truncated" in bads(items)[-1].reason.lower()
 
 
+def test_zstd_with_a_window_of_two_gigabytes_is_read(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, hash_log=6, chain_log=6, strategy=1)
+    packed = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    content = packed.compress(b'{"text": "a"}\n') + packed.flush()
+    assert zstandard.get_frame_parameters(content).window_size == 2**31
+    (tmp_path / "a.jsonl.zst").write_bytes(content)
+    assert texts(read(tmp_path / "a.jsonl.zst")) == ["a"]
+
+
 def test_a_damaged_gzip_is_bad(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(b"not gzip at all")
     (bad,) = read(tmp_path / "a.jsonl.gz")
@@ -686,6 +843,11 @@ def pack_lz4(raw):
     with pa.CompressedOutputStream(sink, "lz4") as stream:
         stream.write(raw)
     return sink.getvalue().to_pybytes()
+
+
+def test_csv_in_lz4_is_read_after_its_header(tmp_path):
+    (tmp_path / "a.csv.lz4").write_bytes(pack_lz4(b"id,text\n1,a\n"))
+    assert texts(read(tmp_path / "a.csv.lz4")) == ["a"]
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ CASES: list[tuple[tuple[str, ...], str]] = [
         ("corpus.sources.prose.weight=1", "train.max_tokens=null", "train.epochs=1"),
         "--set train.epochs: train.epochs: sources with weights need",
     ),
+    (
+        ("corpus.sources.prose={path: a, delimiter: '|', quote: '|'}",),
+        "--set corpus.sources.prose: corpus.sources.prose.delimiter: prose has '|' for delimiter and quote",
+    ),
+    (
+        ("eval.sources.e={path: a, delimiter: ';', quote: ';'}",),
+        "--set eval.sources.e: eval.sources.e.delimiter: e has ';' for delimiter and quote",
+    ),
     (("train.epochs=1",), "job.yaml:4: train.max_tokens: give exactly one of max_steps, max_tokens and epo"),
     ((STAGES,), "job.yaml:4: train.max_tokens: stages have lengths of their own"),
     (("checkpoint.save_steps=epoch",), "--set checkpoint.save_steps: checkpoint.save_steps: epoch needs"),
