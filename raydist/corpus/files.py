@@ -24,6 +24,8 @@ from raydist.corpus.formats import (
     detect_format,
     is_known,
     is_pointer,
+    names_no_format,
+    recognise,
     why_unknown,
 )
 from raydist.corpus.locations import (
@@ -70,6 +72,7 @@ class Found(NamedTuple):
     stamp: changes with the content, as far as the storage can say (see `_version`).
     named: the path names this very file, so its format has to be known.
     left_out: why it is not used, or "".  pinned: its location at the commit that was listed, if there is one.
+    by_content: its name says no format, nor does that of any other file, so its content decides.
     """
 
     name: str
@@ -79,6 +82,7 @@ class Found(NamedTuple):
     named: bool
     left_out: str = ""
     pinned: str = ""
+    by_content: bool = False
 
     @property
     def opened(self) -> str:
@@ -169,8 +173,10 @@ def look_up(source: Source) -> Listing:
             same = file.location if is_uri(file.location) else os.path.realpath(file.location)
             found.setdefault(same, file)
     distinct = sorted(_distinct_names(found.values()), key=lambda file: file.name)
-    formats = [_format(file, source.format) for file in distinct]
     with ThreadPoolExecutor(8) as pool:
+        formats = list(pool.map(lambda file: _format(file, source), distinct))
+        if all(form[0] == UNUSED.name for form in formats):
+            raise _unknown(", ".join(entries), distinct)
         looked_at = list(pool.map(_look_at, distinct))
     files = [
         File(file.name, file.opened, file.size if form[0] != UNUSED.name else 0, identity, *form)
@@ -184,7 +190,21 @@ def look_up(source: Source) -> Listing:
     )
 
 
-def _format(file: Found, asked: str) -> tuple[str, str | None]:
+def _unknown(entry: str, files: list[Found]) -> CorpusError:
+    some = ", ".join(file.name for file in files[:5]) + (", ..." if len(files) > 5 else "")
+    return CorpusError(
+        f"no file of {entry} has a known format", where=entry, why=f"the files are {some}",
+        fix=f"set the source's format to one of {', '.join(READERS)}",
+    )  # fmt: skip
+
+
+def _format(file: Found, source: Source) -> tuple[str, str | None]:
+    """(format, compression); the name of UNUSED for a file that cannot be read."""
+    asked = source.format
+    looked_into = asked == "auto" and (file.by_content or (file.named and names_no_format(file.name)))
+    found = recognise(file.name, file.opened, file.size, source.encoding) if looked_into else None
+    if found:
+        return found
     is_used = file.named or asked != "auto" or is_known(file.name)
     return detect_format(file.name, asked) if is_used else (UNUSED.name, None)
 
@@ -294,11 +314,9 @@ def _wanted(
     names = {file.name for file in kept}
     marked = [file if file.named or file.left_out else _without_text(file, names) for file in kept]
     if not any(file.named or is_known(file.name) for file in marked if not file.left_out):
-        some = ", ".join(file.name for file in kept[:5]) + (", ..." if len(kept) > 5 else "")
-        raise CorpusError(
-            f"no file of {entry} has a known format", where=entry, why=f"the files are {some}",
-            fix=f"set the source's format to one of {', '.join(READERS)}",
-        )  # fmt: skip
+        if not any(names_no_format(file.name) for file in marked if not file.left_out):
+            raise _unknown(entry, kept)
+        marked = [file._replace(by_content=names_no_format(file.name)) for file in marked]
     return marked + left_out
 
 

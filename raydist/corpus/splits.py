@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from raydist.corpus.formats import format_named
+from raydist.corpus.formats import format_named, names_no_format
 from raydist.corpus.locations import glob_regex
 from raydist.errors import CorpusError, JobError
 from raydist.job.text import parse_json, parse_yaml
@@ -120,7 +120,7 @@ def find_splits(
     is_declared = bool(of)
     if CARD in names and (is_declared or CARD_KEYS & set(front) or (not as_text and _are_tables(rest))):
         companions.add(CARD)
-    of = of or _by_words(rest)
+    of = of or _by_words(rest, as_text=as_text)
     return Splits(of, frozenset(companions), is_declared, where)
 
 
@@ -263,11 +263,12 @@ def _by_parts(names: Iterable[str]) -> dict[str, frozenset[str]]:
     return {name: frozenset({part[1]} if part else ()) for name, part in parts.items()}
 
 
-def _by_words(names: Iterable[str]) -> dict[str, frozenset[str]]:
+def _by_words(names: Iterable[str], *, as_text: bool = False) -> dict[str, frozenset[str]]:
     """By the first word for a split in the folders of a name, or else in the file's."""
     found: dict[str, frozenset[str]] = {}
     for name in names:
-        if format_named(name) is None or NOTES.fullmatch(name):
+        is_data = format_named(name) or (names_no_format(name) and not as_text)
+        if not is_data or NOTES.fullmatch(name):
             continue
         words = (WORD.search(segment) for segment in name.split("/"))
         if word := next(filter(None, words), None):

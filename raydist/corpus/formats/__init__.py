@@ -5,6 +5,7 @@
                     └─ row groups, record batches ─▶ parquet, arrow ────────▶
 
     table       READERS: every format; which one a file's name means
+    content     the format of a file by its content, where its name says none
     reader      Reader: what a format consists of; splitting files at lines or into units
     columns     parquet, arrow: the text column alone, a few MiB at a time
     csv, json, text   the other formats
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from raydist.corpus.formats.content import recognise
 from raydist.corpus.formats.reader import Cut
 from raydist.corpus.formats.records import (
     LFS_POINTER,
@@ -47,6 +49,7 @@ from raydist.corpus.formats.table import (
     detect_format,
     format_named,
     is_known,
+    names_no_format,
     reader_of,
     why_unknown,
 )
@@ -70,7 +73,9 @@ __all__ = [
     "format_named",
     "is_known",
     "is_pointer",
+    "names_no_format",
     "read_part",
+    "recognise",
     "why_unknown",
 ]
 

@@ -13,6 +13,8 @@ from raydist.corpus.formats.streams import COMPRESSIONS, Opened
 from raydist.corpus.locations import File
 from raydist.errors import CorpusError
 
+ROTATED = re.compile(r"\d{1,8}")
+"""What logrotate and others add to a name: a number or a date."""
 READERS: dict[str, Reader] = {
     reader.name: reader
     for reader in (
@@ -56,6 +58,14 @@ def is_known(name: str) -> bool:
 def format_named(name: str) -> str | None:
     """The format that a file's name means; None if `format: auto` cannot read a file of this name."""
     return detect_format(name, "auto").format if is_known(name) else None
+
+
+def names_no_format(name: str) -> bool:
+    """Whether a name says nothing of a format, so that only the content can: part-00000, a.gz, a.log.1."""
+    return _split_extensions([part for part in _suffixes(name) if not ROTATED.fullmatch(part)])[0] in (
+        "",
+        "log",
+    )
 
 
 def why_unknown(name: str) -> str:
@@ -102,11 +112,26 @@ def _reader_of(extension: str) -> Reader | None:
 
 
 def _extensions(name: str) -> tuple[str, str | None]:
-    """("csv", "gz") of a/b.CSV.gz: the extension in lower case, and the compression that follows it."""
-    *stem, last = name.rsplit("/", 1)[-1].lower().split(".")
-    if last in COMPRESSIONS and stem:
-        return (stem[-1] if len(stem) > 1 else ""), last
-    return (last if stem else ""), None
+    """("csv", "gz") of a/b.CSV.gz: the extension in lower case, and the compression that follows it.
+
+    So too of a file that was rotated, b.csv.1.gz.
+    """
+    suffixes = _suffixes(name)
+    found = _split_extensions(suffixes)
+    if _reader_of(found[0]) is None:
+        rotated = _split_extensions([suffix for suffix in suffixes if not ROTATED.fullmatch(suffix)])
+        return rotated if _reader_of(rotated[0]) else found
+    return found
+
+
+def _suffixes(name: str) -> list[str]:
+    return name.rsplit("/", 1)[-1].lower().split(".")[1:]
+
+
+def _split_extensions(suffixes: list[str]) -> tuple[str, str | None]:
+    compression = suffixes[-1] if suffixes and suffixes[-1] in COMPRESSIONS else None
+    rest = suffixes[:-1] if compression else suffixes
+    return (rest[-1] if rest else ""), compression
 
 
 def _listed(extensions: Iterable[str]) -> str:

@@ -1,12 +1,19 @@
 """Paths, folders, globs and URIs become one sorted list of files with identities."""
 
+import bz2
+import gzip
+import io
+import lzma
 import os
 import sysconfig
 import tempfile
 from pathlib import Path
 
 import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from raydist.corpus.files import list_files, look_up
 from raydist.corpus.formats import Bad, detect_format
@@ -128,7 +135,7 @@ def mixed(tmp_path):
     folder = tmp_path / "mixed"
     for name in [
         *["a.jsonl", "b/README.md"],
-        *["b/c.parquet.gz", "d.jsonl.1", "e.doc", "part-00000"],
+        *["b/c.parquet.gz", "d.jsonl.bak", "e.doc", "part-00000"],
         *["_SUCCESS", ".git/x", ".hidden.jsonl", "README", "LICENSE", "SHA256SUMS", "a.jsonl.md5"],
         *["dataset_info.json", "state.json", "b/x.png"],
     ]:
@@ -140,7 +147,7 @@ def mixed(tmp_path):
 
 UNUSED = {
     "b/c.parquet.gz": "not used: parquet inside .gz has to be decompressed",
-    "d.jsonl.1": "not used: .1 follows .jsonl: rename it",
+    "d.jsonl.bak": "not used: .bak follows .jsonl: rename it",
     "e.doc": "not used: .doc is no format that raydist reads",
     "part-00000": "not used: no extension says which format it has",
 }
@@ -151,7 +158,7 @@ def test_files_of_unknown_formats_are_refused_by_name_or_are_bad(mixed, pattern)
     with pytest.raises(CorpusError, match="4 of the source's 6 files cannot be read") as caught:
         source_of(mixed / pattern, "fail")
     assert all(name in caught.value.where for name in UNUSED)
-    assert "['**/*.1', '**/*.doc', '**/*.gz']" in caught.value.fix
+    assert "['**/*.bak', '**/*.doc', '**/*.gz']" in caught.value.fix
     source = source_of(mixed / pattern, "quarantine")
     assert [file.name for file in source.files] == sorted(["a.jsonl", "b/README.md", *UNUSED])
     found = {}
@@ -164,7 +171,7 @@ def test_files_of_unknown_formats_are_refused_by_name_or_are_bad(mixed, pattern)
 
 
 def test_what_a_folder_holds_and_is_not_used_is_counted_by_reason(mixed):
-    left_out = source_of(mixed, "fail", exclude=["*.doc", "*.1", "**/*.gz", "part*"]).left_out
+    left_out = source_of(mixed, "fail", exclude=["*.doc", "*.bak", "**/*.gz", "part*"]).left_out
     assert {reason: found["count"] for reason, found in left_out.items()} == {
         "companions of data": 6,
         "excluded": 4,
@@ -308,13 +315,104 @@ def test_unknown_filesystem_is_an_error():
         ("README", "text", ("text", None)),
         ("x.data.bz2", "json", ("json", "bz2")),
         ("v1.2/x.feather", "auto", ("arrow", None)),
+        ("a.jsonl.1", "auto", ("jsonl", None)),
+        ("a.csv.2.gz", "auto", ("csv", "gz")),
+        ("a.txt.zst.20240131", "auto", ("text", "zst")),
+        ("a.parquet.7", "auto", ("parquet", None)),
     ],
 )
 def test_detect_format(name, asked, expected):
     assert detect_format(name, asked) == expected
 
 
-@pytest.mark.parametrize("name", ["README", "a.gz", "a.parquet.gz", "dir.txt/README"])
+@pytest.mark.parametrize(
+    "name", ["README", "a.gz", "a.parquet.gz", "a.parquet.gz.1", "dir.txt/README", "a.1"]
+)
 def test_detect_format_refuses(name):
     with pytest.raises(CorpusError):
         detect_format(name, "auto")
+
+
+# --- names that say no format
+
+
+def parquet(text):
+    sink = io.BytesIO()
+    pq.write_table(pa.table({"text": [text]}), sink)
+    return sink.getvalue()
+
+
+def arrow(text, new=pa.ipc.new_stream):
+    sink, table = io.BytesIO(), pa.table({"text": [text]})
+    with new(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
+
+
+def lz4(raw):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "lz4") as stream:
+        stream.write(raw)
+    return sink.getvalue().to_pybytes()
+
+
+LINE = b'{"text": "a"}\n'
+CONTENTS = {
+    "parquet": (parquet("a"), ("parquet", None)),
+    "stream": (arrow("a"), ("arrow", None)),
+    "arrow": (arrow("a", pa.ipc.new_file), ("arrow", None)),
+    "lines": (LINE * 2, ("jsonl", None)),
+    "array": (b"[" + LINE + b"]", ("json", None)),
+    "object": (b'{\n  "text": "a"\n}', ("json", None)),
+    "text": (b"{a} [b]", ("text", None)),
+    "note": (b"[1] a", ("text", None)),
+    "gzip": (gzip.compress(LINE), ("jsonl", "gz")),
+    "zstd": (zstandard.compress(LINE), ("jsonl", "zst")),
+    "bzip2": (bz2.compress(LINE), ("jsonl", "bz2")),
+    "xz": (lzma.compress(b"a"), ("text", "xz")),
+    "lz4": (lz4(LINE), ("jsonl", "lz4")),
+}
+
+
+@pytest.mark.parametrize("kind", CONTENTS)
+@pytest.mark.parametrize("name", ["part-00000", "part-00000.gz", "events.log.1"])
+def test_the_content_decides_where_no_name_says_a_format(tmp_path, kind, name):
+    content, form = CONTENTS[kind]
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path, tmp_path / name, f"{tmp_path}/*"):
+        (file,) = list_files(Source(path=str(path)))
+        assert (file.name, file.format, file.compression) == (name, *form)
+    assert list((source := source_of(tmp_path, "fail")).texts(source.plan()))
+
+
+def test_a_content_that_is_none_of_the_formats_is_refused(tmp_path):
+    for n, content in enumerate(
+        [b"\x00\x01\x02", b"\xff\xfe\xfd", gzip.compress(parquet("a")), "a\n".encode("utf-16")]
+    ):
+        path = tmp_path / str(n) / "part"
+        path.parent.mkdir()
+        path.write_bytes(content)
+        for place in (path, path.parent):
+            with pytest.raises(CorpusError, match="format"):
+                names(place)
+    assert names(tmp_path / "3", encoding="utf-16") == ["part"]
+
+
+def test_the_content_is_asked_only_where_every_name_is_silent(tmp_path):
+    (tmp_path / "part-0").write_bytes(LINE)
+    (tmp_path / "LICENSE").write_text("free")
+    assert names(tmp_path) == ["part-0"]
+    (tmp_path / "more.doc").write_bytes(LINE)
+    assert [file.name for file in look_up(Source(path=str(tmp_path))).unused] == ["more.doc"]
+    (tmp_path / "a.jsonl").write_bytes(LINE)
+    listing = look_up(Source(path=str(tmp_path)))
+    assert [file.name for file in listing.files] == ["a.jsonl"]
+    assert [file.name for file in listing.unused] == ["more.doc", "part-0"]
+    assert names([str(tmp_path / "a.jsonl"), str(tmp_path / "part-0")]) == ["a.jsonl", "part-0"]
+
+
+def test_a_file_without_an_extension_belongs_to_the_split_of_its_folder(tmp_path):
+    for name in ("train/part-0", "test/part-0"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(LINE)
+    assert names(tmp_path) == ["train/part-0"]
