@@ -52,7 +52,8 @@ TABLE: dict[str, Parameter] = {
     ),
     "text_column": Parameter(TEXT, "text", "corpus.sources.train.text_column", "column that has the text"),
     "train_split": Parameter(
-        TEXT, "train", "corpus.sources.train.path", "files or subfolders of this name in a folder, if any"
+        TEXT, "train", "corpus.sources.train.path",
+        "split of the folder's data set, or files or subfolders of this name, if any",
     ),
     "valid_split": Parameter(
         TEXT, None, "eval.sources.valid.path",

@@ -9,8 +9,8 @@ The first of these that a folder has counts:
     data/train-00000-of-00001.*     the hub's own name for a part of a split
     train.jsonl, train/, a-test.csv a word for the split in a name, by the hub's rule
 
-The first three declare the splits: a file that they give none is no data. Words in names do not: files
-without such a word are training text if they have the format of a training file.
+The first three declare the splits: a file that they give none is no data. Words in names do not: next to
+train and another split, files without such a word are training text if they have a training file's format.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ WORDS = {
 }
 """Words for a split, as the page "Structure your repository" of the datasets library lists them."""
 SPLIT_OF_WORD = {word: split for split, words in WORDS.items() for word in words}
-WORD = re.compile(rf"(?:^|[-._ 0-9])({'|'.join(SPLIT_OF_WORD)})(?=[-._ 0-9]|$)")
+WORD = re.compile(rf"(?:^|[-._ 0-9/])({'|'.join(SPLIT_OF_WORD)})(?=[-._ 0-9/]|$)")
 NOTES = re.compile(r".*\.(?:md|py)(?:\.\w+)?", re.IGNORECASE)
 """Names of notes and programs, where the same words mean something else."""
 
@@ -81,7 +81,7 @@ class Splits:
         found = self.find(split) if split != ALL else None
         if found:
             out |= {name: OTHER_SPLIT for name, of in self.of.items() if of and found not in of}
-            if not self.is_declared:
+            if not self.is_declared and (found != TRAIN or len(self.names) > 1):
                 formats = {format_named(name) for name, of in self.of.items() if found in of}
                 rest = {name: format_named(name) for name in names if name not in self.of}
                 is_data = formats if found == TRAIN else ()
@@ -267,10 +267,7 @@ def _by_words(names: Iterable[str], *, as_text: bool = False) -> dict[str, froze
     """By the first word for a split in the folders of a name, or else in the file's."""
     found: dict[str, frozenset[str]] = {}
     for name in names:
-        is_data = format_named(name) or (names_no_format(name) and not as_text)
-        if not is_data or NOTES.fullmatch(name):
-            continue
-        words = (WORD.search(segment) for segment in name.split("/"))
-        if word := next(filter(None, words), None):
+        word = None if NOTES.fullmatch(name) else WORD.search(name)
+        if word and (format_named(name) or (names_no_format(name) and not as_text)):
             found[name] = frozenset({SPLIT_OF_WORD[word[1]]})
     return found

@@ -129,7 +129,8 @@ def check_column(file: File, options: ReadOptions) -> None:
     missing = [item for item in first if isinstance(item, NoColumn)]
     if missing and len(missing) == len(first):
         key = "records to the path of a list" if isinstance(missing[0], Wrapped) else "text_column to the one"
+        more = ", or its delimiter" if file.format == "csv" else ""
         raise CorpusError(
             f"{file.name} has {missing[0].reason}", where=file.location, why="no text can be read from it",
-            fix=f"set the source's {key} that holds the text",
+            fix=f"set the source's {key} that holds the text{more}",
         )  # fmt: skip

@@ -353,6 +353,9 @@ def _read_object_or_lines(chunks: Iterator[tuple[int, bytes]], options: ReadOpti
     if isinstance(value, dict):
         yield from _read_object(value, raw, held, options)
         return
+    if options.records:
+        yield [Wrapped(None, f"no object around '{options.records}': the file is not one JSON object")]
+        return
     yield from _read_lines(chain(held, chunks), options.text_column)
     if torn:
         raise torn

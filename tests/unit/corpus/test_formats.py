@@ -405,6 +405,9 @@ def test_records_that_occur_twice_or_not_at_all_are_not_guessed(tmp_path):
     assert (
         read(tmp_path / "a.json", records="a")[0].reason == "no object around 'a': the file itself is a list"
     )
+    (tmp_path / "a.json").write_bytes(b'{"a": [{"text": "x"}]}\n' * 2)
+    (bad,) = read(tmp_path / "a.json", records="a")
+    assert bad.reason == "no object around 'a': the file is not one JSON object"
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "x"}')
     for key in ("records", "delimiter", "quote"):
         source = Source(path=str(tmp_path / "a.jsonl"), **{key: "|"})
@@ -448,6 +451,9 @@ def test_a_delimiter_and_a_quote_may_be_set(tmp_path):
     path.write_text("id:text\n1:a\n")
     (bad,) = read(path)
     assert bad.reason == "no column 'text' (columns: id:text)"
+    with pytest.raises(CorpusError) as caught:
+        open_source(Source(path=str(path)), Corpus(sources={"s": {"path": "x"}}))
+    assert "or its delimiter" in caught.value.fix
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt"])

@@ -201,11 +201,12 @@ def test_words_in_names_give_splits(tmp_path, files, train, test):
     "files",
     [
         ["a.jsonl", "test.jsonl", "README.md", "b.txt"],
+        ["train.jsonl", "more.txt", "README.md"],
         ["trainer.jsonl", "latest.jsonl"],
         ["src/train.py", "src/test.py", "notes/test.md", "a.txt"],
     ],
 )
-def test_a_folder_without_a_training_split_is_read_as_a_whole(tmp_path, files):
+def test_a_folder_without_train_and_another_split_is_read_as_a_whole(tmp_path, files):
     made(tmp_path, *files)
     assert names(tmp_path) == sorted(files)
     assert left_out(tmp_path) == {}
