@@ -148,10 +148,10 @@ def _saved(
                     f"{name} names {missing[0]}, which is missing", where=where,
                     why="the data set was not saved or copied completely", fix="save or copy it again",
                 )  # fmt: skip
-            beside = {
+            neighbours = {
                 other for other in names if other.startswith(folder) and "/" not in other[len(folder) :]
             }
-            companions |= beside - files - {f"{folder}{CARD}"}
+            companions |= neighbours - files - {f"{folder}{CARD}"}
         elif last == SPLITS_FILE and isinstance(splits := _json(read(name)).get("splits"), list):
             companions.add(name)
             inside = (other for other in names if other.startswith(folder) and other != name)

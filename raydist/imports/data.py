@@ -25,15 +25,18 @@ def places(
     files: in the folder or the data set `path`, or, if that is the name of a builder, anywhere.
     What cannot be found is kept as it is, with a comment. name: the config's key.
     """
+    files, is_folder = list(files), Path(path).expanduser().is_dir()
+    in_folder = is_folder and not files and split != "train"  # which a source reads by itself
+    is_place = is_uri(path) or Path(path).expanduser().exists() or is_known(path)
     if path in BUILDERS and not Path(path).exists():
-        found = list(files) or [path]
-    elif is_uri(path) or Path(path).expanduser().exists() or is_known(path) or not HUB_NAME.fullmatch(path):
+        found = files or [path]
+    elif not in_folder and (is_place or not HUB_NAME.fullmatch(path)):
         found = [str(Path(path) / file) if not is_uri(path) else f"{path}/{file}" for file in files] or [path]
-    elif files := list(files):
+    elif files:
         return [f"hf://datasets/{path}/{file}" for file in files]
     else:
         try:
-            return find_data(f"{path}:{config}" if config else path, split, None)[0]
+            return find_data(f"{path}:{config}" if config and not is_folder else path, split, None)[0]
         except JobError as error:
             draft.note(name, path, f"copied without a check: {error.what}; {error.why}")
             return [path]

@@ -208,3 +208,15 @@ def test_data_that_is_not_here_is_copied_with_a_comment() -> None:
     job, comments = imported(PRETRAIN.replace("data/a.jsonl", "gone/a.jsonl"))
     assert job.corpus.sources["a"].path == ["gone/a.jsonl", "data/b.jsonl"]
     assert 'pretraining_dataset[0].path: ["gone/a.jsonl"]' in comments
+
+
+def test_a_split_of_a_folder_is_its_files() -> None:
+    for split in ("train", "test"):
+        Path(f"data/books/{split}.jsonl").write_text('{"text": "text"}\n')
+    asked = "  - path: data/books\n    type: completion\n"
+    job, _ = imported(LORA.replace(asked, f"{asked}    split: test\n"))
+    assert job.corpus.sources["books"].path == "data/books/test.jsonl"
+    job, _ = imported(LORA)
+    assert (job.corpus.sources["books"].path, job.corpus.sources["books"].split) == ("data/books", "train")
+    _, comments = imported(LORA.replace(asked, f"{asked}    split: gone\n"))
+    assert any("nothing is named gone" in comment for comment in comments.values())
