@@ -62,7 +62,7 @@ def planned(plan: dict[str, Any]) -> None:
         _not_used(source.get("left_out", {}))
     steps, parameters = plan["steps"], plan["parameters"]
     click.echo(
-        f"  tokenizer {plan['data']['tokenizer']}; about {plan['data']['blocks']:,} blocks\n"
+        f"  tokenizer {plan['data']['tokenizer']}{_begins(plan)}; about {plan['data']['blocks']:,} blocks\n"
         f"  {steps['optimizer_steps']:,} steps of {steps['tokens_per_step']:,} tokens{_stages(steps)}"
         f" on {steps['workers']} workers:"
         f" {steps['accumulation_steps']} micro batches of {steps['micro_batch_size']} sequences each"
@@ -103,6 +103,11 @@ def sample(shown: Sample) -> None:
         click.echo(seen.text)
     if shown.n_padding:
         click.secho(f"── {shown.n_padding:,} tokens of padding", fg="cyan")
+
+
+def _begins(plan: dict[str, Any]) -> str:
+    token = plan["data"].get("begins_with")
+    return f"; each document begins with {token}" if token else ""
 
 
 def planned_sweep(plan: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from raydist.corpus.files import unchanged
 from raydist.corpus.log import Ints, Tokens, held_out, token_dtype
 from raydist.corpus.source import SourceFiles, open_source
-from raydist.errors import EmptyCorpus, ModelError
+from raydist.errors import EmptyCorpus, JobError, ModelError
 from raydist.files import flush_to_disk, measure
 from raydist.fingerprint import fingerprint
 from raydist.job.schema import Job, NewTokenizer
@@ -46,7 +46,8 @@ class TokenizerSpec:
 
     json: the content of its tokenizer.json, without truncation and padding; "" in a spec from `from_json`,
     which names a tokenizer but cannot encode.  folder: where transformers loads it from, a path or hub id.
-    vocab_size: the highest id + 1, added tokens included.
+    vocab_size: the highest id + 1, added tokens included.  bos_token_id: its BOS token, whether it uses it or
+    not.  prefix: the ids that it puts in front of a text by itself.
     """
 
     json: str
@@ -54,19 +55,33 @@ class TokenizerSpec:
     eos_token_id: int | None
     vocab_size: int
     fingerprint: str
+    bos_token_id: int | None = None
+    prefix: tuple[int, ...] = ()
 
     def __hash__(self) -> int:
         return hash(self.fingerprint)
 
     @classmethod
-    def from_content(cls, content: str, folder: Path | str, eos_token_id: int | None) -> TokenizerSpec:
+    def from_content(
+        cls,
+        content: str,
+        folder: Path | str,
+        eos_token_id: int | None,
+        bos_token_id: int | None = None,
+        prefix: Sequence[int] = (),
+    ) -> TokenizerSpec:
         settings = {**jsonlib.loads(content), "truncation": None, "padding": None}
         text = jsonlib.dumps(settings, ensure_ascii=False)
         try:
             vocabulary = tokenizers.Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
         except Exception as error:  # tokenizers raises a bare Exception for anything that it cannot parse
             raise ModelError(f"the tokenizer cannot be read: {error}", where=str(folder)) from error
-        return cls(text, folder, eos_token_id, max(vocabulary.values()) + 1, fingerprint(settings))
+        size, known_by = max(vocabulary.values()) + 1, fingerprint(settings)
+        return cls(text, folder, eos_token_id, size, known_by, bos_token_id, tuple(prefix))
+
+    def token(self, number: int) -> str:
+        """The text of a token. The spec must have its json."""
+        return str(tokenizers.Tokenizer.from_str(self.json).id_to_token(number))
 
     def to_json(self) -> dict[str, Any]:
         named = {key: value for key, value in asdict(self).items() if key != "json"}
@@ -74,7 +89,7 @@ class TokenizerSpec:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> TokenizerSpec:
-        return cls(json="", **value)
+        return cls(json="", **{**value, "prefix": tuple(value.get("prefix", ()))})
 
 
 class Tokenizer(ABC):
@@ -156,7 +171,7 @@ def _read(folder: Path) -> TokenizerSpec:
     check_trained(folder)
     content = (folder / "tokenizer.json").read_text("utf-8")
     eos = tokenizers.Tokenizer.from_str(content).token_to_id(EOS)
-    return TokenizerSpec.from_content(content, folder, eos)
+    return TokenizerSpec.from_content(content, folder, eos, bos_token_id=eos)
 
 
 @functools.lru_cache(maxsize=2)
@@ -275,17 +290,76 @@ def pretrained_tokenizer(name: str) -> TokenizerSpec:
             fix="convert it with transformers.convert_slow_tokenizer and name the folder in model.tokenizer",
         )
     content = loaded.backend_tokenizer.to_str()
-    return TokenizerSpec.from_content(content, folder, loaded.eos_token_id)
+    return TokenizerSpec.from_content(
+        content, folder, loaded.eos_token_id, loaded.bos_token_id, _prefix(loaded)
+    )
+
+
+def _prefix(tokenizer: Any) -> list[int]:
+    """The ids that a tokenizer of transformers puts in front of a text, as it is called by default.
+
+    Found by calling it: templates, settings and code of its class all have a say in it.
+    """
+    bare = tokenizer(_PROBE, add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer(_PROBE)["input_ids"]
+    begins = range(len(whole) - len(bare) + 1)
+    return whole[: next((i for i in begins if bare and whole[i : i + len(bare)] == bare), 0)]
+
+
+_PROBE = "a"
+
+
+def document_start(job: Job, tokenizer: TokenizerSpec) -> int | None:
+    """The id that the feed puts in front of each document by packing.add_bos_token; None for none.
+
+    Raises JobError where the tokenizer has no such token.
+    """
+    asked, where = job.packing.add_bos_token, "packing.add_bos_token"
+    if asked is False:
+        return None
+    if asked == "auto":
+        if len(tokenizer.prefix) > 1:
+            raise JobError(
+                f"the tokenizer puts {len(tokenizer.prefix)} tokens in front of a text",
+                where=where,
+                why=f"auto adds the same as the tokenizer, and a document can begin with one token only:"
+                f" {', '.join(map(tokenizer.token, tokenizer.prefix))}",
+                fix=f"set {where}: false, or true for the tokenizer's BOS token alone",
+            )
+        return next(iter(tokenizer.prefix), None)
+    if tokenizer.bos_token_id is None:
+        raise JobError(
+            "the tokenizer has no beginning-of-sequence token",
+            where=where,
+            why="true begins every document with it",
+            fix=f"set {where}: auto, or use a tokenizer whose tokenizer_config.json names a bos_token",
+        )
+    return tokenizer.bos_token_id
+
+
+def _checked(job: Job, tokenizer: TokenizerSpec) -> TokenizerSpec:
+    """Raises JobError where it lacks a token that the packing adds: nothing is tokenized in vain."""
+    document_start(job, tokenizer)
+    if job.packing.add_eos_token and tokenizer.eos_token_id is None:
+        raise JobError(
+            "the tokenizer has no end-of-sequence token",
+            where="packing.add_eos_token",
+            why="it ends every document with that token",
+            fix="set packing.add_eos_token: false, or use a tokenizer whose tokenizer_config.json names an"
+            " eos_token",
+        )
+    return tokenizer
 
 
 def resolve_tokenizer(job: Job, storage: Storage) -> TokenizerSpec:
     """The tokenizer of `job`: the one that it names, its base's, or one trained on a sample of its corpus.
 
-    A trained one is kept in the storage under the fingerprint of its inputs, and used again.
+    A trained one is kept in the storage under the fingerprint of its inputs, and used again. Raises JobError
+    where it lacks a token that the packing adds.
     """
     asked = job.model.tokenizer or job.model.base
     if isinstance(asked, str):
-        return pretrained_tokenizer(asked)
+        return _checked(job, pretrained_tokenizer(asked))
     assert asked is not None  # the schema gives a model from a config a tokenizer
     sources, folder = _trained(job, storage)
     if not folder.exists():
@@ -299,7 +373,7 @@ def planned_tokenizer(job: Job, storage: Storage) -> TokenizerSpec | None:
     """Like `resolve_tokenizer`, but trains none: None if the tokenizer is still to be trained."""
     asked = job.model.tokenizer or job.model.base
     if isinstance(asked, str):
-        return pretrained_tokenizer(asked)
+        return _checked(job, pretrained_tokenizer(asked))
     _, folder = _trained(job, storage)
     return _read(folder) if folder.exists() else None
 

@@ -19,11 +19,12 @@ Reads = list[tuple[PackIndex, Ints]]
 
 @dataclass(frozen=True)
 class Audit:
-    """Document tokens, without EOS: n_in = n_trained + n_held_out + n_duplicate + n_left.
+    """Document tokens, without EOS and BOS: n_in = n_trained + n_held_out + n_duplicate + n_left.
 
     n_trained: tokens that were an input of a trained sample at least once.  n_repeated: how often they were
     an input again.  n_duplicate: tokens of documents, not held out, that are left out because their text
-    occurred before.  n_samples: trained samples.  n_eos, n_padding: their added EOS and padding inputs.
+    occurred before.  n_samples: trained samples.  n_eos, n_padding, n_bos: their added EOS, padding and added
+    BOS inputs.
     """
 
     n_in: int
@@ -35,6 +36,7 @@ class Audit:
     n_eos: int
     n_padding: int
     n_duplicate: int = 0
+    n_bos: int = 0
 
     def to_json(self) -> dict[str, int]:
         return asdict(self)
@@ -57,7 +59,16 @@ def audit(feed: Feed, n_samples: int) -> Audit:
     held_out = sum(source.held_out_tokens for source in feed.sources)
     dropped = sum(source.duplicate_tokens for source in feed.sources)
     result = Audit(
-        n_in, trained, held_out, left, repeated, n_samples, counts.n_eos, counts.n_padding, dropped
+        n_in=n_in,
+        n_trained=trained,
+        n_held_out=held_out,
+        n_left=left,
+        n_repeated=repeated,
+        n_samples=n_samples,
+        n_eos=counts.n_eos,
+        n_padding=counts.n_padding,
+        n_duplicate=dropped,
+        n_bos=counts.n_bos,
     )
     _check(feed, result)
     return result
@@ -94,12 +105,12 @@ def _count_shard(feed: Feed, source: int, shard: int, whole: int, reads: Reads) 
 
 
 def _times(reads: Reads, n_tokens: int, eos: bool) -> Ints:
-    """How often each token of a shard was in the blocks read, int64 [n_tokens]; added EOS are not counted."""
+    """How often each token of a shard was in the blocks read, int64 [n_tokens], without added EOS and BOS."""
     steps = np.zeros(n_tokens + 1, np.int64)
     for index, blocks in reads:
         read = index.fragments(blocks)
         ends = read.offset + read.length - ((read.rest == 0) & eos)
-        np.add.at(steps, read.offset, 1)
+        np.add.at(steps, read.offset + read.bos, 1)
         np.add.at(steps, ends, -1)
     return np.cumsum(steps[:-1])
 

@@ -26,6 +26,7 @@ class EvalSet:
     a token log that is for evaluation only: all of them.  unique: each text once. The choice is made once and
     kept on disk.
     shards: those that hold the documents.
+    bos: the id that each document begins with; None for none.
     n_tokens: document tokens.  n_labels: predicted tokens, EOS among them.  n_bytes: of the documents' text.
     """
 
@@ -38,9 +39,10 @@ class EvalSet:
         holdout: float | None,
         max_tokens: float,
         unique: bool = False,
+        bos: int | None = None,
     ) -> None:
         self.name = name
-        self.blocks = blocks_for([log], packing)
+        self.blocks = blocks_for([log], packing, bos)
         selection = xxhash.xxh3_64_hexdigest(f"1/{holdout}/{max_tokens}{'/unique' * unique}".encode())
         chosen = cached_array(
             pack_index_folder(log) / f"{log.fingerprint}-eval" / f"{selection}.pack",
@@ -48,8 +50,14 @@ class EvalSet:
         ).reshape(-1, 4)
         self.n_documents = len(chosen)
         self.n_tokens, self.n_bytes = chosen[:, 2:].sum(axis=0).tolist()
-        keep, eos = np.ones(len(chosen), bool), packing.add_eos_token
-        self.index = pack(chosen[:, 2], keep, block_size=packing.block_size, strategy="concat", eos=eos)
+        self.index = pack(
+            chosen[:, 2],
+            np.ones(len(chosen), bool),
+            block_size=packing.block_size,
+            strategy="concat",
+            eos=packing.add_eos_token,
+            bos=bos is not None,
+        )
         self.n_blocks, self.n_labels = self.index.n_blocks, int(self.index.counts[:, 3].sum())
         self.shards = [log.shards[number] for number in np.unique(chosen[:, 0]).tolist()]
         self._tokens = _read_documents(log, chosen[:, :2])

@@ -34,7 +34,8 @@ class Feed:
 
     holdout: share of the documents held out for evaluation.  dedup: whether documents whose text occurred
     before are left out.  stretches: how many samples of which block size follow each other, in place of
-    packing's one; the last has no end.  on_packed: called after each shard that is packed.
+    packing's one; the last has no end.  on_packed: called after each shard that is packed.  bos: the id that
+    each document begins with; None for none.
     Raises what Stage does.
     """
 
@@ -48,10 +49,11 @@ class Feed:
         dedup: bool = False,
         stretches: Sequence[Stretch] = (),
         on_packed: Callable[[], None] = lambda: None,
+        bos: int | None = None,
     ) -> None:
         self._made_of = (tuple(sources), packing, seed, holdout)
-        self._options = {"dedup": dedup, "stretches": tuple(stretches)}
-        self.packing, self.seed, self.stretches = packing, seed, tuple(stretches)
+        self._options = {"dedup": dedup, "stretches": tuple(stretches), "bos": bos}
+        self.packing, self.seed, self.stretches, self.bos = packing, seed, tuple(stretches), bos
         self.holdout, self.dedup = holdout, dedup
         selections = select([source.log for source in sources], holdout, dedup=dedup)
         sizes = [stage.block_size for stage in stretches] or [packing.block_size]
@@ -60,7 +62,7 @@ class Feed:
         for size, start in zip(sizes, starts, strict=True):
             resized = packing.model_copy(update={"block_size": size})
             before = self.stages[-1] if self.stages else None
-            self.stages.append(Stage(sources, selections, resized, seed, before, start, on_packed))
+            self.stages.append(Stage(sources, selections, resized, seed, before, start, on_packed, bos=bos))
         self.sources, self.streams = self.stages[0].sources, self.stages[0].streams
 
     def __reduce__(self) -> tuple[object, ...]:
@@ -106,7 +108,8 @@ class Feed:
                 while_waiting()
                 time.sleep(POLL_SECONDS)
             sources = [replace(s, log=open_log(s.log.path, growing=True)) for s in feed._made_of[0]]
-            feed, opened = Feed(sources, self.packing, self.seed, self.holdout), available
+            feed = Feed(sources, self.packing, self.seed, self.holdout, bos=self.bos)
+            opened = available
         return feed
 
     def _windows_available(self) -> int:
@@ -123,13 +126,14 @@ class Feed:
             "revision": REVISION,
             "logs": [source.log.fingerprint for source in self.sources],
             "mixture": mixture.units.tolist() if mixture else None,
-            "packing": self.packing.model_dump(),
+            "packing": self.packing.model_dump(exclude={"add_bos_token"}),
             "seed": self.seed,
             "holdout": self.holdout,
         }
         # Left out where not used, so that the fingerprint in older checkpoints stays the same.
         parts |= {"dedup": parts["logs"]} if self.dedup else {}
         parts |= {"stages": [list(stage) for stage in self.stretches]} if self.stretches else {}
+        parts |= {"bos": self.bos} if self.bos is not None else {}
         return xxhash.xxh3_128_hexdigest(orjson.dumps(parts, option=orjson.OPT_SORT_KEYS))
 
     def stage_number(self, g: int) -> int:
@@ -193,7 +197,7 @@ class Feed:
     def counts(self, start: int, stop: int) -> Counts:
         """The sums over samples [start, stop)."""
         each = [stage.counts(lo, hi) for stage, lo, hi in self.parts(start, stop)]
-        return Counts(*(sum(column) for column in zip(*each, strict=True))) if each else Counts(0, 0, 0, 0)
+        return Counts(*(sum(column) for column in zip(*each, strict=True))) if each else Counts(*[0] * 5)
 
     def parts(self, start: int, stop: int) -> Iterator[tuple[Stage, int, int]]:
         """Samples [start, stop), a stage at a time: (stage, first sample, end)."""
@@ -208,8 +212,14 @@ def _made(made_of: tuple[Sequence[FeedSource], Packing, int, float], options: di
     return Feed(*made_of, **options)  # type: ignore[arg-type]
 
 
-def make_feed(job: Job, logs: Mapping[str, TokenLog], on_packed: Callable[[], None] = lambda: None) -> Feed:
-    """The feed of a job. logs: the token log of each source, by name.  on_packed: see Feed."""
+def make_feed(
+    job: Job,
+    logs: Mapping[str, TokenLog],
+    on_packed: Callable[[], None] = lambda: None,
+    *,
+    bos: int | None,
+) -> Feed:
+    """The feed of a job. logs: the token log of each source, by name.  on_packed, bos: see Feed."""
     sources = [FeedSource(name, logs[name], source.weight) for name, source in job.corpus.sources.items()]
     dedup, lengths = job.corpus.dedup == "exact", stretches(job) if job.stages else ()
     return Feed(
@@ -220,4 +230,5 @@ def make_feed(job: Job, logs: Mapping[str, TokenLog], on_packed: Callable[[], No
         dedup=dedup,
         stretches=lengths,
         on_packed=on_packed,
+        bos=bos,
     )

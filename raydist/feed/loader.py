@@ -42,6 +42,7 @@ class Step:
     n_eos: int
     n_padding: int
     n_labels: int
+    n_bos: int
     documents: Ints
     wait_seconds: float = 0.0
 
@@ -105,7 +106,7 @@ def read_step(
 def documents_of(batch: Batch, counts: Ints) -> Ints:
     """The lengths of a batch's documents, int64, without padding, which is the end of a row's last one.
 
-    counts: int64 [B, 4], the Counts of each row.
+    counts: int64 [B, 5], the Counts of each row.
     """
     rows = np.flatnonzero(batch["sample"] >= 0)
     lengths = batch["document_lengths"][rows].astype(np.int64)

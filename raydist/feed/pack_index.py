@@ -55,7 +55,7 @@ class PackedSource:
 
     n_blocks hold n_tokens (without EOS) and n_eos. The selection leaves out held_out_documents with
     held_out_tokens and, of the others, duplicate_documents with duplicate_tokens. on_packed: called after
-    each shard that is packed.
+    each shard that is packed.  bos: whether each document begins with an added BOS.
     """
 
     def __init__(
@@ -64,11 +64,14 @@ class PackedSource:
         packing: Packing,
         selection: Selection,
         on_packed: Callable[[], None] = lambda: None,
+        *,
+        bos: bool = False,
     ) -> None:
         self.name, self.log, self.weight = source.name, source.log, source.weight
-        self.packing, self.selection = packing, selection
+        self.packing, self.selection, self.bos = packing, selection, bos
         # The folder's name stands for all that decides which inputs are in which block.
         parts = packing.model_dump(include={"block_size", "strategy", "add_eos_token"})
+        parts |= {"bos": True} if bos else {}  # left out where not used: older indexes have no such part
         identity = orjson.dumps([REVISION, parts, *selection.identity], option=orjson.OPT_SORT_KEYS)
         name = f"{self.log.fingerprint}-{xxhash.xxh3_64_hexdigest(identity)}"
         self.folder = pack_index_folder(self.log) / name
@@ -94,7 +97,7 @@ class PackedSource:
         lengths = verified(self.log.shards[shard]).lengths()
         keep = ~(self.selection.held_out(shard) | self.selection.repeated(shard))
         size, strategy, eos = self.packing.block_size, self.packing.strategy, self.packing.add_eos_token
-        return pack(lengths, keep, block_size=size, strategy=strategy, eos=eos)
+        return pack(lengths, keep, block_size=size, strategy=strategy, eos=eos, bos=self.bos)
 
     def _make_totals(self, on_packed: Callable[[], None]) -> Ints:
         rows = []

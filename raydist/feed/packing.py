@@ -6,6 +6,9 @@ best_fit   a document longer than a block first fills whole blocks. The rests, l
            fullest block that still holds them, so a document is cut only if it is longer than a block.
 
 With both, every input of every kept document is in exactly one block; only padding is added.
+
+Tokens that are not in the token log may stand around a document: a BOS in front of its first token and an
+EOS behind its last one. They are inputs of the document like the others.
 """
 
 from __future__ import annotations
@@ -41,22 +44,24 @@ IGNORED = -100
 class Fragments(NamedTuple):
     """Runs of inputs, each of one document of a shard; int64 [F] each.
 
-    document: its row in the shard.  offset: of the first token, in the shard's tokens.  length: inputs, an
-    added EOS among them.  rest: inputs of the document that follow the run.
+    document: its row in the shard.  offset: of the first input, in the shard's tokens; that of an added BOS
+    is one less than its document's first token's.  length: inputs, added BOS and EOS among them.  rest:
+    inputs of the document that follow the run.  bos: 1 where the run begins with an added BOS, else 0.
     """
 
     document: Ints
     offset: Ints
     length: Ints
     rest: Ints
+    bos: Ints
 
 
 @dataclass(frozen=True)
 class PackIndex:
     """Blocks of one shard. Block b holds pieces [first[b], first[b+1]), from left to right.
 
-    first: int64 [B+1].  counts: int64 [B, 4], document tokens, EOS, padding and labels of each block.
-    The other columns describe pieces, int64 [P], as in `Fragments`.
+    first: int64 [B+1].  counts: int64 [B, 4], document tokens, EOS, padding and labels of each block; what
+    they leave of its inputs are BOS. The other columns describe pieces, int64 [P], as in `Fragments`.
     """
 
     first: Ints
@@ -65,6 +70,7 @@ class PackIndex:
     offset: Ints
     length: Ints
     rest: Ints
+    bos: Ints
 
     @property
     def n_blocks(self) -> int:
@@ -81,26 +87,39 @@ class PackIndex:
         first = np.flatnonzero(np.concatenate([[True], apart])[: len(pieces)])
         last = np.append(first[1:], len(pieces)) - 1 if len(first) else first
         joined = np.add.reduceat(length, first) if len(first) else length
-        return Fragments(document[first], offset[first], joined, self.rest[pieces][last])
+        return Fragments(
+            document[first], offset[first], joined, self.rest[pieces][last], self.bos[pieces][first]
+        )
 
     def flat(self) -> Ints:
-        """All arrays as one, for storage."""
-        pieces = (self.document, self.offset, self.length, self.rest)
+        """All arrays as one, for storage. Without any BOS its column is left out, as in older indexes."""
+        bos = (self.bos,) if self.bos.any() else ()
+        pieces = (self.document, self.offset, self.length, self.rest, *bos)
         return np.concatenate([[self.n_blocks, len(self.document)], self.first, self.counts.ravel(), *pieces])
 
     @classmethod
     def from_flat(cls, flat: Ints) -> PackIndex:
         blocks, pieces = int(flat[0]), int(flat[1])
-        ends = np.cumsum([blocks + 1, 4 * blocks, pieces, pieces, pieces])
-        first, counts, *columns = np.split(flat[2:], ends)
-        return cls(first, counts.reshape(blocks, 4), *columns)
+        ends = np.cumsum([blocks + 1, 4 * blocks, pieces, pieces, pieces, pieces])
+        first, counts, document, offset, length, rest, bos = np.split(flat[2:], ends)
+        bos = bos if len(bos) else np.zeros(pieces, np.int64)
+        return cls(first, counts.reshape(blocks, 4), document, offset, length, rest, bos)
 
 
-def pack(lengths: Ints, keep: NDArray[np.bool_], *, block_size: int, strategy: str, eos: bool) -> PackIndex:
-    """Blocks of the kept documents. lengths: tokens of each document, without the EOS that `eos` adds."""
+def pack(
+    lengths: Ints,
+    keep: NDArray[np.bool_],
+    *,
+    block_size: int,
+    strategy: str,
+    eos: bool,
+    bos: bool = False,
+) -> PackIndex:
+    """Blocks of the kept documents. lengths: tokens of each, without the EOS and BOS that are added."""
     kept = np.flatnonzero(keep & (lengths + eos > 0))
     offsets = (np.cumsum(lengths) - lengths)[kept]
-    whole = Fragments(kept, offsets, lengths[kept] + int(eos), np.zeros_like(kept))
+    begins = np.full_like(kept, bos)
+    whole = Fragments(kept, offsets - begins, lengths[kept] + begins + int(eos), np.zeros_like(kept), begins)
     return pack_fragments(whole, block_size=block_size, strategy=strategy, eos=eos)
 
 
@@ -109,18 +128,21 @@ def pack_fragments(fragments: Fragments, *, block_size: int, strategy: str, eos:
     cut = _best_fit if strategy == "best_fit" else _concat
     row, start, length, block = cut(fragments.length, block_size)
     rest = fragments.rest[row] + fragments.length[row] - start - length
+    bos = np.where(start == 0, fragments.bos[row], 0)
     first = np.searchsorted(block, np.arange(int(block[-1]) + 2 if len(block) else 1))
-    counts = _counts(first, length, rest, block_size, eos)
-    return PackIndex(first, counts, fragments.document[row], fragments.offset[row] + start, length, rest)
+    counts = _counts(first, length, rest, bos, block_size, eos)
+    document, offset = fragments.document[row], fragments.offset[row] + start
+    return PackIndex(first, counts, document, offset, length, rest, bos)
 
 
-def _counts(first: Ints, length: Ints, rest: Ints, block_size: int, eos: bool) -> Ints:
+def _counts(first: Ints, length: Ints, rest: Ints, bos: Ints, block_size: int, eos: bool) -> Ints:
     if len(first) == 1:
         return np.zeros((0, 4), np.int64)
     filled = np.add.reduceat(length, first[:-1])
     ends = np.add.reduceat((rest == 0).astype(np.int64), first[:-1])
     added = ends * int(eos)
-    return np.stack([filled - added, added, block_size - filled, filled - ends], axis=1)
+    tokens = filled - added - np.add.reduceat(bos, first[:-1])
+    return np.stack([tokens, added, block_size - filled, filled - ends], axis=1)
 
 
 Cuts = tuple[Ints, Ints, Ints, Ints]
@@ -206,12 +228,13 @@ class _Rooms:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How pieces of token arrays become rows of a batch. eos: the id added to each document, if any."""
+    """How pieces of token arrays become rows of a batch. eos, bos: ids added to each document, if any."""
 
     block_size: int
     document_mask: bool
     eos: int | None
     padding: int
+    bos: int | None = None
 
     def empty(self, samples: Ints) -> Batch:
         """A batch of padding. samples: int64 [B], each row's number in the run, -1 for a row of padding.
@@ -240,13 +263,15 @@ class Blocks:
         start, filled = stop - length, int(stop[-1])
         column = _COLUMNS[:filled] if filled <= len(_COLUMNS) else np.arange(filled)
         input_ids, labels = batch["input_ids"][row], batch["labels"][row]
-        # An added EOS is not in `tokens`. Its place is read all the same (`clip` allows that behind the last
-        # token) and then overwritten.
+        # An added EOS or BOS is not in `tokens`. Its place is read all the same (`clip` allows that behind
+        # the last token and in front of the first) and then overwritten.
         input_ids[:filled] = tokens.take(np.repeat(offset - start, length) + column, mode="clip")
         following = tokens.take(offset + length, mode="clip").astype(np.int64)
         if self.eos is not None:
             input_ids[stop[rest == 0] - 1] = self.eos
             following[rest == 1] = self.eos
+        if self.bos is not None:
+            input_ids[start[index.bos[pieces] == 1]] = self.bos
         following[rest == 0] = IGNORED
         labels[: filled - 1] = input_ids[1:filled]
         labels[stop - 1] = following

@@ -27,12 +27,13 @@ from raydist.job.schema import Packing
 
 
 class Counts(NamedTuple):
-    """Inputs that are document tokens, added EOS and padding, and inputs with a label."""
+    """Inputs that are document tokens, added EOS and padding, inputs with a label, and added BOS."""
 
     n_tokens: int
     n_eos: int
     n_padding: int
     n_labels: int
+    n_bos: int
 
 
 class Place(NamedTuple):
@@ -55,7 +56,8 @@ class Stage:
     Weighted sources are one stream each, mixed by Tijdeman's rule. Without weights the shards of all
     sources are merged into one stream, and an epoch is every document once. selections: one for each source.
     start: the sample of the run that the stage begins with; samples are numbered from the start of the run.
-    before: the stage that it follows.  on_packed: called after each shard that is packed.
+    before: the stage that it follows.  on_packed: called after each shard that is packed.  bos: the id that
+    each document begins with; None for none.
 
     Raises EmptyCorpus if a stream has no block, LogError if the token logs do not belong together.
     """
@@ -69,11 +71,13 @@ class Stage:
         before: Stage | None = None,
         start: int = 0,
         on_packed: Callable[[], None] = lambda: None,
+        *,
+        bos: int | None = None,
     ) -> None:
         self.packing, self.seed, self.start = packing, seed, start
-        self.blocks = blocks_for([source.log for source in sources], packing)
+        self.blocks = blocks_for([source.log for source in sources], packing, bos)
         self.sources = tuple(
-            PackedSource(source, packing, selection, on_packed)
+            PackedSource(source, packing, selection, on_packed, bos=bos is not None)
             for source, selection in zip(sources, selections, strict=True)
         )
         weights = [source.weight for source in sources if source.weight is not None]
@@ -91,16 +95,17 @@ class Stage:
             self._follow(before)
 
     def read(self, samples: Ints) -> tuple[Batch, Ints]:
-        """Samples of the run as arrays [B, T], see `Blocks.empty`; and the four Counts of each, int64 [B, 4].
+        """Samples of the run as arrays [B, T], see `Blocks.empty`; and the five Counts of each, int64 [B, 5].
 
         Sample -1 is padding: labels all -100, counts zero.
         """
-        batch, counts = self.blocks.empty(samples), np.zeros((len(samples), 4), np.int64)
+        batch, counts = self.blocks.empty(samples), np.zeros((len(samples), 5), np.int64)
         rows = np.flatnonzero(samples >= 0)
         for row, place in zip(rows.tolist(), self.places(samples[rows]), strict=True):
             index, tokens = self.open(place.stream, place.stream_shard)
             self.blocks.fill(batch, row, tokens, index, place.block)
-            counts[row] = index.counts[place.block]
+            counts[row, :4] = index.counts[place.block]
+            counts[row, 4] = self.packing.block_size - counts[row, :3].sum()
         return batch, counts
 
     def places(self, samples: Ints) -> list[Place]:
@@ -139,7 +144,8 @@ class Stage:
             else:
                 parts = self.indexes(number, span)
                 total += sum(index.counts[blocks].sum(axis=0) for _, _, index, blocks in parts)
-        return Counts(*total.tolist())
+        n_bos = (stop - start) * self.packing.block_size - total[:3].sum()
+        return Counts(*[*total.tolist(), int(n_bos)])
 
     def is_whole(self, number: int, span: Span) -> bool:
         """Whether the span is all of its window."""
@@ -218,8 +224,11 @@ class Stage:
                 )
 
 
-def blocks_for(logs: Sequence[TokenLog], packing: Packing) -> Blocks:
-    """How blocks of these token logs are made. Raises LogError if their tokenizers differ or lack an EOS."""
+def blocks_for(logs: Sequence[TokenLog], packing: Packing, bos: int | None = None) -> Blocks:
+    """How blocks of these token logs are made. Raises LogError if their tokenizers differ or lack an EOS.
+
+    bos: the id that each document begins with; None for none.
+    """
     ids = {(log.tokenizer, log.vocab_size, log.eos_token_id) for log in logs}
     if len(ids) != 1:
         raise LogError(
@@ -237,4 +246,4 @@ def blocks_for(logs: Sequence[TokenLog], packing: Packing) -> Blocks:
             fix="set packing.add_eos_token: false, or use a tokenizer that has one",
         )
     added = eos if packing.add_eos_token else None
-    return Blocks(packing.block_size, packing.document_mask, added, padding=eos if eos is not None else 0)
+    return Blocks(packing.block_size, packing.document_mask, added, eos if eos is not None else 0, bos)

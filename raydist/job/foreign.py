@@ -118,6 +118,8 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
         "packing.strategy", "documents are always packed into full sequences"
     ),
     ("sample_packing_group_size", "packing_strategy"): _one("packing.strategy"),
+    ("add_bos", "prepend_bos"): _one("packing.add_bos_token", "auto, true or false"),
+    ("add_eos", "append_eos"): _one("packing.add_eos_token"),
     # --- length and batch
     ("num_train_epochs", "num_epochs", "n_epochs"): _one("train.epochs"),
     ("num_iterations", "max_iters", "total_steps", "num_steps", "steps", "num_train_steps"): _one(

@@ -133,6 +133,11 @@ class Packing(Section):
     )
     document_mask: bool = Field(True, description="attention does not cross documents")
     add_eos_token: bool = Field(True, description="end every document with the end-of-sequence token")
+    add_bos_token: bool | Literal["auto"] = Field(
+        "auto",
+        description="begin every document with the beginning-of-sequence token; auto: if the tokenizer itself"
+        " puts a token in front of a text, with that one",
+    )
     window_shards: Count = Field(16, description="shards whose blocks are shuffled together")
 
 

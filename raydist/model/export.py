@@ -159,13 +159,17 @@ def load_trained(folder: Path) -> CausalModel | PeftModelForCausalLM:
     return adapted
 
 
-def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int = 0) -> tuple[str, str]:
+def continue_text(
+    folder: Path, prompt: Sequence[int], n_tokens: int, seed: int = 0, *, bos: int | None = None
+) -> tuple[str, str]:
     """The prompt and a continuation of at most `n_tokens`, sampled from the model in `folder`.
 
-    The temperature is 0.8, because the likeliest continuation of a small model only repeats itself.
+    bos: the id that the model reads in front of the prompt; None for none. The temperature is 0.8, because
+    the likeliest continuation of a small model only repeats itself.
     """
     model, tokenizer = load_trained(folder), load_tokenizer(folder)
-    ids = torch.tensor([list(prompt)])
+    begin = [] if bos is None else [bos]
+    ids = torch.tensor([[*begin, *prompt]])
     with torch.inference_mode(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         out = model.generate(
@@ -176,7 +180,7 @@ def continue_text(folder: Path, prompt: Sequence[int], n_tokens: int, seed: int 
             temperature=0.8,
             top_p=0.95,
         )
-    before, after = out[0, : len(prompt)], out[0, len(prompt) :]
+    before, after = out[0, len(begin) : ids.shape[1]], out[0, ids.shape[1] :]
     return str(tokenizer.decode(before)), str(tokenizer.decode(after, skip_special_tokens=True))
 
 

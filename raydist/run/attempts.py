@@ -211,6 +211,7 @@ def attempt_spec(
         why=why,
         cpus=cpus,
         threads=threads,
+        bos=prepared.bos,
     )
 
 

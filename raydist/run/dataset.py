@@ -17,7 +17,14 @@ from raydist.cluster.background import in_background
 from raydist.corpus.build import LogPlan, build_log, plan_log
 from raydist.corpus.log import TokenLog, open_log
 from raydist.corpus.log_folder import MADE_AGAIN, LogFolder
-from raydist.corpus.tokenizer import TokenizerSpec, check_trained, planned_tokenizer, resolve_tokenizer
+from raydist.corpus.tokenizer import (
+    TokenizerSpec,
+    check_trained,
+    document_start,
+    planned_tokenizer,
+    pretrained_tokenizer,
+    resolve_tokenizer,
+)
 from raydist.errors import CorpusError, EmptyCorpus, LogError
 from raydist.job.schema import Job, Source
 from raydist.storage import Storage
@@ -30,12 +37,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that training needs of the data: token logs to train on, and `eval_logs` only to evaluate on."""
+    """All that training needs of the data: token logs to train on, and `eval_logs` only to evaluate on.
+
+    bos: the id that each document begins with; None for none.
+    """
 
     job: Job
     tokenizer: TokenizerSpec
     logs: dict[str, TokenLog]
     eval_logs: dict[str, TokenLog]
+    bos: int | None
 
     @property
     def complete(self) -> bool:
@@ -47,6 +58,7 @@ class Prepared:
             "tokenizer": self.tokenizer.to_json(),
             "logs": {name: log.fingerprint for name, log in self.logs.items()},
             "eval_logs": {name: log.fingerprint for name, log in self.eval_logs.items()},
+            "bos": self.bos,
         }
 
     def feed(self, listener: Listener | None = None) -> Feed:
@@ -64,7 +76,7 @@ class Prepared:
             packed += 1
             listener.progress("packing", packed, shards)
 
-        feed = make_feed(self.job, self.logs, on_packed)
+        feed = make_feed(self.job, self.logs, on_packed, bos=self.bos)
         if empty := [source.name for source in feed.sources if source.n_blocks == 0]:
             raise EmptyCorpus(
                 f"no document is left to train on in {', '.join(empty)}",
@@ -150,6 +162,7 @@ def prepare_first(
     if pinned and _complete(job, pinned):
         return None
     window, tokenizer = job.packing.window_shards, _tokenizer(job, pinned)
+    bos = document_begin(job, tokenizer, pinned)
     plans, eval_plans = _plans(job, tokenizer, pinned)
     if all(plan.complete or plan.n_slices <= window for plan in plans.values()):
         return None
@@ -160,7 +173,7 @@ def prepare_first(
 
     def up_to(slices: int) -> Prepared:
         logs = {name: made(plan, slices) for name, plan in plans.items()}
-        return Prepared(job, tokenizer, logs, eval_logs)
+        return Prepared(job, tokenizer, logs, eval_logs, bos)
 
     def rest() -> Prepared:
         longest = max(plan.n_slices for plan in plans.values())
@@ -211,6 +224,18 @@ def _pinned_tokenizer(pins: dict[str, Any]) -> TokenizerSpec:
     return tokenizer
 
 
+def document_begin(job: Job, tokenizer: TokenizerSpec, pinned: dict[str, Any] | None) -> int | None:
+    """The id that each document begins with; None for none. Raises JobError where the tokenizer lacks it.
+
+    A run goes on as it began: `auto` is what its pins say. One that began without the key has no BOS.
+    """
+    if pinned and not isinstance(job.packing.add_bos_token, bool):
+        bos: int | None = pinned.get("bos")
+        return bos
+    known = not pinned or "bos" in pinned  # else these pins do not say what the tokenizer has
+    return document_start(job, tokenizer if known else pretrained_tokenizer(str(tokenizer.folder)))
+
+
 def _plans(
     job: Job, tokenizer: TokenizerSpec, pinned: dict[str, Any] | None
 ) -> tuple[dict[str, LogPlan], dict[str, LogPlan]]:
@@ -242,7 +267,7 @@ def _of_plans(
     logs, eval_logs = (
         {name: log_of(name, plan) for name, plan in plans.items()} for plans in _plans(job, tokenizer, pinned)
     )
-    return Prepared(job, tokenizer, logs, eval_logs)
+    return Prepared(job, tokenizer, logs, eval_logs, document_begin(job, tokenizer, pinned))
 
 
 def _complete(job: Job, pins: dict[str, Any]) -> bool:
@@ -284,7 +309,8 @@ def _open_pinned(job: Job, pins: dict[str, Any]) -> Prepared:
     logs, eval_logs = (
         {name: _open(job, pin) for name, pin in pins[kind].items()} for kind in ("logs", "eval_logs")
     )
-    return Prepared(job, _pinned_tokenizer(pins), logs, eval_logs)
+    tokenizer = _pinned_tokenizer(pins)
+    return Prepared(job, tokenizer, logs, eval_logs, document_begin(job, tokenizer, pins))
 
 
 def _open(job: Job, fingerprint: str) -> TokenLog:

@@ -47,10 +47,10 @@ def describe_log(log: TokenLog) -> dict[str, Any]:
 
 def _describe_packing(stage: Stage) -> dict[str, Any]:
     size, blocks = stage.packing.block_size, sum(source.n_blocks for source in stage.sources)
-    tokens = sum(source.n_tokens + source.n_eos for source in stage.sources)
+    padding = sum(int(source.totals.padding.sum()) for source in stage.sources)
     return {
         "block_size": size,
         "strategy": stage.packing.strategy,
         "n_blocks": blocks,
-        "padding_share": 1 - tokens / (blocks * size),
+        "padding_share": padding / (blocks * size),
     }

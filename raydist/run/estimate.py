@@ -15,6 +15,7 @@ from raydist.model.build import Sizes, check_base, check_fits, check_tokenizer, 
 from raydist.parallel.footprint import FP32, worker_memory
 from raydist.parallel.optimizer import state_bytes
 from raydist.run.attempts import first_micro_batch_tokens, remembered
+from raydist.run.dataset import document_begin
 from raydist.run.lifecycle import folder_of
 from raydist.storage import Storage
 from raydist.track.listener import Listener
@@ -58,8 +59,9 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
         sources[name] = _source(job, name, tokenizer, storage)
     tokens = sum(source["tokens"] for source in sources.values()) * (1 - job.corpus.holdout)
     documents = sum(source["documents"] for source in sources.values())
-    eos = documents if job.packing.add_eos_token else 0
-    blocks = max(1, round((tokens + eos) / job.block_sizes[0]))
+    bos = document_begin(job, tokenizer, folder_of(job).data().get("pins")) if tokenizer else None
+    around = job.packing.add_eos_token + (bos is not None or job.packing.add_bos_token is True)
+    blocks = max(1, round((tokens + documents * around) / job.block_sizes[0]))
     weighted = any(source.weight is not None for source in job.corpus.sources.values())
     known = None if weighted or job.stages else blocks
     listener.phase("counting the model")
@@ -68,7 +70,7 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
     found = remembered(folder_of(job), device_type)
     micro = found or first_micro_batch_tokens(device_type)
     plan = make_plan(job, job.scaling.num_workers, known, micro)
-    _add_epochs(sources, job, plan)
+    _add_epochs(sources, job, plan, around)
     config = load_config(job, tokenizer.vocab_size if tokenizer else _new_vocabulary(job))
     check_fits(config, job)
     if job.model.base is not None:
@@ -87,6 +89,7 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
             "sources": sources,
             "blocks": blocks,
             "tokenizer": "to be trained" if tokenizer is None else "ready",
+            "begins_with": tokenizer.token(bos) if tokenizer and bos is not None else None,
         },
         "steps": {**_steps(plan), "micro_batch_from": micro_batch_from(job, found)},
         "parameters": {
@@ -125,11 +128,14 @@ def _source(job: Job, name: str, tokenizer: TokenizerSpec | None, storage: Stora
     }
 
 
-def _add_epochs(sources: dict[str, Any], job: Job, plan: Plan) -> None:
-    """How often the run passes over each source: its share of the samples, by its tokens to train on."""
+def _add_epochs(sources: dict[str, Any], job: Job, plan: Plan, around: int) -> None:
+    """How often the run passes over each source: its share of the samples, by its tokens to train on.
+
+    around: the tokens that are added to each document.
+    """
     kept = 1 - job.corpus.holdout
     left = {
-        name: source["tokens"] * kept + source["documents"] * kept * job.packing.add_eos_token
+        name: source["tokens"] * kept + source["documents"] * kept * around
         for name, source in sources.items()
     }
     read = sum(stage.samples * stage.block_size for stage in plan.stages)

@@ -18,5 +18,7 @@ def text_sample(prepared: Prepared, folder: RunFolder) -> dict[str, str] | None:
         document = first_held_out(prepared.eval_logs.values(), 1.0)
     if document is None:
         return None
-    prompt, continuation = continue_text(folder.model, document[:PROMPT_TOKENS].tolist(), NEW_TOKENS)
+    prompt, continuation = continue_text(
+        folder.model, document[:PROMPT_TOKENS].tolist(), NEW_TOKENS, bos=prepared.bos
+    )
     return {"prompt": prompt, "continuation": continuation}

@@ -21,7 +21,8 @@ class AttemptSpec:
     functions the job names, by `module_folders`.  driver_seconds: what the driver spent until then, by phase.
     sent: when it gave the attempt away, as UNIX time; None where nobody waited.
     why: why the attempt is made, for people.  cpus: reserved for each worker.  threads: of each worker,
-    which decide the last bits of its sums on CPU; None: as torch has it.
+    which decide the last bits of its sums on CPU; None: as torch has it.  bos: the id that each document
+    begins with; None for none.
     """
 
     job: Job
@@ -40,6 +41,7 @@ class AttemptSpec:
     why: str = ""
     cpus: int = 1
     threads: int | None = None
+    bos: int | None = None
 
     def imported(self, seconds: float) -> AttemptSpec:
         """The same where so much of its start went into imports."""

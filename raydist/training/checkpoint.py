@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,17 +33,22 @@ GO_ON = "submit the job again: the run goes on from the checkpoint before it"
 
 @dataclass(frozen=True)
 class Counts:
-    """Tokens over all ranks: of documents, of the EOS that the feed adds, of padding."""
+    """Tokens over all ranks: of documents, of the EOS that the feed adds, of padding, of the BOS it adds."""
 
     tokens: int = 0
     eos: int = 0
     padding: int = 0
+    bos: int = 0
 
     def __add__(self, other: Counts) -> Counts:
-        return Counts(self.tokens + other.tokens, self.eos + other.eos, self.padding + other.padding)
+        return Counts(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __sub__(self, other: Counts) -> Counts:
-        return Counts(self.tokens - other.tokens, self.eos - other.eos, self.padding - other.padding)
+        return Counts(*(a - b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+    def to_json(self) -> dict[str, int]:
+        """bos is left out where there is none, as in the records of older versions."""
+        return {name: n for name, n in asdict(self).items() if n or name != "bos"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,10 +185,11 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
         "world_size": done.world_size,
         "steps": [since.step if since else 0, done.step],
         "samples": [since.samples if since else 0, done.samples],
-        **asdict(done.seen - since.seen if since else done.seen),
+        **(done.seen - since.seen if since else done.seen).to_json(),
     }
     done = replace(done, line=ledger.append(folder, values))
-    write_sealed(done.path / COMMIT, {k: v for k, v in asdict(done).items() if k != "path"})
+    record = {**asdict(done), "seen": done.seen.to_json()}
+    write_sealed(done.path / COMMIT, {k: v for k, v in record.items() if k != "path"})
     files.flush_to_disk(folder.checkpoints)
     return done
 

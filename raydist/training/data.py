@@ -34,10 +34,13 @@ def open_data(spec: AttemptSpec) -> Data:
     share, unique = job.corpus.holdout, job.corpus.dedup != "none"
     packing = job.packing.model_copy(update={"block_size": job.eval_block_size})
     held_out = [
-        EvalSet(name, log, packing, holdout=share, max_tokens=limit, unique=unique)
+        EvalSet(name, log, packing, holdout=share, max_tokens=limit, unique=unique, bos=spec.bos)
         for name, log in logs.items()
         if share > 0 and log.complete  # the lowest hashes are known once the whole token log is there
     ]
-    extra = [EvalSet(n, log, packing, holdout=None, max_tokens=limit) for n, log in eval_logs.items()]
-    eval_sets = [*held_out, *extra]
-    return Data(make_feed(job, logs), eval_sets, [shard for each in eval_sets for shard in each.shards])
+    extra = [
+        EvalSet(name, log, packing, holdout=None, max_tokens=limit, bos=spec.bos)
+        for name, log in eval_logs.items()
+    ]
+    eval_sets, feed = [*held_out, *extra], make_feed(job, logs, bos=spec.bos)
+    return Data(feed, eval_sets, [shard for each in eval_sets for shard in each.shards])

@@ -89,8 +89,8 @@ def contradiction(
 ) -> str | None:
     """Why the ledger does not lead to a commit; None if it does.
 
-    ledger: the id of the commit's line.  tokens: {tokens, eos, padding} of the run up to it. The lines from
-    the first to this one must follow each other and add up.
+    ledger: the id of the commit's line.  tokens: {tokens, eos, padding, bos} of the run up to it. The lines
+    from the first to this one must follow each other and add up; one without bos has 0 of them.
     """
     lines = [_parsed(text) for text in read_lines(folder)]
     wanted: str | None = ledger
@@ -102,6 +102,7 @@ def contradiction(
                 ends = f"step {line['steps'][1]}, sample {line['samples'][1]}"
                 return f"line {wanted} ends at {ends}, not at step {step}, sample {samples}"
             step, samples, wanted = line["steps"][0], line["samples"][0], line["previous"]
+            line = {"bos": 0, **line}
             tokens = {name: n - line[name] for name, n in tokens.items()}
         except (KeyError, IndexError, TypeError):
             return f"line {wanted} is not one that raydist writes"

@@ -154,7 +154,7 @@ class Attempt:
             loss = self._forward_backward(batch, n_labels)
             norm = self._update(loss, lr)
             self._advance(batch, counts)
-            flops = self.work.flops(batch.n_tokens + batch.n_eos, batch.documents)
+            flops = self.work.flops(batch.n_tokens + batch.n_eos + batch.n_bos, batch.documents)
             result = StepResult(*self._read(loss, norm), lr, counts, batch.wait_seconds, flops)
             if result.loss is not None and self.router is not None:
                 balance = self.world.sum_floats([self.router.sum_seen()])[0] / n_labels
@@ -215,9 +215,9 @@ class Attempt:
 
     def _agree(self, batch: Step) -> tuple[int, Counts, bool]:
         """Over all ranks: the step's labels, its tokens, and whether to stop after it."""
-        own = [batch.n_labels, batch.n_tokens, batch.n_eos, batch.n_padding, self.stopping]
-        n_labels, tokens, eos, padding, stop = self.world.sum_ints(own)
-        return max(n_labels, 1), Counts(tokens, eos, padding), stop > 0
+        own = [batch.n_labels, batch.n_tokens, batch.n_eos, batch.n_padding, batch.n_bos, self.stopping]
+        n_labels, *counts, stop = self.world.sum_ints(own)
+        return max(n_labels, 1), Counts(*counts), stop > 0
 
     def _forward_backward(self, batch: Step, n_labels: int) -> Tensor:
         """This rank's share of the step's loss, fp64 scalar on the device; gradients are complete on return.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers.processors import ByteLevel, Sequence, TemplateProcessing
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from raydist.corpus.tokenizer import (
     EOS,
@@ -17,6 +20,7 @@ from raydist.corpus.tokenizer import (
     Reference,
     Tokenizer,
     TokenizerSpec,
+    document_start,
     load_tokenizer,
     open_tokenizer,
     planned_tokenizer,
@@ -25,7 +29,7 @@ from raydist.corpus.tokenizer import (
     train_tokenizer,
     unicode_sweep,
 )
-from raydist.errors import EmptyCorpus, ModelError
+from raydist.errors import EmptyCorpus, JobError, ModelError
 from raydist.job.schema import Job
 from raydist.storage import Storage
 
@@ -149,6 +153,57 @@ def test_training_is_deterministic_and_loads_in_transformers(folder: Path, tmp_p
     assert spec.eos_token_id == open_tokenizer(folder).spec.eos_token_id
     text = TEXTS[7] + "x = [\t1]"
     assert ids(Reference(spec), text) == ids(open_tokenizer(folder), text)
+
+
+def put_in_front(folder: Path, target: Path, *tokens: str) -> Path:
+    """The tokenizer in `folder` with these tokens in front of each text, as LLaMA 3's and Gemma's have it."""
+    core = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    core.add_special_tokens([*tokens, "<end>"])
+    named = [(token, core.token_to_id(token)) for token in (*tokens, "<end>")]
+    template = TemplateProcessing(single=f"{' '.join(tokens)} $A", pair=None, special_tokens=named)
+    core.post_processor = Sequence([ByteLevel(trim_offsets=False), template])
+    options = {"bos_token": tokens[-1]} if tokens else {}
+    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<end>", **options).save_pretrained(target)
+    return target
+
+
+def packed(folder: Path, **packing: Any) -> Job:
+    job = a_job(folder)
+    return job.model_copy(update={"packing": job.packing.model_copy(update=packing)})
+
+
+def test_a_document_begins_as_the_tokenizer_begins_a_text(folder: Path, tmp_path: Path) -> None:
+    """Whatever its settings call it: the tokenizer is asked."""
+    spec = pretrained_tokenizer(str(put_in_front(folder, tmp_path / "one", "<s>")))
+    begin = AutoTokenizer.from_pretrained(tmp_path / "one")("hi")["input_ids"][0]
+    assert spec.token(begin) == "<s>" and (spec.prefix, spec.bos_token_id) == ((begin,), begin)
+    assert document_start(packed(tmp_path), spec) == begin
+    assert document_start(packed(tmp_path, add_bos_token=False), spec) is None
+    assert begin not in Reference(spec).encode_batch(["hi"])[0]  # it is not in the token log
+    assert TokenizerSpec.from_json(json.loads(json.dumps(spec.to_json()))).prefix == (begin,)
+    plain = pretrained_tokenizer(str(folder))
+    assert plain.prefix == () and document_start(packed(tmp_path), plain) is None
+    assert document_start(packed(tmp_path, add_bos_token=True), plain) == plain.bos_token_id
+
+
+def test_what_a_document_cannot_begin_or_end_with_is_refused(folder: Path, tmp_path: Path) -> None:
+    two = pretrained_tokenizer(str(put_in_front(folder, tmp_path / "two", "[MASK]", "<sop>")))
+    with pytest.raises(JobError, match="puts 2 tokens in front") as refused:
+        document_start(packed(tmp_path), two)
+    assert "[MASK], <sop>" in refused.value.why and "add_bos_token: false" in refused.value.fix
+    assert document_start(packed(tmp_path, add_bos_token=True), two) == two.prefix[1]
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in ("none", "nothing"):
+        shutil.copytree(folder, tmp_path / name)
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps(settings))
+    job = packed(tmp_path, add_bos_token=True, add_eos_token=False)
+    named = job.model.model_copy(update={"tokenizer": str(tmp_path / "none")})
+    with pytest.raises(JobError, match="no beginning-of-sequence token"):
+        planned_tokenizer(job.model_copy(update={"model": named}), Storage(tmp_path))
+    job = packed(tmp_path).model_copy(update={"model": named})
+    with pytest.raises(JobError, match="no end-of-sequence token") as ends:  # before anything is tokenized
+        resolve_tokenizer(job, Storage(tmp_path))
+    assert "add_eos_token: false" in ends.value.fix
 
 
 def test_spec_names_itself_in_json(folder: Path) -> None:

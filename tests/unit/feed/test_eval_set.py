@@ -104,3 +104,15 @@ def test_the_choice_is_remembered_beside_the_logs(make_log):
     assert list(pack_index_folder(log).glob("*-eval/*.pack"))
     again = EvalSet("a", log, PACKING, holdout=0.3, max_tokens=200)
     assert inputs(again.batches(0, 1, 4)) == inputs(first.batches(0, 1, 4))
+
+
+def test_its_documents_begin_with_the_bos_that_training_adds(make_log):
+    log = make_log(SHARDS)
+    plain = EvalSet("a", log, PACKING, holdout=0.3, max_tokens=200)
+    evaluated = EvalSet("a", log, PACKING, holdout=0.3, max_tokens=200, bos=7)
+    chosen = [ids.tolist() for _, ids in by_hash(log)][: plain.n_documents]
+    stream = [token for ids in chosen for token in [7, *ids, 0]]
+    flat = [token for block in inputs(evaluated.batches(0, 1, 3)) for token in block]
+    assert flat[: len(stream)] == stream
+    assert (evaluated.n_tokens, evaluated.n_bytes) == (plain.n_tokens, plain.n_bytes)
+    assert evaluated.n_labels == plain.n_labels + plain.n_documents  # each first token is predicted too

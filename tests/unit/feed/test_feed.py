@@ -18,6 +18,7 @@ from raydist.job.schema import Packing
 from tests.unit.feed.places import places_of
 
 SHARDS = [[5, 40, 1, 16, 15, 17, 3], [100, 2, 2], [7] * 30, [16]]
+BOS = 2**20 - 1  # no token of these logs
 STRATEGIES = pytest.mark.parametrize("strategy", ["best_fit", "concat"])
 
 
@@ -43,24 +44,36 @@ def check_epoch(feed: Feed, documents: list[np.ndarray], samples: np.ndarray) ->
     after = following(documents, eos)
     document_of = {int(token): number for number, ids in enumerate(documents) for token in ids}
     seen: Counter[int] = Counter()
+    begun: Counter[int] = Counter()
     n_eos = 0
     for g in samples:
         block = feed.block(int(g))
-        n_tokens, added, n_padding, n_labels = feed.counts(int(g), int(g) + 1)
+        n_tokens, added, n_padding, n_labels, n_bos = feed.counts(int(g), int(g) + 1)
         filled = feed.packing.block_size - n_padding
         ids, labels, positions = block["input_ids"], block["labels"], block["position_ids"]
         assert (ids[filled:] == 0).all()
         assert (labels[filled:] == -100).all()
         assert np.count_nonzero(labels != -100) == n_labels
-        assert np.count_nonzero(ids[:filled]) == n_tokens
+        assert np.count_nonzero(ids[:filled]) == n_tokens + n_bos
+        assert np.count_nonzero(ids == BOS) == n_bos
         assert np.count_nonzero(ids[:filled] == 0) == added
-        assert labels[:filled].tolist() == [after[t] if t else -100 for t in ids[:filled].tolist()]
-        check_positions(feed, ids[:filled].tolist(), positions.tolist(), document_of)
+        first = ids == BOS
+        begun.update(labels[first].tolist())
+        whole = first[:-1] & (np.diff(positions) == 1) & feed.packing.document_mask
+        assert (labels[:-1][whole] == ids[1:][whole]).all()
+        rest = ~first[:filled]
+        tokens = ids[:filled][rest].tolist()
+        assert labels[:filled][rest].tolist() == [after[token] if token else -100 for token in tokens]
+        if feed.bos is None:
+            check_positions(feed, ids[:filled].tolist(), positions.tolist(), document_of)
+        else:
+            assert not feed.packing.document_mask or not positions[first].any()
         assert block["document_lengths"].tolist() == lengths_where_positions_restart(positions)
-        seen.update(ids[:filled][ids[:filled] != 0].tolist())
+        seen.update(token for token in tokens if token)
         n_eos += added
     assert seen == Counter(document_of.keys())
     assert n_eos == len(documents) * eos
+    assert begun == Counter(int(ids[0]) for ids in documents if feed.bos is not None)
 
 
 def lengths_where_positions_restart(positions: np.ndarray) -> list[int]:
@@ -85,11 +98,11 @@ def check_positions(feed: Feed, ids: list[int], positions: list[int], document_o
 @STRATEGIES
 @pytest.mark.parametrize("eos", [True, False])
 @pytest.mark.parametrize("mask", [True, False])
-def test_an_epoch_is_every_kept_token_once_with_its_label_and_position(make_log, strategy, eos, mask):
+@pytest.mark.parametrize("bos", [None, BOS])
+def test_an_epoch_is_every_kept_token_once_with_its_label_and_position(make_log, strategy, eos, mask, bos):
     log = make_log(SHARDS)
-    feed = Feed(
-        [FeedSource("a", log)], packing(strategy=strategy, add_eos_token=eos, document_mask=mask), 3, 0.1
-    )
+    packed = packing(strategy=strategy, add_eos_token=eos, document_mask=mask)
+    feed = Feed([FeedSource("a", log)], packed, 3, 0.1, bos=bos)
     documents = kept_documents(log, 0.1)
     assert 0 < len(documents) < log.n_documents
     for epoch in range(2):
@@ -104,9 +117,10 @@ def test_an_epoch_is_every_kept_token_once_with_its_label_and_position(make_log,
     st.integers(8, 40),
     st.integers(1, 3),
     st.booleans(),
+    st.sampled_from([None, BOS]),
 )
 def test_no_token_is_lost_or_doubled_and_documents_are_where_positions_restart(
-    make_log, shards, strategy, eos, block_size, window_shards, document_mask
+    make_log, shards, strategy, eos, block_size, window_shards, document_mask, bos
 ):
     log = make_log(shards, name=f"log{abs(hash(str(shards)))}")
     options = {
@@ -116,8 +130,21 @@ def test_no_token_is_lost_or_doubled_and_documents_are_where_positions_restart(
         "window_shards": window_shards,
         "document_mask": document_mask,
     }
-    feed = Feed([FeedSource("a", log)], packing(**options), 0, 0.0)
+    feed = Feed([FeedSource("a", log)], packing(**options), 0, 0.0, bos=bos)
     check_epoch(feed, kept_documents(log, 0.0), np.arange(feed.samples_per_epoch))
+
+
+def test_without_bos_the_feed_is_that_of_older_versions(make_log):
+    """By its fingerprint, which checkpoints hold, and by the folder of its pack indexes."""
+    log = make_log(SHARDS)
+    plain = Feed([FeedSource("a", log)], packing(), 3, 0.1)
+    assert plain.fingerprint == "d73d58467632c647ef622ad9a9b3eff3"
+    assert plain.sources[0].folder.name.rpartition("-")[2] == "2303dabb370aa4e9"
+    assert Feed([FeedSource("a", log)], packing(add_bos_token=False), 3, 0.1).fingerprint == plain.fingerprint
+    with_bos = Feed([FeedSource("a", log)], packing(), 3, 0.1, bos=BOS)
+    assert with_bos.fingerprint != plain.fingerprint
+    assert with_bos.sources[0].folder != plain.sources[0].folder
+    assert pickle.loads(pickle.dumps(with_bos)).fingerprint == with_bos.fingerprint
 
 
 def test_sources_without_weights_are_one_mixed_stream(make_log):

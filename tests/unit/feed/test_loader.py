@@ -58,7 +58,8 @@ def test_ranks_run_equal_micro_batches_and_their_counts_add_up(feed, world_size,
         assert all(shape == shapes[0] for shape in shapes)
         assert all(0 < size <= micro_batch_size for size, _ in shapes[0])
         together = [
-            sum(getattr(step, f"n_{what}") for step in own) for what in ("tokens", "eos", "padding", "labels")
+            sum(getattr(step, f"n_{what}") for step in own)
+            for what in ("tokens", "eos", "padding", "labels", "bos")
         ]
         assert together == list(feed.counts(own[0].start, own[0].stop))
         for step in own:

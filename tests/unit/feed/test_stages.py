@@ -120,3 +120,27 @@ def test_a_feed_with_stages_is_one_of_its_own_and_can_be_sent(make_log):
     again = pickle.loads(pickle.dumps(feed))
     assert again.fingerprint == feed.fingerprint
     assert np.array_equal(again.block(20)["input_ids"], feed.block(20)["input_ids"])
+
+
+@settings(ANY, max_examples=15)
+@given(LENGTHS, st.integers(0, 120), st.sampled_from(["best_fit", "concat"]))
+def test_documents_begin_with_bos_in_every_stage_and_are_accounted_for(make_log, stages, n_samples, strategy):
+    bos = 2**20 - 1  # no token of these logs
+    logs = [FeedSource(name, make_log(SHARDS, name=name)) for name in "ab"]
+    packing = Packing(block_size=16, window_shards=2, strategy=strategy)
+    lengths = [Stretch(*stage) for stage in stages]
+    feed = Feed(logs, packing, 0, 0.1, stretches=lengths, bos=bos)
+    labels, n_bos = Counter(), 0
+    for g in range(n_samples):
+        block = feed.block(g)
+        labels.update(block["labels"][block["input_ids"] == bos].tolist())
+        n_bos += int(np.count_nonzero(block["input_ids"] == bos))
+    firsts = [{int(row["input_ids"][0]) for row in source.log.documents()} for source in feed.sources]
+    result, seen = audit(feed, n_samples), tokens_of(feed, 0, n_samples)
+    assert labels.keys() <= set.union(*firsts) and n_bos == result.n_bos == labels.total()
+    for of in seen:
+        del of[bos]
+    assert result.n_trained == sum(len(of) for of in seen)
+    assert result.n_repeated == sum(of.total() for of in seen) - result.n_trained
+    if result.n_left == 0 == result.n_repeated:
+        assert labels == Counter({t: 1 for of in to_train(feed) for t in of if t in set.union(*firsts)})

@@ -117,9 +117,13 @@ def ledger_total(run: Path) -> dict[str, int]:
     """Tokens of the ledger lines that lead to the newest commit, as an auditor would add them."""
     lines = {line["id"]: line for line in read_jsonl(run / "ledger.jsonl")}
     newest = next(checkpoint.commits(RunFolder(run)))
-    total, line, step = {"tokens": 0, "eos": 0, "padding": 0}, lines[newest.ledger], newest.step
+    total, line, step = (
+        dict.fromkeys(("tokens", "eos", "padding", "bos"), 0),
+        lines[newest.ledger],
+        newest.step,
+    )
     while True:
-        total = {name: n + line[name] for name, n in total.items()}
+        total = {name: n + line.get(name, 0) for name, n in total.items()}
         assert line["steps"][1] == step
         step = line["steps"][0]
         if line["previous"] is None:
@@ -154,6 +158,7 @@ def test_what_it_counts_is_what_the_feed_counts(tmp_path: Path) -> None:
         "tokens": counts.n_tokens,
         "eos": counts.n_eos,
         "padding": counts.n_padding,
+        "bos": counts.n_bos,
     }
     assert result.tokens_seen == counts.n_tokens
 
