@@ -12,6 +12,7 @@
     source      a source as a whole: its files, options and cleaning, and its plan
     clean       cleaning steps, named ones and a user's own functions
     tokenizer   text to token ids; training a tokenizer
+    sentencepiece  tokenizers that are stored as a SentencePiece model alone
     log_folder  the folder of a token log: every name in it
     log         the token log: slices written as shards, and read again
     pipeline    one Ray Data task per slice: read, clean and tokenize, write

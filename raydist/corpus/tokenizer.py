@@ -22,6 +22,7 @@ import tokenizers
 import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from raydist.corpus import sentencepiece
 from raydist.corpus.files import unchanged
 from raydist.corpus.log import Ints, Tokens, held_out, token_dtype
 from raydist.corpus.source import SourceFiles, open_source
@@ -262,10 +263,30 @@ def check_trained(folder: Path) -> None:
             raise ModelError(f"the tokenizer's {name} is damaged", where=str(folder / name), why=why, fix=fix)
 
 
-def pretrained_tokenizer(name: str) -> TokenizerSpec:
-    """The tokenizer of a hub id or folder, as transformers loads it."""
+def open_pretrained(name: str | Path) -> Any:
+    """The tokenizer of a hub id or folder by transformers, without its code; with the ids of sentencepiece
+    itself where it is stored as a SentencePiece model alone.
+
+    Raises what AutoTokenizer does, and ModelError for a SentencePiece model that cannot be read.
+    """
     from transformers import AutoTokenizer
 
+    stored = sentencepiece.model_in(Path(name))
+    if stored is not None:
+        sentencepiece.open_model(stored)  # transformers would take a damaged one for another format
+    loaded: Any = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    stored = stored or _downloaded(loaded)
+    return loaded if stored is None or not loaded.is_fast else sentencepiece.faithful(loaded, stored)
+
+
+def _downloaded(loaded: Any) -> Path | None:
+    """The SentencePiece model that a hub's tokenizer was made of; None for a tokenizer.json."""
+    file = loaded.init_kwargs.get("vocab_file")
+    return sentencepiece.model_in(Path(file).parent) if file else None
+
+
+def pretrained_tokenizer(name: str) -> TokenizerSpec:
+    """The tokenizer of a hub id or folder, see `open_pretrained`. Raises ModelError for one without."""
     path = Path(name).expanduser()
     folder = path if path.is_dir() else name
     where = str(folder)
@@ -274,13 +295,14 @@ def pretrained_tokenizer(name: str) -> TokenizerSpec:
             problem, where="model.tokenizer or model.base", fix="copy the tokenizer from its source again"
         )
     try:
-        loaded = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
+        loaded = open_pretrained(where)
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"no tokenizer can be loaded from {where}",
             where="model.tokenizer or model.base",
             why=str(error).strip().split("\n")[0],
-            fix="give a hub id that this machine can reach, or a folder with tokenizer.json",
+            fix="give a hub id that this machine can reach, or a folder with tokenizer.json"
+            " or tokenizer.model",
         ) from error
     if not loaded.is_fast:
         raise ModelError(

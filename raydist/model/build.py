@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from raydist.corpus.tokenizer import open_pretrained
 from raydist.errors import JobError, ModelError, first_line
 from raydist.job.schema import Job
 from raydist.model import quantization
@@ -209,9 +210,7 @@ def check_tokenizer(job: Job) -> None:
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, **NO_CODE)
+    tokenizer: PreTrainedTokenizerBase = open_pretrained(folder)
     return tokenizer
 
 
