@@ -86,6 +86,7 @@ METHODS = {
     "lora": "LoRA",
     "int4": "LoRA, `quantization: int4`",
     "int8": "LoRA, `quantization: int8`",
+    "grown": "LoRA, new tokens and a whole embedding",
 }
 
 NOTES = """\

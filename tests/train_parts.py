@@ -40,13 +40,16 @@ LLAMA = {
 }
 
 
-def write_tokenizer(folder: Path) -> Path:
+def write_tokenizer(folder: Path, *more: str) -> Path:
+    """more: further tokens behind its own."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
     words = {"<|endoftext|>": 0, "<unk>": 1, **{f"w{i}": i for i in range(2, VOCABULARY)}}
     core = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>").save_pretrained(folder)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>")
+    tokenizer.add_tokens(list(more))
+    tokenizer.save_pretrained(folder)
     return folder
 
 

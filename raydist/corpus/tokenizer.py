@@ -36,7 +36,7 @@ from raydist.storage import Storage
 
 EOS = "<|endoftext|>"
 CHECKSUMS = "checksums.json"
-"""In the folder of a tokenizer that was trained here: {file: {size, xxh3_128}}."""
+"""In the folder of a tokenizer that was trained or extended here: {file: {size, xxh3_128}}."""
 SAMPLE_BYTES = 32 * 2**20
 """Text that a new tokenizer is trained on, divided evenly among the sources."""
 
@@ -182,7 +182,13 @@ def _proven(spec: TokenizerSpec) -> Fast | None:
         fast = Fast(spec)
     except ValueError:
         return None
-    return fast if _agree(fast, fast.reference, unicode_sweep()) else None
+    return fast if _agree(fast, fast.reference, (*unicode_sweep(), *_around_added(spec))) else None
+
+
+def _around_added(spec: TokenizerSpec) -> list[str]:
+    """Texts with each token that was added to the vocabulary: alone, within words, twice."""
+    added = [token["content"] for token in jsonlib.loads(spec.json).get("added_tokens", ())]
+    return [text for token in added for text in (token, f"a {token} b", f"a{token}b{token}{token} ")]
 
 
 def _agree(fast: Tokenizer, reference: Tokenizer, texts: Sequence[str]) -> bool:
@@ -244,18 +250,22 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> Path
         "model_max_length": 10**30,
     }
     (folder / "tokenizer_config.json").write_text(jsonlib.dumps(settings, indent=2) + "\n", "utf-8")
-    write_sealed(folder / CHECKSUMS, {path.name: measure(path) for path in sorted(folder.iterdir())})
+    _seal(folder)
     return folder
 
 
+def _seal(folder: Path) -> None:
+    write_sealed(folder / CHECKSUMS, {path.name: measure(path) for path in sorted(folder.iterdir())})
+
+
 def check_trained(folder: Path) -> None:
-    """Raises ModelError where a tokenizer that was trained here is not as it was written.
+    """Raises ModelError where a tokenizer that was trained or extended here is not as it was written.
 
     Any other folder passes, and one of an older version, which has no checksums.
     """
     if not (folder / CHECKSUMS).exists():
         return
-    fix = f"remove the folder {folder}: the tokenizer is trained again, and is the same for the same files"
+    fix = f"remove the folder {folder}: the tokenizer is made again, and is the same for the same files"
     for name, expected in read_sealed(folder / CHECKSUMS, ModelError, fix).items():
         actual = measure(folder / name) if (folder / name).is_file() else None
         if actual != expected:
@@ -287,6 +297,11 @@ def _downloaded(loaded: Any) -> Path | None:
 
 def pretrained_tokenizer(name: str) -> TokenizerSpec:
     """The tokenizer of a hub id or folder, see `open_pretrained`. Raises ModelError for one without."""
+    return _spec_of(*_open_usable(name))
+
+
+def _open_usable(name: str) -> tuple[Any, Path | str]:
+    """The tokenizer, and where it is loaded from. Raises ModelError for one that cannot be used."""
     path = Path(name).expanduser()
     folder = path if path.is_dir() else name
     where = str(folder)
@@ -311,10 +326,43 @@ def pretrained_tokenizer(name: str) -> TokenizerSpec:
             why="raydist encodes with the tokenizers library",
             fix="convert it with transformers.convert_slow_tokenizer and name the folder in model.tokenizer",
         )
+    return loaded, folder
+
+
+def _spec_of(loaded: Any, folder: Path | str) -> TokenizerSpec:
     content = loaded.backend_tokenizer.to_str()
     return TokenizerSpec.from_content(
         content, folder, loaded.eos_token_id, loaded.bos_token_id, _prefix(loaded)
     )
+
+
+def with_tokens(name: str, tokens: Sequence[str], storage: Storage, *, write: bool = True) -> TokenizerSpec:
+    """The tokenizer of a hub id or folder with further tokens behind its own, in a folder of the storage.
+
+    The tokens are ordinary ones: they are found within texts. What decides the folder's content names it.
+    write: make it where it is missing. Raises JobError for a token that the tokenizer has already.
+    """
+    loaded, at = _open_usable(name)
+    vocabulary = loaded.get_vocab()
+    if known := [token for token in tokens if token in vocabulary]:
+        raise JobError(
+            f"the tokenizer has {', '.join(map(repr, known))} already",
+            where="model.add_tokens",
+            why="only tokens that are new get rows in the embedding",
+            fix="take them out of the list",
+        )
+    before = {key: value for key, value in _spec_of(loaded, at).to_json().items() if key != "folder"}
+    folder = storage.tokenizers / fingerprint({"tokenizer": before, "add_tokens": list(tokens)})
+    loaded.add_tokens(list(tokens))
+    if write and not folder.exists():
+        temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
+        loaded.save_pretrained(temporary)
+        _seal(temporary)
+        _move(temporary, folder)
+    if not folder.exists():
+        return _spec_of(loaded, folder)
+    check_trained(folder)
+    return pretrained_tokenizer(str(folder))
 
 
 def _prefix(tokenizer: Any) -> list[int]:
@@ -374,15 +422,15 @@ def _checked(job: Job, tokenizer: TokenizerSpec) -> TokenizerSpec:
 
 
 def resolve_tokenizer(job: Job, storage: Storage) -> TokenizerSpec:
-    """The tokenizer of `job`: the one that it names, its base's, or one trained on a sample of its corpus.
+    """The tokenizer of `job`: the one that it names, its base's, or one trained on a sample of its corpus;
+    with the tokens that the job adds.
 
-    A trained one is kept in the storage under the fingerprint of its inputs, and used again. Raises JobError
-    where it lacks a token that the packing adds.
+    A trained or extended one is kept in the storage under the fingerprint of its inputs, and used again.
+    Raises JobError where it lacks a token that the packing adds.
     """
-    asked = job.model.tokenizer or job.model.base
+    asked = _asked(job)
     if isinstance(asked, str):
-        return _checked(job, pretrained_tokenizer(asked))
-    assert asked is not None  # the schema gives a model from a config a tokenizer
+        return _checked(job, _pretrained(job, asked, storage, write=True))
     sources, folder = _trained(job, storage)
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
@@ -392,12 +440,27 @@ def resolve_tokenizer(job: Job, storage: Storage) -> TokenizerSpec:
 
 
 def planned_tokenizer(job: Job, storage: Storage) -> TokenizerSpec | None:
-    """Like `resolve_tokenizer`, but trains none: None if the tokenizer is still to be trained."""
-    asked = job.model.tokenizer or job.model.base
+    """Like `resolve_tokenizer`, but writes none: None if the tokenizer is still to be trained."""
+    asked = _asked(job)
     if isinstance(asked, str):
-        return _checked(job, pretrained_tokenizer(asked))
+        return _checked(job, _pretrained(job, asked, storage, write=False))
     _, folder = _trained(job, storage)
     return _read(folder) if folder.exists() else None
+
+
+def _asked(job: Job) -> str | NewTokenizer:
+    """What the tokenizer is made of."""
+    added = job.model.add_tokens
+    asked = added if isinstance(added, str) else job.model.tokenizer or job.model.base
+    assert asked is not None  # the schema gives a model from a config a tokenizer
+    return asked
+
+
+def _pretrained(job: Job, asked: str, storage: Storage, *, write: bool) -> TokenizerSpec:
+    tokens = job.model.add_tokens
+    if isinstance(tokens, list) and tokens:
+        return with_tokens(asked, tokens, storage, write=write)
+    return pretrained_tokenizer(asked)
 
 
 def _trained(job: Job, storage: Storage) -> tuple[list[SourceFiles], Path]:

@@ -17,6 +17,7 @@ from raydist.imports.trainer import (
     put_batch,
     put_holdout,
     put_recomputed,
+    put_tokens,
     put_training,
 )
 
@@ -37,7 +38,8 @@ def job_text(config: dict[str, Any], path: Path) -> str:
     draft.values |= {"name": run_name(Path(folder)), "storage": folder}
     draft.take_over("base_model", "tokenizer_config")
     _put_data(draft)
-    draft.take_over("sequence_len", "cosine_min_lr_ratio")
+    put_tokens(draft, "tokens")
+    draft.take_over("sequence_len", "cosine_min_lr_ratio", "embedding_lr")
     for name in ("sample_packing", "pad_to_sequence_len", "strict"):
         if is_on(config.get(name)):
             draft.take(name)  # always so
@@ -122,7 +124,7 @@ def _put_adapter(draft: Draft) -> None:
     if not kind:
         return
     every, some = is_on(draft.take("lora_target_linear")), draft.take("lora_target_modules")
-    put_adapter(draft, "all" if every else some, "lora_target_modules")
+    put_adapter(draft, "all" if every else some, "lora_target_modules", "lora_modules_to_save")
     if kind == "qlora" or is_on(bits4):
         draft.set("quantization", "int4", "load_in_4bit", True)
     elif is_on(bits8):

@@ -17,6 +17,7 @@ from raydist.imports.trainer import (
     put_batch,
     put_holdout,
     put_recomputed,
+    put_tokens,
     put_training,
 )
 from raydist.job.text import parse_json
@@ -44,6 +45,9 @@ def job_text(config: dict[str, Any], path: Path) -> str:
     for name in ("stage", "do_train", "packing"):
         if config.get(name) is not False:
             draft.take(name)  # always so
+    put_tokens(draft, "add_tokens")
+    if "add_tokens" in draft.values.get("model", {}):
+        draft.take("resize_vocab")  # always so
     put_batch(draft, "per_device_train_batch_size")
     put_training(draft)
     _put_data(draft, path)
@@ -169,7 +173,7 @@ def _put_adapter(draft: Draft) -> None:
     rank = draft.left.get("lora_rank", DEFAULTS["lora_rank"])
     if not draft.given("lora_alpha") and isinstance(rank, int):
         draft.left["lora_alpha"] = 2 * rank  # LLaMA-Factory's default
-    put_adapter(draft, draft.take("lora_target"), "lora_target")
+    put_adapter(draft, draft.take("lora_target"), "lora_target", "additional_target")
     if bits in BITS:
         draft.set("quantization", BITS[bits], "quantization_bit", bits)
     elif bits is not None:

@@ -233,15 +233,28 @@ def put_attention(draft: Draft, asked: Any, name: str) -> None:
         draft.note(name, asked, f"{why} flash_attention_2 needs the package flash-attn")
 
 
-def put_adapter(draft: Draft, target: Any, name: str) -> None:
+def put_adapter(draft: Draft, target: Any, name: str, saved_name: str) -> None:
     """target: names of modules, in a list or between commas, or all; null: raydist's default, all-linear.
 
-    name: the key that says so.
+    name: the key that says so.  saved_name: the key of the modules that are trained whole.
     """
     draft.take_over("lora_r", "lora_rank", "lora_alpha", "lora_dropout")
-    if isinstance(target, str) and target not in ("all", "all-linear"):
-        target = [module.strip() for module in target.split(",") if module.strip()]
+    if target not in ("all", "all-linear"):
+        target = names(target)
     draft.set("adapter.target_modules", target if isinstance(target, list) else "all-linear", name, target)
+    if saved := names(draft.take(saved_name)):
+        draft.set("adapter.modules_to_save", saved, saved_name)
+
+
+def put_tokens(draft: Draft, name: str) -> None:
+    """name: the key of new tokens, in a list or between commas."""
+    if tokens := names(draft.take(name)):
+        draft.set("model.add_tokens", tokens, name)
+
+
+def names(given: Any) -> Any:
+    """Those between commas, as a list; all else as it is."""
+    return [part.strip() for part in given.split(",") if part.strip()] if isinstance(given, str) else given
 
 
 def put_recomputed(draft: Draft) -> None:

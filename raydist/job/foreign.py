@@ -73,8 +73,12 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
         (), "transformers chooses classes by the base's own config; for random weights see model.config"
     ),
     ("trust_remote_code",): Foreign((), "no code of a model's folder is run"),
-    ("special_tokens", "tokens", "add_tokens", "add_special_tokens", "new_special_tokens", "resize_vocab"): (
-        Foreign((), "the tokenizer is used as it is; model.tokenizer names another")
+    ("tokens", "new_tokens", "resize_vocab", "resize_token_embeddings"): _one(
+        "model.add_tokens", "a list of new tokens, for which the embedding grows"
+    ),
+    ("special_tokens",): Foreign((), "the tokenizer is used as it is; model.tokenizer names another"),
+    ("add_special_tokens", "new_special_tokens", "additional_special_tokens"): _one(
+        "model.add_tokens", "ordinary tokens: in raw text, special tokens are text"
     ),
     ("plugins", "enable_liger_kernel", "liger_kernel", "use_unsloth", "use_unsloth_gc"): Foreign(
         (), "such kernels replace a model's code; raydist trains transformers' own, see train.compile"
@@ -144,7 +148,8 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
         "train.global_batch_tokens", "tokens per optimizer step over all workers"
     ),
     # --- the optimization
-    ("learning_rate", "max_lr", "peak_lr", "matrix_lr", "embedding_lr", "unembedding_lr"): _one("train.lr"),
+    ("learning_rate", "max_lr", "peak_lr", "matrix_lr"): _one("train.lr"),
+    ("embedding_lr", "unembedding_lr", "embedding_lr_scale"): _one("train.embedding_learning_rate"),
     ("lr_scheduler_type", "lr_scheduler", "scheduler_type", "decay_type"): _one("train.scheduler", _DECAYS),
     ("warmup_steps", "num_warmup_steps", "warmup_iters", "warmup"): _one("train.warmup_ratio", _SHARE),
     ("min_lr", "final_lr_frac", "min_lr_factor", "cosine_min_lr_ratio", "lr_scheduler_kwargs"): _one(
@@ -193,9 +198,7 @@ _ADVICE: dict[tuple[str, ...], Foreign] = {
     ("lora_model_dir", "adapter_name_or_path"): Foreign(
         (), "a run begins with a fresh adapter; merge an older one into the base"
     ),
-    ("lora_modules_to_save", "additional_target", "modules_to_save"): Foreign(
-        (), "next to the adapter no weights are trained"
-    ),
+    ("lora_modules_to_save", "additional_target"): _one("adapter.modules_to_save"),
     (
         *("peft_use_dora", "use_dora", "peft_use_rslora", "use_rslora", "loraplus_lr_ratio", "pissa_init"),
         *("peft_init_lora_weights", "loftq_config"),

@@ -66,6 +66,27 @@ def _flash_needs_16_bits(attention: str, precision: str) -> str:
     return ""
 
 
+def _only_a_base_gets_tokens(added: Any, base: str | None) -> str:
+    if added and base is None:
+        return "a model from config has its tokenizer's vocabulary: name a tokenizer that has these tokens"
+    return ""
+
+
+def _one_tokenizer(added: Any, tokenizer: Any) -> str:
+    if isinstance(added, str) and tokenizer is not None:
+        return "add_tokens names a tokenizer, and model.tokenizer another; give one of the two"
+    return ""
+
+
+def _new_tokens_are_trained(added: Any, adapter: Any) -> str:
+    if added and adapter is not None and not adapter.modules_to_save:
+        return (
+            "an adapter does not train the new tokens' embeddings; set adapter.modules_to_save to the names"
+            " of the embedding and the head, most often [embed_tokens, lm_head]"
+        )
+    return ""
+
+
 # --- corpus
 
 
@@ -207,6 +228,12 @@ def _adafactor_has_no(key: str, value: Any, optimizer: str) -> str:
     return ""
 
 
+def _embeddings_are_trained(rate: float | None, adapter: Any) -> str:
+    if rate is not None and adapter is not None and not adapter.modules_to_save:
+        return "an adapter does not train embeddings; adapter.modules_to_save names whole modules to train"
+    return ""
+
+
 # --- a sweep
 
 NOT_SEARCHED = {
@@ -219,6 +246,7 @@ NOT_SEARCHED = {
     "corpus": "trials are compared on the same held-out text",
     "eval": "trials are compared by the same evaluation",
     "model.tokenizer": "trials share one tokenization",
+    "model.add_tokens": "trials share one tokenization",
     "model.base": "trials share one tokenizer and one tokenization",
 }
 BATCH = ("packing.block_size", "train.global_batch_size", "train.global_batch_tokens")
@@ -300,6 +328,9 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("model.base", "model.config"), _base_or_config),
     (("model.config",), _has_model_type),
     (("model.config", "model.tokenizer", "model.base"), _config_needs_tokenizer),
+    (("model.add_tokens", "model.base"), _only_a_base_gets_tokens),
+    (("model.add_tokens", "model.tokenizer"), _one_tokenizer),
+    (("model.add_tokens", "adapter"), _new_tokens_are_trained),
     (("model.attn_implementation", "train.mixed_precision"), _flash_needs_16_bits),
     (("corpus.sources.*.weight",), _weights_for_all_or_none),
     (("corpus.sources.*.weight",), _weights_add_up),
@@ -326,6 +357,7 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
         ),
         _deepspeed_config_agrees,
     ),
+    (("train.embedding_learning_rate", "adapter"), _embeddings_are_trained),
     (("train.optimizer", "strategy.name"), _can_be_sharded),
     (("train.compile", "strategy.name"), _can_be_compiled),
     (("train.optimizer.betas", "train.optimizer.name"), partial(_adafactor_has_no, "betas")),

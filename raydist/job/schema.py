@@ -32,6 +32,13 @@ class NewTokenizer(Section):
     train: TrainTokenizer
 
 
+def _different(given: list[str] | str) -> list[str] | str:
+    tokens = [given] if isinstance(given, str) else given
+    if "" in tokens or len(set(tokens)) < len(tokens):
+        raise ValueError("a new token is a text, and occurs once")
+    return given
+
+
 class Model(Section):
     base: str | None = Field(None, description="hub id or folder of the pretrained model to start from")
     config: dict[str, Any] | None = Field(
@@ -39,6 +46,11 @@ class Model(Section):
     )
     tokenizer: str | NewTokenizer | None = Field(
         None, description="hub id, folder, or {train: {vocab_size: N}}; default: the base's"
+    )
+    add_tokens: Annotated[list[str] | str, AfterValidator(_different)] | None = Field(
+        None,
+        description="new tokens for a base: a list of them; or hub id or folder of a tokenizer that has them"
+        " behind the base's own. Their rows in embedding and head begin as the mean of the others",
     )
     attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
@@ -200,6 +212,9 @@ class Train(Section):
         " before the first step; halved when memory runs out",
     )
     lr: Annotated[float, Field(gt=0)] = Field(5e-5, description="peak learning rate")
+    embedding_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="peak learning rate of the embedding and the head; null: lr"
+    )
     scheduler: Literal["cosine", "linear", "constant", "wsd"] = Field(
         "cosine", description="learning rate after the warm-up; wsd: warm-up, stable, decay"
     )
@@ -265,6 +280,11 @@ class Lora(Section):
     dropout: Share = Field(0.05, description="share of the adapter's inputs dropped in training")
     target_modules: str | list[str] = Field(
         "all-linear", description="names of the modules that get an adapter"
+    )
+    modules_to_save: list[str] = Field(
+        default_factory=list,
+        description="names of modules that are trained whole next to the adapter and saved with it, such as"
+        " embed_tokens and lm_head",
     )
 
 

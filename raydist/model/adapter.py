@@ -15,9 +15,11 @@ from raydist.model.layers import not_of_text
 
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
-    """The model with a LoRA adapter; of a multimodal one only the text side gets it.
+    """The model with a LoRA adapter, and with the modules that are trained whole next to it.
 
-    Raises ModelError for unknown target modules, with the known ones, and for what peft refuses.
+    Of a multimodal model only the text side gets the adapter.
+
+    Raises ModelError for unknown modules, with the known ones, and for what peft refuses.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -31,7 +33,7 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
         exclude_modules=rf"({'|'.join(map(re.escape, others))})\..*" if others else None,
     )
     try:
-        return get_peft_model(model, config)
+        adapted: nn.Module = get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         why = first_line(error)
         of_dropout = lora.dropout != 0 and "dropout" in why
@@ -41,6 +43,46 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
             why=why,
             fix="set adapter.dropout: 0" if of_dropout else "choose other adapter.target_modules",
         ) from error
+    if lora.modules_to_save:
+        config.modules_to_save = _train_whole(model, lora.modules_to_save)
+    return adapted
+
+
+def _train_whole(model: nn.Module, names: list[str]) -> list[str]:
+    """Make the base's own modules of these names trainable, in fp32; and return the names that peft loads by.
+
+    peft would train copies of them: twice the memory, and a head that is tied to the embedding no more. So
+    the files are peft's, and the training is not. A name stands for every path that ends with it, as in peft.
+    What a module is tied to is trained along with it, and saved by its own name as well.
+    """
+    modules = {path: m for path, m in model.named_modules() if path.endswith(tuple(names))}
+    if missing := [name for name in names if not any(path.endswith(name) for path in modules)]:
+        known = [path for path, m in model.named_modules() if isinstance(m, nn.Embedding)]
+        heads = [path for path, m in model.named_modules() if m is model.get_output_embeddings()]  # type: ignore[operator]
+        raise ModelError(
+            f"the model has no module named {', '.join(missing)}",
+            where="adapter.modules_to_save",
+            fix=f"its embeddings and head are {', '.join([*known, *heads])}",
+        )
+    for path, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if "lora_" in name or not parameter.is_floating_point():
+                kind = "gets an adapter as well" if "lora_" in name else "is quantized"
+                raise ModelError(
+                    f"{path} cannot be trained whole: it {kind}",
+                    where="adapter.modules_to_save",
+                    fix=f"leave {path.rpartition('.')[2]} out here, or out of adapter.target_modules",
+                )
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+    trained = [n.rpartition(".")[0] for n, p in model.named_parameters(remove_duplicate=False) if whole(n, p)]
+    others = [path for path in trained if not any(f"{path}.".startswith(f"{of}.") for of in modules)]
+    return [*names, *dict.fromkeys(others)]
+
+
+def whole(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter of a model with an adapter is the base's own, and trained."""
+    return parameter.requires_grad and "lora_" not in name
 
 
 def _target_modules(model: nn.Module, lora: Lora) -> str | list[str]:

@@ -31,6 +31,7 @@ from raydist.model.precision import DTYPES, check_precision, exact_fp32
 from raydist.model.quantized import Quantized
 from raydist.model.router import use_router_loss
 from raydist.model.trust import NO_CODE, check_sizes, read_config
+from raydist.model.vocabulary import check_new_rows_are_trained, grow_vocabulary, n_tokens_of, rows_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -52,6 +53,8 @@ def quietly() -> Iterator[None]:
             warnings.filterwarnings("ignore", "fan_in_fan_out")  # peft finds out by itself
             # patterns of peft's own making, for the experts of mixtures, which do get this rank
             warnings.filterwarnings("ignore", r"The following (rank|alpha)_pattern keys did not match")
+            for text in ("Model has `tie_word_embeddings=True`", "Input and output embeddings are no longer"):
+                warnings.filterwarnings("ignore", text)  # peft; a merged model has them tied again
             yield
     finally:
         logging.disable(level)
@@ -191,21 +194,25 @@ def check_tokenizer(job: Job) -> None:
 
     A base without a tokenizer takes any; tokens that the base's does not have may be named.
     """
-    if job.model.base is None or not isinstance(job.model.tokenizer, str):
+    added, where = job.model.add_tokens, "model.tokenizer"
+    named = added if isinstance(added, str) else job.model.tokenizer
+    if job.model.base is None or not isinstance(named, str):
         return
+    if named is added:
+        where = "model.add_tokens"
     try:
         own = load_tokenizer(base_path(job)).get_vocab()
     except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError):
         return
-    given = {number: token for token, number in load_tokenizer(job.model.tokenizer).get_vocab().items()}
+    given = {number: token for token, number in load_tokenizer(named).get_vocab().items()}
     others = sorted((number, token) for token, number in own.items() if given.get(number, token) != token)
     if others:
         number, token = others[0]
         raise JobError(
-            f"{len(others):,} of the base's {len(own):,} tokens are others in {job.model.tokenizer}",
-            where="model.tokenizer",
+            f"{len(others):,} of the base's {len(own):,} tokens are others in {named}",
+            where=where,
             why=f"the model knows {number} as {token!r}, and this tokenizer means {given[number]!r} by it",
-            fix="leave model.tokenizer out: the base's own is used then",
+            fix=f"leave {where} out: the base's own is used then",
         )
 
 
@@ -246,12 +253,17 @@ def build_model(
     with torch.random.fork_rng(devices=[]), torch.device(place if place.type == "meta" else "cpu"):
         torch.manual_seed(job.seed)
         model = _bare(config, job, tokenizer_folder, place)
+        if job.model.add_tokens:
+            grow_vocabulary(model, n_tokens_of(tokenizer_folder))
         _check_vocabulary(model, tokenizer_folder)
         freeze_others(model)
         # the bare model, which knows how attention is chosen
         fit(model) if fit else fit_model(model, job, device)
         use_router_loss(model, job.train.router_aux_loss_coef)
         model = model if job.adapter is None else add_lora(model, job.adapter)
+        check_new_rows_are_trained(model, job)
+    if whole_in_fp32(job):
+        model = model.float()
     if (compute := DTYPES[job.train.mixed_precision]) != torch.float32:
         narrow_frozen(model, compute)  # not before, or the adapter's first weights would be rounded
     model = model.to(place)
@@ -386,36 +398,49 @@ def _base(job: Job, device: torch.device) -> nn.Module:
 
 
 def _check_vocabulary(model: nn.Module, tokenizer_folder: Path) -> None:
-    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    tokens = len(load_tokenizer(tokenizer_folder))
+    rows, tokens = rows_of(model), len(load_tokenizer(tokenizer_folder))
     if tokens > rows:
         raise ModelError(
             f"the tokenizer has {tokens} tokens and the model embeds {rows}",
             where="model.tokenizer",
             why="the tokens beyond have no embedding",
-            fix="use the base model's own tokenizer",
+            fix="use the base model's own tokenizer; or name this one in model.add_tokens, and the model gets"
+            " rows for them",
         )
 
 
+def whole_in_fp32(job: Job) -> bool:
+    """Whether a base in 16 bits computes in fp32: nothing casts what whole modules in fp32 give it."""
+    whole = job.adapter is not None and job.adapter.modules_to_save
+    return bool(whole) and job.quantization is None and job.train.mixed_precision == "fp32"
+
+
 @quietly()
-def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
-    """Counted on a model on the meta device."""
+def model_sizes(config: PretrainedConfig, job: Job, n_tokens: int = 0) -> Sizes:
+    """Counted on a model on the meta device. n_tokens: of the tokenizer, for a base that gets new ones."""
     from transformers import AutoModelForCausalLM
 
-    from raydist.model.adapter import add_lora
+    from raydist.model.adapter import add_lora, whole
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **NO_CODE)
-        rows = model.get_input_embeddings().weight.shape[0]
+        if job.model.add_tokens:
+            grow_vocabulary(model, n_tokens)
+        rows = rows_of(model)
         frozen = tuple(freeze_others(model))
         quantization.check_share(model, job)
         use_router_loss(model, job.train.router_aux_loss_coef)
         base_bytes = quantization.base_bytes(model, job)
         if job.quantization is not None:
             quantize_experts(model, job.quantization, torch.device("meta"))
+        held_as = _bytes_of_each(model, job)
         model = model if job.adapter is None else add_lora(model, job.adapter)
+        check_new_rows_are_trained(model, job)
+        base_bytes -= sum(held_as.get(p, 0) for name, p in model.named_parameters() if whole(name, p))
     total, trainable = n_parameters(model), n_parameters(model, trainable=True)
-    held = 4 * total if job.adapter is None else base_bytes + 4 * trainable
+    held = base_bytes + 4 * trainable
+    if job.adapter is None or whole_in_fp32(job):
+        held = 4 * total
     text = text_config(config)
     return Sizes(
         total,
@@ -428,6 +453,17 @@ def model_sizes(config: PretrainedConfig, job: Job) -> Sizes:
         without_adapter=tuple(quantized_experts(bare_of(model))),
         model=model,
     )
+
+
+def _bytes_of_each(model: nn.Module, job: Job) -> dict[nn.Parameter, int]:
+    """What `quantization.base_bytes` counts for each weight that is not quantized."""
+    from raydist.model.adapter import product_weights
+
+    compute, own = DTYPES[job.train.mixed_precision], getattr(model.config.dtype, "itemsize", 4)
+    if job.quantization is not None and compute == torch.float32:
+        own = 4
+    narrow = set(product_weights(model)) if compute != torch.float32 else set()
+    return {p: p.numel() * (compute.itemsize if p in narrow else own) for p in model.parameters()}
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:

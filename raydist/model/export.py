@@ -17,11 +17,13 @@ from raydist.errors import ModelError, first_line
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.model import quantization
+from raydist.model.adapter import whole
 from raydist.model.base import load_adapter, load_base, stored_dtype
 from raydist.model.build import base_path, load_config, load_tokenizer, quietly
 from raydist.model.layers import text_config
 from raydist.model.quantization import load_dequantized, load_quantized, read_config
-from raydist.model.trust import read_adapter_config
+from raydist.model.trust import ADAPTER_WEIGHTS, read_adapter_config
+from raydist.model.vocabulary import grow_vocabulary, n_tokens_of
 
 if TYPE_CHECKING:
     from peft import PeftModelForCausalLM
@@ -50,7 +52,7 @@ def save_model(
         if job.adapter is None:
             save_full(model, state, saved_dtype(job), temporary)
         else:
-            model.save_pretrained(temporary, state_dict=state)  # type: ignore[operator]
+            save_adapter(model, state, temporary)
             quantization.write_config(job, temporary)
         load_tokenizer(tokenizer_folder).save_pretrained(temporary)
         (temporary / "README.md").write_text(card)
@@ -100,6 +102,22 @@ def save_full(model: nn.Module, state: dict[str, Tensor], dtype: torch.dtype, fo
     model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
     config = files.read_json(folder / "config.json")
     files.write_json(folder / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+
+
+def save_adapter(model: nn.Module, state: dict[str, Tensor], folder: Path) -> None:
+    """As peft writes it; modules that were trained whole under each name that they have in the model."""
+    from safetensors.torch import load_file, save_file
+
+    first = {parameter: name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    saved = {name: state[first[parameter]].clone() for name, parameter in every if whole(name, parameter)}
+    if not saved:
+        model.save_pretrained(folder, state_dict=state)  # type: ignore[operator]
+        return
+    lora = {name: tensor for name, tensor in state.items() if name not in saved}
+    model.save_pretrained(folder, state_dict=lora, save_embedding_layers=False)  # type: ignore[operator]
+    path = folder / ADAPTER_WEIGHTS
+    save_file({**load_file(path), **saved}, path, metadata={"format": "pt"})
 
 
 def saved_dtype(job: Job) -> torch.dtype:
@@ -154,6 +172,7 @@ def load_trained(folder: Path) -> CausalModel | PeftModelForCausalLM:
         model = load_quantized(base, quantized, torch.device("cpu"), where=base)
     else:
         model = load_base(base, where=base)
+    _grow(model, folder)
     adapted = load_adapter(model, folder)
     adapted.eval()
     return adapted
@@ -235,12 +254,15 @@ def _merged(base: str, adapter: Path, quantized: dict[str, Any] | None) -> tuple
     else:
         model = load_base(base, where=base, dtype="auto")
     dtype = model.dtype
+    _grow(model, adapter)
     adapted = load_adapter(model.float(), adapter).eval()
     _untie(adapted)
     ids = torch.randperm(adapted.get_input_embeddings().weight.shape[0])[None, :32]
     with torch.inference_mode():
         trained = adapted(input_ids=ids).logits
+        tied = [config for config in _configs(adapted) if config.tie_word_embeddings]
         merged: Any = adapted.merge_and_unload()
+        _tie_again(merged, tied)
         moved = (merged(input_ids=ids).logits - trained).abs().max().item()
     if not moved <= MERGE_TOLERANCE * trained.abs().max().item():
         raise ModelError(
@@ -250,6 +272,12 @@ def _merged(base: str, adapter: Path, quantized: dict[str, Any] | None) -> tuple
             fix="use the adapter on its base, by peft",
         )
     return merged, dtype
+
+
+def _grow(model: nn.Module, adapter: Path) -> None:
+    """Rows for the tokens of the adapter's tokenizer, if it was trained with whole modules."""
+    if read_adapter_config(adapter).modules_to_save:  # type: ignore[attr-defined]
+        grow_vocabulary(model, n_tokens_of(adapter))
 
 
 def _untie(adapted: Any) -> None:
@@ -262,6 +290,21 @@ def _untie(adapted: Any) -> None:
     if layers == [head, embedding] or layers[0].weight is not layers[1].weight:
         return
     layers[0].weight = nn.Parameter(layers[0].weight.detach().clone(), requires_grad=False)
-    bare = adapted.get_base_model()
-    for config in {id(each): each for each in (bare.config, text_config(bare.config))}.values():
+    for config in _configs(adapted):
         config.tie_word_embeddings = False
+
+
+def _tie_again(merged: Any, configs: list[Any]) -> None:
+    """An embedding that was trained whole has left a head with equal weights: they are one again.
+
+    configs: those that said so before the merge.
+    """
+    for config in configs:
+        config.tie_word_embeddings = True
+    merged.tie_weights()
+
+
+def _configs(adapted: Any) -> list[Any]:
+    """The model's configuration, and that of its text where it has one of its own."""
+    config = adapted.get_base_model().config
+    return list({id(each): each for each in (config, text_config(config))}.values())

@@ -23,6 +23,8 @@ from raydist.job.schema import Train
 from raydist.model.layers import layers_of
 
 NORM_CHUNK = 512
+LR_SCALE = "lr_scale"
+"""Of a parameter group: its learning rate by that of the others."""
 FP32 = torch.float32.itemsize
 LEAST_8BIT, BLOCK_8BIT, MAP_8BIT = 4096, 256, 256
 """bitsandbytes: elements from which state is quantized, values to a scale, entries of a codebook."""
@@ -98,8 +100,9 @@ class GatheredMuon(Muon):
 
 
 def _groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
-    """Parameter groups, each with its `kind`, the optimizer that steps it: at most two for each kind."""
+    """Parameter groups, each with its `kind`, the optimizer that steps it: at most four for each kind."""
     kinds = _kinds(model, train.optimizer.name)
+    embeddings = set() if train.embedding_learning_rate is None else _embeddings(model, train)
     groups = []
     for kind in dict.fromkeys(kinds.values()):
         # muon's steps are scaled to about the length of AdamW's: one lr and one weight_decay serve both
@@ -107,8 +110,35 @@ def _groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
         for decay, decays in ((train.weight_decay, True), (0.0, False)):
             params = [w for w, of in kinds.items() if of == kind and (w.ndim >= 2) == decays]
             group = {"params": params, "weight_decay": decay, "lr": 0.0, **options, "kind": kind}
-            groups += [group] if params else []
+            groups += [part for part in _by_rate(group, embeddings, train) if part["params"]]
     return groups
+
+
+def _by_rate(group: dict[str, Any], embeddings: set[nn.Parameter], train: Train) -> list[dict[str, Any]]:
+    """The group in two, where embeddings have a learning rate of their own."""
+    if train.embedding_learning_rate is None:
+        return [group]
+    rest = [weight for weight in group["params"] if weight not in embeddings]
+    own = [weight for weight in group["params"] if weight in embeddings]
+    scale = train.embedding_learning_rate / train.lr
+    return [{**group, "params": rest}, {**group, "params": own, LR_SCALE: scale}]
+
+
+def _embeddings(model: Any, train: Train) -> set[nn.Parameter]:
+    """The trained weights of the embedding and the head, without an adapter's.
+
+    Raises ModelError where there are none, though the job has a learning rate for them.
+    """
+    modules = [model.get_input_embeddings(), model.get_output_embeddings()]
+    weights = {w for m in modules if m is not None for w in m.parameters(recurse=False) if w.requires_grad}
+    if train.embedding_learning_rate is not None and not weights:
+        raise ModelError(
+            "neither the embedding nor the head is trained",
+            where="train.embedding_learning_rate",
+            why="adapter.modules_to_save names neither of them",
+            fix="name them there, most often [embed_tokens, lm_head], or leave this key out",
+        )
+    return weights
 
 
 def _kinds(model: nn.Module, name: str) -> dict[nn.Parameter, str]:
@@ -154,8 +184,9 @@ def _bytes(kind: str, shape: torch.Size) -> int:
 
 
 def set_learning_rate(optimizer: Optimizer, lr: float) -> None:
+    """lr: by the schedule; groups with a learning rate of their own follow it in proportion."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group.get(LR_SCALE, 1.0)
 
 
 def gradient_norm(gradients: list[Tensor]) -> Tensor:

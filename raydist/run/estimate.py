@@ -76,7 +76,7 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
     if job.model.base is not None:
         check_base(job)
         check_tokenizer(job)
-    sizes = model_sizes(config, job)
+    sizes = model_sizes(config, job, tokenizer.vocab_size if tokenizer else 0)
     steps_here = {}
     if measured:
         from raydist.run.calibrate import measure

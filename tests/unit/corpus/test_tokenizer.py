@@ -28,6 +28,7 @@ from raydist.corpus.tokenizer import (
     resolve_tokenizer,
     train_tokenizer,
     unicode_sweep,
+    with_tokens,
 )
 from raydist.errors import EmptyCorpus, JobError, ModelError
 from raydist.job.schema import Job
@@ -204,6 +205,32 @@ def test_what_a_document_cannot_begin_or_end_with_is_refused(folder: Path, tmp_p
     with pytest.raises(JobError, match="no end-of-sequence token") as ends:  # before anything is tokenized
         resolve_tokenizer(job, Storage(tmp_path))
     assert "add_eos_token: false" in ends.value.fix
+
+
+def test_new_tokens_stand_behind_the_tokenizers_own_and_are_found_in_texts(
+    folder: Path, tmp_path: Path
+) -> None:
+    plain, storage = pretrained_tokenizer(str(folder)), Storage(tmp_path / "runs")
+    tokens = ["<gene>", "naïve café"]
+    named = a_job(tmp_path).model.model_copy(
+        update={"base": str(folder), "config": None, "tokenizer": None, "add_tokens": tokens}
+    )
+    job = a_job(tmp_path).model_copy(update={"model": named})
+    planned = planned_tokenizer(job, storage)
+    assert planned is not None and not storage.tokenizers.exists()  # a plan writes nothing
+    spec = resolve_tokenizer(job, storage)
+    assert (planned.fingerprint, planned.folder) == (spec.fingerprint, spec.folder)
+    assert spec.fingerprint != plain.fingerprint and spec.vocab_size == plain.vocab_size + 2
+    text = "a <gene>x<gene> naïve café, naïve"
+    tokenizer = open_tokenizer(spec, [text])
+    found = ids(tokenizer, text)
+    assert found == ids(Reference(spec), text)
+    assert [i for i in found if i >= plain.vocab_size] == [400, 400, 401]
+    assert ids(Reference(spec), "no such") == ids(Reference(plain), "no such")
+    assert pretrained_tokenizer(str(spec.folder)).fingerprint == spec.fingerprint
+    assert AutoTokenizer.from_pretrained(spec.folder).convert_ids_to_tokens([400, 401]) == tokens
+    with pytest.raises(JobError, match="has '<gene>' already"):
+        with_tokens(str(spec.folder), ["<gene>", "other"], storage)
 
 
 def test_spec_names_itself_in_json(folder: Path) -> None:

@@ -36,6 +36,9 @@ lora_r: 32
 lora_alpha: 16
 lora_dropout: 0.05
 lora_target_linear: true
+lora_modules_to_save: [embed_tokens, lm_head]
+tokens: ["<gene>", "<cell>"]
+embedding_lr: 1.0e-5
 
 sequence_len: 4096
 sample_packing: true
@@ -117,6 +120,8 @@ def test_an_adapter_on_completion_data() -> None:
     assert job.adapter is not None and job.quantization == "int4"
     assert (job.adapter.r, job.adapter.alpha, job.adapter.dropout) == (32, 16, 0.05)
     assert job.adapter.target_modules == "all-linear"
+    assert job.adapter.modules_to_save == ["embed_tokens", "lm_head"]
+    assert (job.model.add_tokens, job.train.embedding_learning_rate) == (["<gene>", "<cell>"], 1e-5)
     assert (job.checkpoint.save_steps, job.tracking.wandb) == ("epoch", "notes")
     assert comments == {
         'model_type: "LlamaForCausalLM"': comments['tokenizer_type: "AutoTokenizer"'],

@@ -25,6 +25,9 @@ do_train: true
 finetuning_type: lora
 lora_rank: 8
 lora_target: q_proj,v_proj
+additional_target: embed_tokens,lm_head
+add_tokens: <gene>,<cell>
+resize_vocab: true
 
 ### dataset
 dataset: notes,books
@@ -90,6 +93,8 @@ def test_stage_pt_with_an_adapter() -> None:
     assert job.adapter is not None and job.quantization == "int8"
     assert (job.adapter.r, job.adapter.alpha, job.adapter.dropout) == (8, 16, 0.0)
     assert job.adapter.target_modules == ["q_proj", "v_proj"]
+    assert job.adapter.modules_to_save == ["embed_tokens", "lm_head"]
+    assert job.model.add_tokens == ["<gene>", "<cell>"]
     assert (job.checkpoint.save_steps, job.eval.eval_steps) == (500, 250)
     assert (job.tracking.mlflow, job.tracking.tensorboard, job.tracking.wandb) == (False, True, True)
     assert list(comments) == [

@@ -41,6 +41,18 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (("model={config: {a: 1}, tokenizer: t}",), "--set model: model.config: config needs model_type"),
     (("model={config: {model_type: llama}}",), "--set model: model.config: a model from config needs a tok"),
     (
+        (CONFIG, "model.add_tokens=[a]"),
+        "--set model.add_tokens: model.add_tokens: a model from config has its tokenizer's vocabulary",
+    ),
+    (
+        ("model.add_tokens=more", "model.tokenizer=t"),
+        "--set model.add_tokens: model.add_tokens: add_tokens names a tokenizer, and model.tokenizer another",
+    ),
+    (
+        ("model.add_tokens=[a]", "adapter={r: 4}"),
+        "--set model.add_tokens: model.add_tokens: an adapter does not train the new tokens' embeddings; set",
+    ),
+    (
         ("model.attn_implementation=flash_attention_2", "train.mixed_precision=fp32"),
         "--set model.attn_implementation: model.attn_implementation: flash_attention_2 computes in 16 bits",
     ),
@@ -89,6 +101,10 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (
         (*ZERO, "strategy.config={fp16: {enabled: true}}"),
         "--set strategy.config: strategy.config: the DeepSpeed config contradicts the job",
+    ),
+    (
+        ("train.embedding_learning_rate=1e-5", "adapter={r: 4}"),
+        "--set train.embedding_learning_rate: train.embedding_learning_rate: an adapter does not train",
     ),
     (
         ("train.optimizer=muon", *ZERO),

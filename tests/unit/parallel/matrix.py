@@ -44,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lora": {"adapter": {"r": 4, "dropout": 0.0}},
     "int4": {"adapter": {"r": 4, "dropout": 0.0}, "quantization": "int4"},
     "int8": {"adapter": {"r": 4, "dropout": 0.0}, "quantization": "int8"},
+    "grown": {"adapter": {"r": 4, "dropout": 0.0, "modules_to_save": ["embed_tokens"]}},
 }
 PRECISIONS = ("fp32", "bf16")
 
@@ -54,7 +55,7 @@ QUICK = [
     if case[0] == "ddp"
     or (case[2] == "fp32" and case[:2] in {("fsdp", "int4"), ("zero-1", "int8"), ("zero-2", "int4")})
     or case in {("fsdp", "full", "bf16"), ("zero-3", "full", "fp32"), ("zero-3", "lora", "bf16")}
-    or case == ("zero-3-offload", "lora", "fp32")
+    or case in {("zero-3-offload", "lora", "fp32"), ("fsdp", "grown", "fp32"), ("zero-3", "grown", "fp32")}
 ]
 """With every strategy but two, every method and both precisions; the others take two minutes more."""
 
@@ -88,19 +89,23 @@ def name_of(case: tuple[str, str, str]) -> str:
 def recomputed(strategy: str, method: str) -> bool | int | str:
     """Each way of gradient checkpointing with every strategy that has it."""
     selective = 2 if strategy.startswith("zero-3") else "selective"
-    return {"full": False, "lora": selective, "int4": True, "int8": 2}[method]
+    return {"full": False, "lora": selective, "int4": True, "int8": 2, "grown": False}[method]
 
 
 def sections(case: tuple[str, str, str], base: Path) -> dict[str, Any]:
+    """grown: two new tokens, and an embedding that is tied to the head and trained whole, at its own rate."""
     strategy, method, precision = case
+    grown = method == "grown"
+    base, more = (base.with_name("tied"), str(base.with_name("more"))) if grown else (base, None)
     return {
-        "model": {"base": str(base), "config": None, "tokenizer": None},
+        "model": {"base": str(base), "config": None, "tokenizer": None, "add_tokens": more},
         "strategy": STRATEGIES[strategy],
         "train": {
             "max_steps": STEPS,
             "global_batch_size": 5,
             "mixed_precision": precision,
             "gradient_checkpointing": recomputed(strategy, method),
+            "embedding_learning_rate": 3e-2 if grown else None,
         },
         "checkpoint": {"save_steps": STEPS // 2},
         "eval": {"eval_steps": 100, "max_tokens": 400},
@@ -110,7 +115,8 @@ def sections(case: tuple[str, str, str], base: Path) -> dict[str, Any]:
 
 def spec_of(case: tuple[str, str, str], folder: Path, world_size: int) -> AttemptSpec:
     run = f"{name_of(case)}/whole"
-    return make_spec(folder, world_size=world_size, run=run, **sections(case, folder / "base"))
+    spec = make_spec(folder, world_size=world_size, run=run, **sections(case, folder / "base"))
+    return replace(spec, tokenizer=folder / "more") if case[1] == "grown" else spec
 
 
 def with_two(case: tuple[str, str, str], folder: Path, rank: int) -> None:

@@ -200,14 +200,16 @@ def on_ranks(folder: Path, run: Callable[..., None], *more: str, made: bool = Fa
 
 
 def parts(folder: Path) -> Path:
-    """The token log, tokenizer and base of `spec_of`."""
+    """The token log, tokenizers and bases of `spec_of`."""
     write_log(folder / "tokens" / "log")
     write_tokenizer(folder / "words")
-    torch.manual_seed(1)
-    config = {key: value for key, value in LLAMA.items() if key != "model_type"}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **config, vocab_size=VOCABULARY))
-    model.save_pretrained(folder / "base")
-    write_tokenizer(folder / "base")
+    write_tokenizer(folder / "more", "new1", "new2")
+    config = {key: value for key, value in LLAMA.items() if key != "model_type"} | {"vocab_size": VOCABULARY}
+    for name, tied in (("base", False), ("tied", True)):
+        torch.manual_seed(1)
+        made = AutoConfig.for_model("llama", **config, tie_word_embeddings=tied)
+        AutoModelForCausalLM.from_config(made).save_pretrained(folder / name)
+        write_tokenizer(folder / name)
     return folder
 
 
@@ -266,7 +268,7 @@ def test_the_matrix_has_every_strategy_that_the_schema_has() -> None:
         (None, None),
         *((stage, offload) for stage in stages for offload in (None, "cpu")),
     }
-    assert set(METHODS) - {"full", "lora"} == set(
+    assert set(METHODS) - {"full", "lora", "grown"} == set(
         Job.model_json_schema()["properties"]["quantization"]["anyOf"][0]["enum"]
     )
 
