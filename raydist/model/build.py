@@ -255,7 +255,7 @@ def build_model(
         model = _bare(config, job, tokenizer_folder, place)
         if job.model.add_tokens:
             grow_vocabulary(model, n_tokens_of(tokenizer_folder))
-        _check_vocabulary(model, tokenizer_folder)
+        check_vocabulary(rows_of(model), len(load_tokenizer(tokenizer_folder)))
         freeze_others(model)
         # the bare model, which knows how attention is chosen
         fit(model) if fit else fit_model(model, job, device)
@@ -397,8 +397,8 @@ def _base(job: Job, device: torch.device) -> nn.Module:
         return model
 
 
-def _check_vocabulary(model: nn.Module, tokenizer_folder: Path) -> None:
-    rows, tokens = rows_of(model), len(load_tokenizer(tokenizer_folder))
+def check_vocabulary(rows: int, tokens: int) -> None:
+    """Raises ModelError where the tokenizer has more tokens than the model's embedding has rows."""
     if tokens > rows:
         raise ModelError(
             f"the tokenizer has {tokens} tokens and the model embeds {rows}",

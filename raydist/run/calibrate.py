@@ -1,7 +1,8 @@
 """How long a job will take, and the memory that a worker takes: two steps of one worker, measured here.
 
-The batch is of random tokens in documents as long as a block. Nothing is written. Other workers, and what
-they send each other, are not measured: with several of them the time is what each takes for its own part.
+The batch is of random tokens in documents as long as a block. Nothing is written, but the tokenizer of a base
+that gets new tokens. Other workers, and what they send each other, are not measured: with several of them the
+time is what each takes for its own part.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from raydist.cluster.resources import cpus_per_worker_here
-from raydist.corpus.tokenizer import planned_tokenizer
+from raydist.corpus.tokenizer import planned_tokenizer, resolve_tokenizer
 from raydist.errors import JobError
 from raydist.job.plan import Plan
 from raydist.job.schema import Job, Strategy
@@ -37,13 +38,14 @@ def measure(job: Job, plan: Plan, listener: Listener | None = None) -> dict[str,
     Raises JobError where the job's tokenizer is not trained yet.
     """
     listener = listener or Listener()
-    tokenizer = planned_tokenizer(job, Storage(job.storage).resolve())
-    if tokenizer is None:
+    storage = Storage(job.storage).resolve()
+    if planned_tokenizer(job, storage) is None:
         raise JobError(
             "there is nothing to measure with yet: the job's tokenizer is still to be trained",
             where="model.tokenizer",
             fix="raydist prepare makes it and the token logs; then measure",
         )
+    tokenizer = resolve_tokenizer(job, storage)
     cuda = job.scaling.on_gpus(torch.cuda.device_count())
     world = World(device=torch.device("cuda" if cuda else "cpu"))
     threads = torch.get_num_threads()

@@ -11,7 +11,15 @@ from raydist.corpus.tokenizer import TokenizerSpec, planned_tokenizer
 from raydist.job.plan import Plan, make_plan
 from raydist.job.schema import Job
 from raydist.job.search import trial_at
-from raydist.model.build import Sizes, check_base, check_fits, check_tokenizer, load_config, model_sizes
+from raydist.model.build import (
+    Sizes,
+    check_base,
+    check_fits,
+    check_tokenizer,
+    check_vocabulary,
+    load_config,
+    model_sizes,
+)
 from raydist.parallel.footprint import FP32, worker_memory
 from raydist.parallel.optimizer import state_bytes
 from raydist.run.attempts import first_micro_batch_tokens, remembered
@@ -77,6 +85,8 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
         check_base(job)
         check_tokenizer(job)
     sizes = model_sizes(config, job, tokenizer.vocab_size if tokenizer else 0)
+    if tokenizer is not None:
+        check_vocabulary(sizes.vocabulary, tokenizer.vocab_size)
     steps_here = {}
     if measured:
         from raydist.run.calibrate import measure

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from raydist.errors import ModelError
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
 from raydist.model.build import build_model, load_config, model_sizes
@@ -18,6 +19,7 @@ from raydist.parallel.footprint import worker_memory
 from raydist.run.calibrate import _batch, measure
 from raydist.run.estimate import plan_job, plan_sweep
 from tests.train_parts import LLAMA, VOCABULARY, make_job, write_tokenizer
+from tests.unit.model.test_adapter import write_base
 from tests.unit.sweep.test_suggest import sweep
 
 BLOCK = 64
@@ -138,3 +140,22 @@ def test_a_sweep_is_planned_by_the_ends_of_what_it_searches(tmp_path: Path, corp
     assert planned["trials"] == 7 and planned["tokens_at_most"] == 7 * 4096
     sizes = [planned[which]["steps"]["stages"][0]["block_size"] for which in ("first", "last")]
     assert sizes == [32, 64] and planned["searched"]["train.lr"] == [1e-4, 1e-2]
+
+
+def test_a_tokenizer_with_tokens_that_the_model_lacks_is_refused_by_the_plan(tmp_path: Path) -> None:
+    """The base's own may be it: tokens were added to it, and the model did not grow."""
+    base = write_base(tmp_path / "base", LLAMA)
+    write_tokenizer(base, "new")
+    (tmp_path / "text.jsonl").write_text('{"text": "w2 w3 new w4"}\n' * 9)
+    sources = {"text": {"path": str(tmp_path / "text.jsonl")}}
+    model = {"base": str(base), "config": None, "tokenizer": None}
+    with pytest.raises(ModelError, match="65 tokens and the model embeds 64") as refused:
+        plan_job(make_job(tmp_path, model=model, corpus={"sources": sources}))
+    assert "model.add_tokens" in refused.value.fix
+    grown = make_job(tmp_path, model={**model, "add_tokens": str(base)}, corpus={"sources": sources})
+    plain = make_job(
+        tmp_path, model={**model, "tokenizer": str(tmp_path / "words")}, corpus={"sources": sources}
+    )
+    write_tokenizer(tmp_path / "words")
+    more = [plan_job(job)["parameters"]["total"] for job in (grown, plain)]
+    assert more[0] - more[1] == 2 * LLAMA["hidden_size"]  # a row of the embedding, and one of the head
