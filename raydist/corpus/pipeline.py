@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from ray.data import Datasource, ExecutionResources, ReadTask
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data.block import BlockMetadata
 from ray.data.datasource import Datasink
-from ray.exceptions import RayTaskError
+from ray.exceptions import NodeDiedError, RayTaskError, WorkerCrashedError
 
 from raydist.corpus.clean import Cleaner, make_cleaner
 from raydist.corpus.files import unchanged
@@ -46,6 +47,9 @@ if TYPE_CHECKING:
 
 BLOCK_BYTES = 4 * 2**20
 """Text that is tokenized at once: it fits the caches, and the cost per call does not matter."""
+MAX_RETRIES = 8
+"""Of a task whose process or machine was lost. Ray Data's own number has no end, and so has a crash of its
+own making. Ray counts those that it kills for memory apart, without end."""
 BAD_SHOWN = 5
 """Unreadable records that an error names."""
 
@@ -59,6 +63,10 @@ class Share:
 
 
 WHOLE_CLUSTER = Share()
+
+
+REMOTE = {"max_retries": MAX_RETRIES}
+"""Of all three steps alike: Ray Data fuses no steps with different ones."""
 
 
 class SliceDatasource(Datasource):
@@ -262,7 +270,7 @@ def write_slices(
     """Make `slices` (by number) on Ray. Raises the RaydistError that a task raised, without its wrapping."""
     with settings(share):
         try:
-            dataset(source, slices, spec, backend).write_datasink(sink)
+            dataset(source, slices, spec, backend).write_datasink(sink, ray_remote_args=REMOTE)
         except Exception as error:
             raise _unwrapped(error, sink.folder) from error
 
@@ -305,12 +313,17 @@ def dataset(
     source: SourceFiles, slices: Mapping[int, Slice], spec: TokenizerSpec, backend: str
 ) -> ray.data.Dataset:
     """The pipeline without the sink. With fewer blocks than slices Ray would split them, and fuse nothing."""
-    read = ray.data.read_datasource(SliceDatasource(source, slices), override_num_blocks=len(slices))
+    datasource = SliceDatasource(source, slices)
     functions = [step for step in source.clean if isinstance(step, str) and ":" in step]
     tools = {"spec": spec, "backend": backend, "clean": source.clean, "modules": module_folders(functions)}
-    tokenized: ray.data.Dataset = read.map_batches(
-        tokenize, fn_kwargs=tools, batch_size=None, batch_format="pandas"
-    )
+    with (
+        warnings.catch_warnings()
+    ):  # Ray is to have a name for each of them, but has none for max_retries yet
+        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+        read = ray.data.read_datasource(datasource, override_num_blocks=len(slices), ray_remote_args=REMOTE)
+        tokenized: ray.data.Dataset = read.map_batches(
+            tokenize, fn_kwargs=tools, batch_size=None, batch_format="pandas", **REMOTE
+        )
     return tokenized
 
 
@@ -324,6 +337,14 @@ def _unwrapped(error: BaseException, folder: LogFolder) -> RaydistError:
             return link
     if refused := storage_error(error, folder.path):
         return refused
+    if any(isinstance(link, WorkerCrashedError | NodeDiedError) for link in chain):
+        return CorpusError(
+            f"a preparation task lost its process {MAX_RETRIES + 1} times",
+            where=str(folder.path),
+            why="as a rule a cleaning step, or a library that it calls, crashes on one of the documents;"
+            " parquet and Arrow files are decoded in another process, and cannot be the cause",
+            fix="find the step that crashes, then run again: finished slices are kept",
+        )
     return CorpusError(
         f"a preparation task failed: {type(chain[-1]).__name__}: {chain[-1]}",
         where=str(folder.path),

@@ -28,6 +28,7 @@ from raydist.errors import BadRecords, ClusterError, CorpusError, EmptyCorpus, L
 from raydist.files import read_json
 from raydist.job.schema import Corpus, TrainSource
 
+DAMAGED = Path(__file__).parents[1] / "unit/corpus/damaged"
 WORDS = [
     "the",
     "of",
@@ -125,7 +126,8 @@ class TestOnRay:
         slices = dict(enumerate(plan.slices[:n_slices]))
         with pipeline.settings():
             dataset = pipeline.dataset(plan.source, slices, spec, "fastokens")
-            dataset.write_datasink(pipeline.LogDatasink(LogFolder(tmp_path / "log"), fail_on_bad=True))
+            sink = pipeline.LogDatasink(LogFolder(tmp_path / "log"), fail_on_bad=True)
+            dataset.write_datasink(sink, ray_remote_args=pipeline.REMOTE)
             stats = dataset._write_ds.stats()
         assert f"ReadSlice->MapBatches(tokenize)->Write: {n_slices} tasks executed" in stats
         assert "Operator 2" not in stats
@@ -197,6 +199,33 @@ class TestOnRay:
         log = build_log(plan, on_error="fail")
         assert (log.n_documents, log.n_quarantined) == (9, 0)
         self.check_tidy(log, plan)
+
+    def test_files_that_crash_their_decoder_fail_or_are_set_aside(self, tmp_path: Path, planned: Any) -> None:
+        write_lines(tmp_path / "files/good.jsonl", [text_of(i) for i in range(20)])
+        for path in DAMAGED.iterdir():
+            (tmp_path / "files" / path.name).write_bytes(path.read_bytes())
+        plan = planned(slice_bytes=1024)
+        with pytest.raises(BadRecords, match=r"records? or files cannot be read"):
+            build_log(plan, on_error="fail")
+        log = build_log(plan, on_error="quarantine")
+        listed = [orjson.loads(line) for line in (log.path / "quarantine.jsonl").read_bytes().splitlines()]
+        assert {each["file"] for each in listed} == {path.name for path in DAMAGED.iterdir()}
+        crash = "the decoder crashed (signal SIGABRT) on it: the file is damaged"
+        assert [each["reason"] for each in listed if each["file"] == "footer.parquet"] == [crash]
+        assert log.n_quarantined == len(listed) and log.n_documents >= 20
+        with pytest.raises(BadRecords, match=f"{len(listed)} records"):
+            build_log(plan, on_error="fail")
+
+    @pytest.mark.slow
+    def test_a_cleaning_step_that_crashes_ends_with_an_error(
+        self, tmp_path: Path, planned: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write_lines(tmp_path / "files/a.jsonl", [*map(text_of, range(build.SAMPLE_TEXTS)), "crash"])
+        step = "import os\n\ndef crash(text):\n    return os.abort() if text == 'crash' else text\n"
+        (tmp_path / "crashing_step.py").write_text(step)
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(CorpusError, match="lost its process 9 times"):
+            build_log(planned(clean=["crashing_step:crash"]), on_error="quarantine")
 
     def test_cleaning_and_its_errors(
         self, tmp_path: Path, planned: Any, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@
     content     the format of a file by its content, where its name says none
     reader      Reader: what a format consists of; splitting files at lines or into units
     columns     parquet, arrow: the text column alone, a few MiB at a time
+    decoder     runs these two in another process, which damaged files can crash
     csv, json, text   the other formats
     streams     bytes of a file: opened, decompressed, in blocks and whole lines
     records     Part, ReadOptions, Record and ByteRecord, Bad
@@ -23,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from raydist.corpus.formats import decoder
 from raydist.corpus.formats.content import recognise
 from raydist.corpus.formats.reader import Cut
 from raydist.corpus.formats.records import (
@@ -90,18 +92,20 @@ def cut_file(file: File, n_bytes: int, options: ReadOptions) -> list[Cut]:
     if file.size <= n_bytes or file.compression or is_converted or cut is None:
         return []
     with Opened(file) as stream:
-        return cut(stream, n_bytes, options)
+        return decoder.cut(stream, n_bytes, options) if reader.count else cut(stream, n_bytes, options)
 
 
 def read_part(file: File, part: Part, options: ReadOptions) -> Iterator[list[Item]]:
     """Lists of the records of `part` in the file's order; never an empty list."""
+    reader = reader_of(file)
+    read = decoder.read if reader.count else reader.read
     with Opened(file, options.encoding) as stream:
         if file.size <= POINTER_BYTES and is_pointer(stream.read(len(LFS_POINTER))):
             yield [Bad(None, "a Git LFS pointer, not the file itself: run `git lfs pull`")]
             return
         stream.seek(0)
         try:
-            yield from filter(None, reader_of(file).read(stream, part, options))
+            yield from filter(None, read(stream, part, options))
         except Torn as error:
             yield [Bad(None, str(error))]
 

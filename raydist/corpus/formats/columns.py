@@ -135,20 +135,22 @@ def _items_of(
     """Items of each batch. The first that cannot be read is one Bad, and the end.
 
     what: the part of the file that is lost with it. n_rows: that it says it has, -1 if it says nothing.
-    validate: check offsets, which a damaged file may have wrong.
+    validate: check lengths, offsets and indices, which a damaged file may have wrong.
     """
     first = row
     try:
         for batch in batches:
+            if validate:
+                batch.validate()
             array = batch.column(batch.schema.get_all_field_indices(path[0])[0])
             for name in path[1:]:
                 array = pc.struct_field(array, [name])
             if not _is_text(array.type):
                 yield [Bad(None, f"{'.'.join(path)} is {_kind(array.type)}, not a string")]
                 return
+            if validate:
+                _check(array)
             for piece in _pieces(_plain(array)):
-                if validate:
-                    _as_bytes(piece).validate(full=True)
                 yield _items(piece, row, path)
                 row += len(piece)
         if n_rows not in (-1, row - first):
@@ -172,6 +174,16 @@ def _kind(kind: Any) -> str:
     return "binary" if binary or pa.types.is_fixed_size_binary(kind) else str(kind)
 
 
+def _check(array: Any) -> None:
+    """Raises ArrowInvalid if offsets, views or indices lead outside of the array's data."""
+    if isinstance(array, pa.DictionaryArray):
+        _check(array.dictionary)
+        array = pa.DictionaryArray.from_arrays(array.indices, _as_bytes(array.dictionary), safe=False)
+    else:
+        array = _as_bytes(array)  # whether it is UTF-8 is a matter of each record
+    array.validate(full=True)
+
+
 def _plain(array: Any) -> Any:
     """The same text without dictionary or views."""
     if isinstance(array, pa.DictionaryArray):
@@ -185,6 +197,8 @@ def _pieces(array: Any) -> Iterator[Any]:
 
 
 def _as_bytes(array: Any) -> Any:
+    if pa.types.is_string_view(array.type):
+        return array.view(pa.binary_view())
     return array.view(pa.large_binary() if pa.types.is_large_string(array.type) else pa.binary())
 
 
@@ -218,15 +232,31 @@ def _cut_parquet(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
 
 
 def _cut_arrow(stream: Opened, n_bytes: int, _: ReadOptions) -> list[Cut]:
-    try:
-        reader = _open_arrow(stream)
-        n_batches = reader.num_record_batches if _is_file(reader) else 0
-    except DAMAGED:
-        return []
+    n_batches = _count_batches(stream)
     return cut_units([stream.file.size / n_batches] * n_batches if n_batches else [], n_bytes)
 
 
+def _count_groups(stream: Opened) -> int:
+    try:
+        return int(_open_parquet(stream).num_row_groups)
+    except DAMAGED:
+        return 0
+
+
+def _count_batches(stream: Opened) -> int:
+    """1 for a stream, which is read as a whole."""
+    try:
+        reader = _open_arrow(stream)
+        return int(reader.num_record_batches) if _is_file(reader) else 1
+    except DAMAGED:
+        return 0
+
+
 PARQUET = Reader(
-    "parquet", ("parquet", "pq"), _read_parquet, _cut_parquet, may_be_compressed=False, compresses=True
-)
-ARROW = Reader("arrow", ("arrow", "feather", "ipc"), _read_arrow, _cut_arrow, may_be_compressed=False)
+    "parquet", ("parquet", "pq"), _read_parquet, _cut_parquet, may_be_compressed=False, compresses=True,
+    unit="row group", count=_count_groups,
+)  # fmt: skip
+ARROW = Reader(
+    "arrow", ("arrow", "feather", "ipc"), _read_arrow, _cut_arrow, may_be_compressed=False,
+    unit="record batch", count=_count_batches,
+)  # fmt: skip

@@ -35,6 +35,8 @@ class Reader:
     may_be_compressed: a compression's extension may follow its own. Formats that are read at random places
     cannot be.
     compresses: its files are as a rule compressed inside, so that they hold more text than their size.
+    unit, count: what a part counts, and how many a file has; 0 if it is damaged. Only of formats that native
+    code decodes: see the module `decoder`.
     """
 
     name: str
@@ -44,6 +46,8 @@ class Reader:
     has_columns: bool = True
     may_be_compressed: bool = True
     compresses: bool = False
+    unit: str = ""
+    count: Callable[[Opened], int] | None = None
 
 
 def cut_units(sizes: Sequence[float], n_bytes: int) -> list[Cut]:

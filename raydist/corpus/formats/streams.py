@@ -8,6 +8,7 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedIOBase
 from itertools import chain
 from typing import IO, Any, cast
 
@@ -46,13 +47,13 @@ HEAD_BYTES = 4096
 class Opened:
     """A file's stream. Storage that fails raises CorpusError, and so is never taken for damaged content.
 
-    encoding: of the text in it.  at_end: the last read found nothing left.
+    encoding: of the text in it.  at_end: the last read found nothing left.  stream: if it is open already.
     """
 
-    def __init__(self, file: File, encoding: str = UTF_8) -> None:
+    def __init__(self, file: File, encoding: str = UTF_8, stream: BufferedIOBase | None = None) -> None:
         self.file, self.encoding, self.at_end = file, encoding, False
         try:
-            self.stream = open_file(file.location)
+            self.stream = stream or open_file(file.location)
         except OSError as error:
             cannot_read(error, file.location, file.name)
 
