@@ -11,6 +11,8 @@ import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 from urllib.parse import unquote
@@ -62,6 +64,8 @@ HIDDEN, EXCLUDED = "names that begin with _ or .", "excluded"
 NO_TEXT = "images, sound, programs or weights"
 DESCRIPTION_BYTES = 16 * MIB
 EXAMPLES = 3
+BATCH = 256
+"""Files that a thread looks at before it takes more."""
 NAMED_UNUSED = 5
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "checksum", "blob_id", "LastModified", "last_modified", "created")
 
@@ -155,6 +159,7 @@ def look_up(source: Source) -> Listing:
     excluded = [glob_regex(pattern.rstrip("/")) for pattern in source.exclude]
     found: dict[str, Found] = {}
     left_out: dict[str, Found] = {}
+    folders: dict[str, str] = {}
     for entry in entries:
         if is_redacted(entry):
             raise CorpusError(
@@ -170,14 +175,14 @@ def look_up(source: Source) -> Listing:
             if file.left_out:
                 left_out[file.location] = file
                 continue
-            same = file.location if is_uri(file.location) else os.path.realpath(file.location)
-            found.setdefault(same, file)
+            found.setdefault(_real(file.location, folders), file)
     distinct = sorted(_distinct_names(found.values()), key=lambda file: file.name)
+    batches = [distinct[start : start + BATCH] for start in range(0, len(distinct), BATCH)]
     with ThreadPoolExecutor(8) as pool:
-        formats = list(pool.map(lambda file: _format(file, source), distinct))
+        formats = list(chain.from_iterable(pool.map(partial(_formats, source), batches)))
         if all(form[0] == UNUSED.name for form in formats):
             raise _unknown(", ".join(entries), distinct)
-        looked_at = list(pool.map(_look_at, distinct))
+        looked_at = list(chain.from_iterable(pool.map(_looked_at, batches)))
     files = [
         File(file.name, file.opened, file.size if form[0] != UNUSED.name else 0, identity, *form)
         for file, (identity, _), form in zip(distinct, looked_at, formats, strict=True)
@@ -196,6 +201,21 @@ def _unknown(entry: str, files: list[Found]) -> CorpusError:
         f"no file of {entry} has a known format", where=entry, why=f"the files are {some}",
         fix=f"set the source's format to one of {', '.join(READERS)}",
     )  # fmt: skip
+
+
+def _real(location: str, folders: dict[str, str]) -> str:
+    """What the location leads to, by every link. folders: those that were looked up; this adds to them."""
+    if is_uri(location):
+        return location
+    folder, name = os.path.split(location)
+    if folder not in folders:
+        folders[folder] = os.path.realpath(folder)
+    real = os.path.join(folders[folder], name)
+    return os.path.realpath(real) if os.path.islink(real) else real
+
+
+def _formats(source: Source, files: list[Found]) -> list[tuple[str, str | None]]:
+    return [_format(file, source) for file in files]
 
 
 def _format(file: Found, source: Source) -> tuple[str, str | None]:
@@ -534,6 +554,10 @@ def _prefixed(group: list[Found]) -> list[Found]:
     return [file._replace(name=redact(name)) for file, name in zip(group, names, strict=True)]
 
 
+def _looked_at(files: list[Found]) -> list[tuple[str, bool]]:
+    return [_look_at(file) for file in files]
+
+
 def _identity(file: Found) -> str:
     return _look_at(file)[0]
 
@@ -548,9 +572,10 @@ def _look_at(file: Found) -> tuple[str, bool]:
         return f"{file.size}:{file.stamp}", False
     try:
         with open_file(file.opened) as stream:
-            if file.size <= POINTER_BYTES:
+            if file.size <= MIB:  # file_digest takes a buffer of 256 KiB for each
                 content = stream.read()
-                return xxhash.xxh3_128_hexdigest(content), is_pointer(content)
+                is_lfs = file.size <= POINTER_BYTES and is_pointer(content)
+                return xxhash.xxh3_128_hexdigest(content), is_lfs
             if file.size <= HASHED_WHOLE_BYTES:
                 return hashlib.file_digest(stream, xxhash.xxh3_128).hexdigest(), False
             first = stream.read(MIB)

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from io import BufferedIOBase
-from pathlib import Path
 from typing import Any, NoReturn, cast
 from urllib.parse import quote
 
@@ -17,7 +16,7 @@ URI = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 QUERY = re.compile(r"\?\w+=")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class File:
     """name: relative, '/'-separated, the same on every machine.  location: the path or URI to open.
 
@@ -40,7 +39,7 @@ def is_uri(location: str) -> bool:
 def open_file(location: str) -> BufferedIOBase:
     """A seekable binary stream of a local path or a URI."""
     if not is_uri(location):
-        return Path(location).open("rb")
+        return open(location, "rb")  # noqa: PTH123 - of many small files a Path takes as long as the reading
     filesystem, path = open_filesystem(location)
     return cast(BufferedIOBase, filesystem.open_input_file(path))
 

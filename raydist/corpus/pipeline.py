@@ -10,8 +10,10 @@ import functools
 import logging
 import math
 import os
+import pickle
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -85,10 +87,21 @@ class SliceDatasource(Datasource):
         metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
         files, options = self._source.files, self._source.options
         readers = (
-            functools.partial(read_blocks, number, *narrowed(files, slice_), options)
-            for number, slice_ in self._slices.items()
+            _Reader(number, *narrowed(files, slice_), options) for number, slice_ in self._slices.items()
         )
         return [ReadTask(reader, metadata) for reader in readers]
+
+
+class _Reader:
+    """Calls `read_blocks`. What it is given is kept small: the names of a slice's files may be megabytes."""
+
+    __name__ = "read_blocks"  # Ray names it where it finds it large
+
+    def __init__(self, *given: Any) -> None:
+        self._given = zlib.compress(pickle.dumps(given), 1)
+
+    def __call__(self) -> Iterator[pd.DataFrame]:
+        return read_blocks(*pickle.loads(zlib.decompress(self._given)))  # noqa: S301 - its own
 
 
 def narrowed(files: Sequence[File], slice_: Slice) -> tuple[tuple[File, ...], Slice]:

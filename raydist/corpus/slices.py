@@ -18,8 +18,11 @@ from raydist.corpus.formats.reader import group_neighbours
 from raydist.corpus.formats.records import CHUNK_BYTES
 from raydist.corpus.locations import File
 
+MAX_PARTS = 16384
+"""Of a slice: a small file takes its time however few bytes it has, and one task reads a slice."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Slice:
     """Parts that one task reads, in this order. n_bytes: of the source files, about."""
 
@@ -46,8 +49,12 @@ def plan_slices(files: Sequence[File], options: ReadOptions, slice_bytes: int) -
     single.sort(key=lambda entry: _hash(files, entry))
     slices = [entry for entry in single if entry.n_bytes > slice_bytes // 2]
     small = [entry for entry in single if entry.n_bytes <= slice_bytes // 2]
-    for start, end, n_bytes in group_neighbours([entry.n_bytes for entry in small], slice_bytes):
-        slices.append(Slice(tuple(entry.parts[0] for entry in small[start:end]), round(n_bytes)))
+    for start, end, _ in group_neighbours([entry.n_bytes for entry in small], slice_bytes):
+        for first in range(start, end, MAX_PARTS):
+            some = small[first : min(first + MAX_PARTS, end)]
+            slices.append(
+                Slice(tuple(entry.parts[0] for entry in some), sum(entry.n_bytes for entry in some))
+            )
     return sorted(slices, key=lambda entry: _hash(files, entry))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import random
 import re
 import signal
@@ -21,8 +22,12 @@ import xxhash
 
 from raydist.corpus import build, pipeline
 from raydist.corpus.build import LogPlan, Progress, build_log, estimate, plan_log
+from raydist.corpus.formats import Part, ReadOptions
+from raydist.corpus.locations import File
 from raydist.corpus.log import SliceWriter, TokenLog
 from raydist.corpus.log_folder import LogFolder
+from raydist.corpus.slices import MAX_PARTS, Slice
+from raydist.corpus.source import SourceFiles
 from raydist.corpus.tokenizer import Reference, TokenizerSpec, open_tokenizer, train_tokenizer
 from raydist.errors import BadRecords, ClusterError, CorpusError, EmptyCorpus, LogError
 from raydist.files import read_json
@@ -286,6 +291,18 @@ def test_the_sink_empties_what_it_has_written(tmp_path: Path, planned: Any, spec
     assert all(sys.getsizeof(piece) < 1000 for block in blocks for piece in block["piece"])
     (record,) = (read_json(path) for path in (tmp_path / "log/slices").iterdir())
     assert sum(shard["n_documents"] for shard in record["shards"]) == 50
+
+
+def test_a_task_of_very_many_files_stays_small() -> None:
+    """Ray warns of tasks of more than a MiB, and names their function."""
+    files = []
+    for i in range(MAX_PARTS):
+        name, digest = f"{i // 1000:04}/{i}.txt", xxhash.xxh3_128_hexdigest(str(i).encode())
+        files.append(File(name, f"/data/corpus/{name}", 50, digest, "text", None))
+    slices = {0: Slice(tuple(Part(i) for i in range(MAX_PARTS)), 50 * MAX_PARTS)}
+    source = SourceFiles(tuple(files), ReadOptions("auto", "text", "line"), (), 2**20)
+    (task,) = pipeline.SliceDatasource(source, slices).get_read_tasks(1)
+    assert task.read_fn.__name__ == "read_blocks" and len(pickle.dumps(task.read_fn)) < 2**20
 
 
 def test_a_slice_cut_short_is_not_committed(tmp_path: Path, planned: Any, spec: TokenizerSpec) -> None:

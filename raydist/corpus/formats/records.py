@@ -14,7 +14,7 @@ MAX_RECORD_BYTES = 128 * 2**20
 """A record that is longer, about, is bad. Tokenizing takes some forty times its size in memory."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part:
     """A part of one file. `file`: its index in the list of files.
 

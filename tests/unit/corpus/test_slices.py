@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raydist.corpus import slices as slices_module
 from raydist.corpus.files import list_files
 from raydist.corpus.formats import Bad, ByteRecord, Part, ReadOptions, Record, read_part
 from raydist.corpus.slices import from_json, plan_slices, read_slice, to_json
@@ -214,6 +215,19 @@ def test_what_cannot_be_cut_stays_whole_and_small_files_share(tmp_path):
     assert sizes[:2] == [1, 1]
     assert sum(sizes) == 302
     assert 4 <= len(slices) <= 8
+    assert in_slices(files, slices, how) == whole(files, how)
+
+
+def test_a_slice_holds_so_many_files_at_most(tmp_path, monkeypatch):
+    """One task reads a slice, and each file takes its time."""
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text(f"text {i}\n")
+    files, how = list_all(tmp_path), options()
+    (common,) = plan_slices(files, how, 2**20)
+    monkeypatch.setattr(slices_module, "MAX_PARTS", 4)
+    slices = plan_slices(files, how, 2**20)
+    assert sorted(len(entry.parts) for entry in slices) == [2, 4, 4]
+    assert sum(entry.n_bytes for entry in slices) == common.n_bytes == 70
     assert in_slices(files, slices, how) == whole(files, how)
 
 
