@@ -9,6 +9,7 @@ SHELL := bash
 PYTHON ?= python3
 TORCH_INDEX ?=
 ARGS ?=
+FUZZ ?=
 BIN := .venv/bin
 # One process for the integration tests, which wait, and one for the unit tests, which compute: tests/conftest.py.
 TWO := $(if $(ARGS),,-n 2 --no-loadscope-reorder)
@@ -38,8 +39,9 @@ demo-kill: install  ## the same job undisturbed and SIGKILLed twice: equal final
 	$(BIN)/python tests/chaos/demo_kill.py $(ARGS)
 
 .PHONY: chaos
-chaos: install  ## faults of every kind at random moments, each ending in the undisturbed bytes (about an hour)
+chaos: install  ## faults of every kind at random moments, each ending in the undisturbed bytes, then damaged files (about an hour)
 	$(BIN)/python -m tests.chaos.chaos $(ARGS)
+	$(BIN)/python -m tests.chaos.fuzz $(FUZZ)
 
 .PHONY: test
 test: install  ## the tests (about 8 minutes on 2 cores)

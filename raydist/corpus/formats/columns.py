@@ -75,20 +75,22 @@ def _read_parquet(stream: Opened, part: Part, options: ReadOptions) -> Iterator[
     row = 0
     for group in range(file.num_row_groups):
         n_rows = file.metadata.row_group(group).num_rows
+        column = _column(file, group, path)
         if part.is_whole or part.start <= group < part.end:
-            rows = _batch_rows(file, group, path)
+            rows = max(1, min(MAX_ROWS, CHUNK_BYTES * n_rows // max(1, column.total_uncompressed_size)))
             batches = file.iter_batches(rows, [group], [".".join(path)], use_threads=False)
-            yield from _items_of(batches, path, row, f"row group {group}", n_rows)
+            # its rows and the column's values are equally many: a value that is null counts as one
+            yield from _items_of(batches, path, row, f"row group {group}", max(n_rows, column.num_values))
         row += n_rows
+    if part.start == 0 and row != file.metadata.num_rows:
+        yield [Bad(None, f"its row groups hold {row} rows, and the file says {file.metadata.num_rows}")]
 
 
-def _batch_rows(file: Any, group: int, path: list[str]) -> int:
-    """Rows that hold about CHUNK_BYTES of the column."""
-    meta = file.metadata.row_group(group)
+def _column(file: Any, group: int, path: list[str]) -> Any:
+    """What the footer says of the column in a row group."""
+    meta, name = file.metadata.row_group(group), ".".join(path)
     columns = (meta.column(i) for i in range(meta.num_columns))
-    size: int = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.startswith(".".join(path)))
-    n_rows: int = CHUNK_BYTES * meta.num_rows // max(1, size)
-    return max(1, min(MAX_ROWS, n_rows))
+    return next(column for column in columns if f"{column.path_in_schema}.".startswith(f"{name}."))
 
 
 def _read_arrow(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item]]:

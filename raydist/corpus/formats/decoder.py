@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -45,6 +46,8 @@ CRASHES, KILLS = 2, 3
 """So many of one kind, at the same place, are the last."""
 CRASHED_UNITS = 4
 """A part's rest is given up once so many of its row groups or record batches crashed: each takes a second."""
+DENSEST, SPARE_BYTES = 2**15, 2**30
+"""Bytes that a byte of a file expands to at most: of all compressions zstd does most, 4 bytes to 128 KiB."""
 KILLED = {signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
 
 
@@ -280,19 +283,34 @@ def _serve_one(connection: Connection, request: Any) -> Any:
 
 
 def _answer_of(stream: Opened, what: str, *given: Any) -> Iterator[Any]:
+    """None for a count or cuts that damage does not let be found."""
     reader = reader_of(stream.file)
-    if what == "count":
-        assert reader.count is not None
-        yield reader.count(stream)
-    elif what == "cut":
-        assert reader.cut is not None
-        yield reader.cut(stream, *given)
-    else:
-        try:
-            for items in reader.read(stream, *given):
-                yield _packed(items)
-        except Torn as error:
-            yield _packed([Bad(None, str(error))])
+    assert reader.count is not None and reader.cut is not None
+    try:
+        if what == "count":
+            yield reader.count(stream)
+        elif what == "cut":
+            yield reader.cut(stream, *given)
+        else:
+            yield from map(_packed, reader.read(stream, *given))
+    except MemoryError as error:
+        if not _is_damage(error, stream.file.size):
+            raise
+        yield _damaged(what, f"the file is damaged: {error}, and it is too small to need as much")
+    except Torn as error:
+        yield _damaged(what, str(error))
+    except Exception as error:  # noqa: BLE001 - damage that passed all checks until here
+        yield _damaged(what, f"the file is damaged: {type(error).__name__}: {error}")
+
+
+def _damaged(what: str, reason: str) -> Any:
+    return _packed([Bad(None, reason)]) if what == "read" else None
+
+
+def _is_damage(error: MemoryError, file_bytes: int) -> bool:
+    """Whether so much memory was asked for that no sound file of this size can need it."""
+    asked = re.search(r"of size (\d+)", str(error))
+    return asked is not None and int(asked[1]) > file_bytes * DENSEST + SPARE_BYTES
 
 
 def _packed(items: list[Item]) -> tuple[list[str] | list[Item], int | None]:

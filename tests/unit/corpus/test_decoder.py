@@ -148,6 +148,19 @@ def test_too_little_memory_is_an_error_that_names_the_file(tmp_path, patched):
     assert "malloc of size 99 failed" in str(caught.value)
 
 
+def test_a_file_that_asks_for_more_memory_than_it_can_need_is_bad(tmp_path, patched):
+    patched("if 'document 5' in texts: raise MemoryError('malloc of size 876173328384 failed')")
+    (reason,) = reasons(read(parquet(tmp_path / "a.parquet")))
+    assert reason.startswith("the file is damaged: malloc of size 876173328384 failed")
+
+
+def test_whatever_a_decoder_raises_is_one_bad_file(tmp_path, patched):
+    patched("if 'document 5' in texts: raise IndexError('list index out of range')")
+    assert reasons(read(parquet(tmp_path / "a.parquet"))) == [
+        "the file is damaged: IndexError: list index out of range"
+    ]
+
+
 def test_a_decoder_that_cannot_start_is_no_files_fault(tmp_path, patched, monkeypatch):
     file = parquet(tmp_path / "a.parquet")
     decoder._end_idle()
@@ -177,3 +190,18 @@ def test_a_decoder_ends_without_work(tmp_path, patched):
     (child,) = decoders()
     assert psutil.wait_procs([child], timeout=30)[0]
     assert texts(read(file)) == TEXTS
+
+
+def test_a_footer_with_fewer_rows_than_there_are_loses_none_in_silence(tmp_path):
+    """The footer counts rows in several places; whichever is wrong, it is said."""
+    path = tmp_path / "a.parquet"
+    parquet(path)
+    sound = path.read_bytes()
+    footer = len(sound) - 8 - int.from_bytes(sound[-8:-4], "little")
+    four, two = 8, 4  # as its integers are written
+    places = [i for i in range(footer, len(sound) - 8) if sound[i] == four]
+    assert places
+    for place in places:
+        path.write_bytes(sound[:place] + bytes([two]) + sound[place + 1 :])
+        items = read(opened(path))
+        assert texts(items) == TEXTS or reasons(items), place
