@@ -72,9 +72,12 @@ def _read_parquet(stream: Opened, part: Part, options: ReadOptions) -> Iterator[
     if isinstance(path, Bad):
         yield [path]
         return
+    held, said = sum(_rows(file, group) for group in range(file.num_row_groups)), file.metadata.num_rows
+    if part.start == 0 and held != said:
+        yield [Bad(None, f"its row groups hold {held} rows, and the file says {said}")]
     row = 0
     for group in range(file.num_row_groups):
-        n_rows = file.metadata.row_group(group).num_rows
+        n_rows = _rows(file, group)
         column = _column(file, group, path)
         if part.is_whole or part.start <= group < part.end:
             rows = max(1, min(MAX_ROWS, CHUNK_BYTES * n_rows // max(1, column.total_uncompressed_size)))
@@ -82,8 +85,11 @@ def _read_parquet(stream: Opened, part: Part, options: ReadOptions) -> Iterator[
             # its rows and the column's values are equally many: a value that is null counts as one
             yield from _items_of(batches, path, row, f"row group {group}", max(n_rows, column.num_values))
         row += n_rows
-    if part.start == 0 and row != file.metadata.num_rows:
-        yield [Bad(None, f"its row groups hold {row} rows, and the file says {file.metadata.num_rows}")]
+
+
+def _rows(file: Any, group: int) -> int:
+    """What the footer says."""
+    return int(file.metadata.row_group(group).num_rows)
 
 
 def _column(file: Any, group: int, path: list[str]) -> Any:

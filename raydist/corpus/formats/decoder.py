@@ -74,7 +74,7 @@ def read(stream: Opened, part: Part, options: ReadOptions) -> Iterator[list[Item
     while crashes < CRASHES:
         try:
             for packed in islice(_answers(stream, "read", part, options), given, None):
-                given += 1
+                given, crashes, kills = given + 1, 0, 0
                 yield _unpacked(packed)
             return
         except _Ended as ended:

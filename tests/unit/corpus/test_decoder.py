@@ -120,14 +120,15 @@ def test_a_decoder_that_does_not_answer_counts_as_crashed(tmp_path, patched, mon
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
-def test_a_decoder_that_is_killed_once_loses_and_repeats_nothing(tmp_path, number):
-    """A crash that does not come again is not the file's fault either."""
+def test_a_decoder_that_is_killed_now_and_then_loses_and_repeats_nothing(tmp_path, number):
+    """Crashes that do not come again at the same place are not the file's fault either."""
     decoder._end_idle()
     found = []
     for items in read_part(parquet(tmp_path / "a.parquet"), WHOLE, OPTIONS):
         found += items
-        if len(found) == 8:
+        if len(found) in (4, 8):
             (child,) = decoders()
             child.send_signal(number)
     assert texts(found) == TEXTS and not reasons(found)
