@@ -154,6 +154,14 @@ strategy: {name: zero, stage: 3, offload: cpu}
         assert "Precision bf16" in text_of(render(RunFolder(run)))
 
 
+def test_added_tokens_are_counted_apart_also_in_older_runs_which_have_no_bos(run: Path) -> None:
+    assert "training read 40 end-of-document tokens and 96" in text_of(render(RunFolder(run)))
+    counted = {**DATA, "audit": {**DATA["audit"], "n_bos": 30}}
+    (run / "data.json").write_text(json.dumps(counted))
+    told = text_of(render(RunFolder(run)))
+    assert "training read 30 beginning-of-document tokens, 40 end-of-document tokens and 96" in told
+
+
 def test_the_report_is_written_while_the_run_goes_on_but_not_all_the_time(run: Path) -> None:
     now = 0.0
     live = LiveReport(RunFolder(run), clock=lambda: now)
