@@ -20,6 +20,8 @@ from raydist.model.layers import layers_of
 
 SELECTIVE: Literal["selective"] = "selective"
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "quantized_linear"}
+CHANGED_IN_PLACE = {"mm", "bmm", "_grouped_mm"}
+"""transformers adds a bias of experts, as gpt-oss has, in place: results that are kept would be wrong."""
 ATTENTION = ("attention", "attn")
 """Parts of the names of attention operators: PyTorch's SDPA and flex attention, flash-attn's, our own."""
 
@@ -48,7 +50,9 @@ def checkpoint_layers(model: nn.Module, which: bool | int | Literal["selective"]
     every = which if isinstance(which, int) and which is not True else 1
     options: dict[str, Any] = {"use_reentrant": False}
     if which == SELECTIVE:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_products)
+        kept = PRODUCTS - CHANGED_IN_PLACE if _has_biased_experts(model) else PRODUCTS
+        policy = partial(_keep_products, frozenset(kept))
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     for layer in layers[::every]:
         layer.forward = _recomputed(layer, layer.forward, options)
 
@@ -68,8 +72,14 @@ def _recomputed(layer: nn.Module, forward: Callable[..., Any], options: dict[str
     return run
 
 
-def _keep_products(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _has_biased_experts(model: nn.Module) -> bool:
+    return any(getattr(m, "num_experts", None) and getattr(m, "has_bias", False) for m in model.modules())
+
+
+def _keep_products(
+    kept: frozenset[str], _: Any, operator: Any, *args: Any, **kwargs: Any
+) -> CheckpointPolicy:
     """operator: an OpOverload, whose name is aten::mm, aten::mm.out or the like; or flex attention's."""
     name = operator.name().rpartition("::")[2].partition(".")[0]
-    kept = name in PRODUCTS or any(part in name for part in ATTENTION)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    keep = name in kept or any(part in name for part in ATTENTION)
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -22,7 +22,7 @@ from raydist.model.attention.choose import set_attention
 from raydist.model.build import quietly
 from raydist.model.layers import layers_of
 from raydist.model.loss import loss_of
-from raydist.model.recompute import SELECTIVE, _keep_products, checkpoint_layers
+from raydist.model.recompute import PRODUCTS, SELECTIVE, _keep_products, checkpoint_layers
 from raydist.parallel.footprint import kept_values
 from tests.train_parts import LLAMA, VOCABULARY, make_job
 
@@ -150,9 +150,11 @@ def test_products_and_every_attention_are_kept() -> None:
     ]
     recomputed = [aten.add.Tensor, aten.silu.default, aten.native_layer_norm.default, aten._to_copy.default]
     for operator in kept:
-        assert _keep_products(None, operator) == CheckpointPolicy.MUST_SAVE, operator
+        assert _keep_products(frozenset(PRODUCTS), None, operator) == CheckpointPolicy.MUST_SAVE, operator
     for operator in recomputed:
-        assert _keep_products(None, operator) == CheckpointPolicy.PREFER_RECOMPUTE, operator
+        assert _keep_products(frozenset(PRODUCTS), None, operator) == CheckpointPolicy.PREFER_RECOMPUTE, (
+            operator
+        )
 
 
 def test_a_model_without_known_layers_is_refused() -> None:

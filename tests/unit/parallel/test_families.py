@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -21,19 +23,25 @@ def bases(folder: Path, family: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    family = str(request.param)
-    folder = bases(tmp_path_factory.mktemp("family"), family)
-    return on_ranks(folder, run_families, family, made=True)
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """All cases of a family, run when the first of them is asked for."""
+
+    @cache
+    def train(family: str) -> Path:
+        folder = bases(tmp_path_factory.mktemp("family"), family)
+        return on_ranks(folder, run_families, family, made=True)
+
+    return train
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    ("trained", "case"),
+    ("family", "case"),
     [(family, case) for family in FAMILIES for case in families_of(family)],
     ids=lambda each: each if isinstance(each, str) else name_of(each),
-    indirect=["trained"],
 )
-def test_a_family_trains_resumes_exports_and_merges(trained: Path, case: Case) -> None:
-    judge(case, found_in(trained, case), trained)
+def test_a_family_trains_resumes_exports_and_merges(
+    trained: Callable[[str], Path], family: str, case: Case
+) -> None:
+    judge(case, found_in(trained(family), case), trained(family))
