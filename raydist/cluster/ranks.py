@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import psutil
 
+from raydist.cluster.resources import living_nodes
 from raydist.training.beat import Beat
 
 
@@ -34,8 +35,8 @@ def _kill_on(host: str, processes: Sequence[tuple[int, float]]) -> None:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeManagerHostname"] == host:
+    for node in living_nodes():
+        if node["NodeManagerHostname"] == host:
             there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             ray.remote(num_cpus=0)(_kill).options(scheduling_strategy=there).remote(processes)
             return

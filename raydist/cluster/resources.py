@@ -22,7 +22,7 @@ CORES = "cores"
 
 def node_resources() -> list[Resources]:
     """What each living node of the cluster has, busy or not."""
-    return _resources(_nodes())
+    return _resources(living_nodes())
 
 
 def gpus() -> float:
@@ -81,7 +81,7 @@ def require_room(job: Job, what: str) -> int:
     each = f"{cpus_per_worker(job, node_resources())} CPUs" + " and a GPU" * job.scaling.on_gpus(gpus())
     raise ClusterError(
         f"the cluster has no room for {what}: {wanted} workers of {each}, and it holds {fitting}",
-        where="; ".join(f"{node['NodeManagerAddress']}: {_text(node['Resources'])}" for node in _nodes()),
+        where="; ".join(f"{n['NodeManagerAddress']}: {_text(n['Resources'])}" for n in living_nodes()),
         why="a worker needs its CPUs and its GPU on one node",
         fix="add nodes, or lower scaling.num_workers or scaling.cpus_per_worker",
     )
@@ -91,7 +91,7 @@ def spare(job: Job) -> Share | None:
     """What training leaves free for preparing meanwhile: whole nodes, else CPUs; None if nothing is left."""
     from raydist.corpus.pipeline import Share
 
-    nodes, scaling = _nodes(), job.scaling
+    nodes, scaling = living_nodes(), job.scaling
     cpus = [float(node["Resources"].get("CPU", 0)) for node in nodes]
     if len(nodes) == 1:  # an embedded Ray may promise more than this machine has
         cpus = [min(cpus[0], os.cpu_count() or 1)]
@@ -109,10 +109,16 @@ def spare(job: Job) -> Share | None:
     return Share(rest) if rest >= 1 and (each == 1 or len(nodes) == 1) else None
 
 
-def _nodes() -> list[dict[str, Any]]:
+def living_nodes() -> list[dict[str, Any]]:
+    """As Ray describes them.
+
+    Raises ClusterLost where Ray's own processes have ended: the answer would be waited for without end.
+    """
     import ray
 
-    return [node for node in ray.nodes() if node["Alive"]]
+    from raydist.cluster.session import Session
+
+    return [node for node in Session().do(ray.nodes, "nodes") if node["Alive"]]
 
 
 def _resources(nodes: Sequence[dict[str, Any]]) -> list[Resources]:

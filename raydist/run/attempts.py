@@ -73,6 +73,7 @@ def train(
         life.phases.begin("start")
         try:
             life.ray.require()
+            nodes = node_resources()
         except ClusterLost as error:
             if not life.ray.can_restart:
                 raise
@@ -80,7 +81,7 @@ def train(
             life.ray.restart()
             if rest is not None:
                 rest.go_on()
-        nodes = node_resources()
+            continue
         known = remembered(folder, device_type(job, nodes))
         plan = plan_attempt(job, samples_per_epoch, nodes, known or start)
         cpus = cpus_per_worker(job, nodes)

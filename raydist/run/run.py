@@ -83,7 +83,7 @@ def _prepare_and_train(life: Life, parent: str | None, profile: Path | None) -> 
     from raydist.run import attempts
     from raydist.run.preflight import check_on_cluster
 
-    check_on_cluster(life.job)
+    life.prepare(lambda: check_on_cluster(life.job))
     life.preparing()
     prepared, rest = _prepare(life)
     life.listener.phase("packing")
@@ -110,9 +110,9 @@ def _prepare_and_train(life: Life, parent: str | None, profile: Path | None) -> 
 def _prepare(life: Life) -> tuple[Prepared, Rest | None]:
     """The token logs; or their first windows, and the rest, which is made while training goes on."""
     job, pinned = life.job, life.folder.data().get("pins")
-    share = spare(job) if can_begin_early(job) else None
 
     def begin() -> tuple[Prepared, Callable[[], Prepared] | None]:
+        share = spare(job) if can_begin_early(job) else None
         first = prepare_first(job, life.listener, share, pinned=pinned) if share else None
         return first or (prepare_logs(job, life.listener, pinned=pinned, stop=life.stop_if_asked), None)
 

@@ -69,7 +69,8 @@ def _prepare_and_search(life: Life) -> None:
     job, folder = life.job, life.folder
     assert job.tune is not None
     shared = job.scaling.cpus_per_worker == "auto"
-    room = require_room(_scaled(job, cpus_per_worker=1) if shared else job, "one trial")
+    least = _scaled(job, cpus_per_worker=1) if shared else job
+    room = life.prepare(lambda: require_room(least, "one trial"))
     life.preparing()
     pins = folder.data().get("pins")
     prepared = life.prepare(lambda: prepare_logs(job, life.listener, pinned=pins, stop=life.stop_if_asked))
@@ -79,7 +80,7 @@ def _prepare_and_search(life: Life) -> None:
     asked = job.tune.n_trials if job.tune.concurrency == "auto" else job.tune.concurrency
     at_a_time = min(room, asked, job.tune.n_trials)
     all_workers = _scaled(job, num_workers=at_a_time * job.scaling.num_workers)
-    cpus = cpus_per_worker(all_workers, node_resources())
+    cpus = life.prepare(lambda: cpus_per_worker(all_workers, node_resources()))
     life.listener.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
     with _concluded(life) as parent:
         modules = module_folders(function for _, function in named_functions(job))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -71,6 +72,8 @@ GCS_CALLS = """
 import os, signal, threading, time
 import psutil
 from raydist.cluster.connect import ray_session
+from raydist.cluster.resources import node_resources
+from raydist.errors import ClusterLost
 
 def call():
     import ray
@@ -88,17 +91,23 @@ with ray_session(1, 1) as session:
     threading.Timer(2, kill).start()
     print(session.do_again(call, "work", 1, print), flush=True)
     time.sleep(65)
-print("alive")
+    kill()
+    try:
+        node_resources()
+    except ClusterLost as error:
+        print(error.what)
 """
 
 
 def test_a_call_to_a_lost_gcs_does_not_end_the_process_later() -> None:
-    """Ray would end it after 60 s, on whatever Ray it works by then."""
+    """Ray would end it after 60 s, on whatever Ray it works by then. To ask a lost one is an error."""
     environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
     done = subprocess.run(
         [sys.executable, "-c", GCS_CALLS], capture_output=True, text=True, check=False, env=environment
     )
-    assert done.returncode == 0 and done.stdout.endswith("on the new Ray\nalive\n"), done.stdout + done.stderr
+    said = done.stdout.splitlines()
+    assert done.returncode == 0 and said[-2] == "on the new Ray", done.stdout + done.stderr
+    assert re.fullmatch(r"Ray's GCS \(process \d+\) has ended", said[-1]), done.stdout + done.stderr
 
 
 def test_a_lost_controller_counts_as_a_failure(whole: dict[str, Any], undisturbed: object) -> None:
