@@ -29,6 +29,12 @@ def remove_group(group: str) -> None:
         ray.util.remove_placement_group(PlacementGroup(PlacementGroupID.from_hex(group)))
 
 
+def remove_groups(run: RunFolder) -> None:
+    """Those of all its attempts."""
+    for group in groups_of(run):
+        remove_group(group)
+
+
 def groups_of(run: RunFolder) -> set[str]:
     """Ids of the groups that attempts of this run have written down."""
     groups = set()

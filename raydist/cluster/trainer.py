@@ -21,7 +21,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from raydist import files
 from raydist.cluster import network
-from raydist.cluster.groups import groups_of, remove_group
+from raydist.cluster.groups import remove_groups
 from raydist.cluster.network import BetweenHosts
 from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost, first_line
 from raydist.folder import RunFolder
@@ -77,8 +77,7 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         traceback.clear_frames(error.__traceback__)
         raise _explain(error, spec) from error
     except RayError as error:
-        for reserved in groups_of(RunFolder(spec.run)):
-            remove_group(reserved)
+        remove_groups(RunFolder(spec.run))
         raise _explain_ray(error, spec) from error
     return TrainResult(**fitted.return_value)  # type: ignore[attr-defined]
 

@@ -38,7 +38,7 @@ OTHERS: dict[str, tuple[set[str], str]] = {
     "a torchtune config": ({"model._component_", "tokenizer._component_"}, ONLY_TEXT),
     "arguments of TRL or of Hugging Face's scripts": ({"model_name_or_path", "dataset_name"}, ONLY_TEXT),
 }  # fmt: skip
-"""Other kinds of files: the keys of each, one of which is enough to recognize it, and why it is refused."""
+"""Other kinds of files: keys that no other kind has, and why it is refused. One of the keys is enough."""
 
 
 def imported(path: Path) -> tuple[str, str]:

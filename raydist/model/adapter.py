@@ -117,6 +117,11 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether it is a linear layer as it is, of no class of its own: bitsandbytes quantizes these alone."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
 def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast the frozen weights of linear layers to `dtype`, in which autocast computes their products.
 
@@ -138,8 +143,7 @@ def product_weights(model: nn.Module) -> Iterator[nn.Parameter]:
     found: dict[nn.Parameter, None] = {}
     others: set[nn.Parameter] = set()
     for path, module in model.named_modules():
-        plain = type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-        if plain and kept.isdisjoint(path.split(".")):
+        if is_plain(module) and kept.isdisjoint(path.split(".")):
             found |= dict.fromkeys(module.parameters(recurse=False))
         else:
             others.update(module.parameters(recurse=False))

@@ -430,15 +430,14 @@ def model_sizes(config: PretrainedConfig, job: Job, n_tokens: int = 0) -> Sizes:
         frozen = tuple(freeze_others(model))
         quantization.check_share(model, job)
         use_router_loss(model, job.train.router_aux_loss_coef)
-        base_bytes = quantization.base_bytes(model, job)
+        held_as = quantization.bytes_of_each(model, job)
         if job.quantization is not None:
             quantize_experts(model, job.quantization, torch.device("meta"))
-        held_as = _bytes_of_each(model, job)
         model = model if job.adapter is None else add_lora(model, job.adapter)
         check_new_rows_are_trained(model, job)
-        base_bytes -= sum(held_as.get(p, 0) for name, p in model.named_parameters() if whole(name, p))
+        trained = {parameter for name, parameter in model.named_parameters() if whole(name, parameter)}
     total, trainable = n_parameters(model), n_parameters(model, trainable=True)
-    held = base_bytes + 4 * trainable
+    held = sum(n for weight, n in held_as.items() if weight not in trained) + 4 * trainable
     if job.adapter is None or whole_in_fp32(job):
         held = 4 * total
     text = text_config(config)
@@ -453,17 +452,6 @@ def model_sizes(config: PretrainedConfig, job: Job, n_tokens: int = 0) -> Sizes:
         without_adapter=tuple(quantized_experts(bare_of(model))),
         model=model,
     )
-
-
-def _bytes_of_each(model: nn.Module, job: Job) -> dict[nn.Parameter, int]:
-    """What `quantization.base_bytes` counts for each weight that is not quantized."""
-    from raydist.model.adapter import product_weights
-
-    compute, own = DTYPES[job.train.mixed_precision], getattr(model.config.dtype, "itemsize", 4)
-    if job.quantization is not None and compute == torch.float32:
-        own = 4
-    narrow = set(product_weights(model)) if compute != torch.float32 else set()
-    return {p: p.numel() * (compute.itemsize if p in narrow else own) for p in model.parameters()}
 
 
 def n_parameters(model: nn.Module, *, trainable: bool = False) -> int:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from raydist.job.schema import Job, Lora
-from raydist.model.layers import text_config
+from raydist.model.layers import has_experts, text_config
 from raydist.model.trust import NO_CODE
 
 FP32 = 4
@@ -43,7 +43,7 @@ def kept_for_backward(model: nn.Module, job: Job, layers: int, block_size: int) 
     model: on meta, as `model_sizes` counted it.  None where its architecture cannot be tried like this.
     """
     config = text_config(model.config)
-    if hasattr(config, "num_local_experts") or hasattr(config, "num_experts"):
+    if has_experts(config):
         return None  # which experts a token goes through is not known of a fake one
     adapter = job.adapter.model_dump_json() if job.adapter else ""
     # a quantized weight is kept as it is

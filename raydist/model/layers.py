@@ -26,6 +26,12 @@ def layer_configs(text: Any) -> list[Any]:
     return [text.per_layer_config[index] for index in range(text.num_hidden_layers)]
 
 
+def has_experts(config: Any) -> bool:
+    """Whether layers of the model are mixtures of experts."""
+    first = layer_configs(text_config(config))[0]
+    return any(hasattr(first, name) for name in ("num_local_experts", "num_experts"))
+
+
 def heads_of(layer: Any) -> tuple[int, int, int, int]:
     """Of a layer's settings: heads of queries, heads of keys, and how wide a key and a value are."""
     heads = getattr(layer, "num_attention_heads", None) or 0

@@ -19,13 +19,12 @@ from torch import nn
 from raydist import files
 from raydist.errors import JobError, ModelError, first_line
 from raydist.job.schema import Job
-from raydist.model.adapter import product_weights
+from raydist.model.adapter import is_plain, product_weights
 from raydist.model.base import check_finite, load_base
 from raydist.model.experts import dequantize_into, experts_of, quantize_experts
-from raydist.model.layers import not_of_text
+from raydist.model.layers import has_experts, not_of_text
 from raydist.model.precision import DTYPES
 from raydist.model.quantized import QuantizedLinear, stored_bytes
-from raydist.model.trust import NO_CODE
 from raydist.model.trust import read_config as read_base_config
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def check_share(model: nn.Module, job: Job) -> None:
     layers = [m for m in model.modules() if m not in apart]
     weights = {p for m in layers for p in m.parameters(recurse=False)}
     total = sum(p.numel() for p in weights)
-    quantized = sum(p.numel() for m in layers if _is_quantized(m) for p in m.parameters() if p.ndim == 2)
+    quantized = sum(p.numel() for m in layers if is_plain(m) for p in m.parameters() if p.ndim == 2)
     quantized += sum(m.get_parameter(name).numel() for _, m, names in experts_of(model) for name in names)
     if quantized >= LEAST_SHARE * total:
         return
@@ -121,12 +120,11 @@ def load_quantized(
     experts is loaded on the CPU, since bitsandbytes leaves them as they are.
     """
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import BitsAndBytesConfig
 
     check_bitsandbytes(device)
     bits = "int8" if config.get("load_in_8bit") else "int4"
-    with torch.device("meta"):
-        mixture = any(experts_of(AutoModelForCausalLM.from_config(read_base_config(base), **NO_CODE)))
+    mixture = has_experts(read_base_config(base))
     place = torch.device("cpu") if mixture else device
     options |= {"quantization_config": BitsAndBytesConfig(**config), "device_map": {"": str(place)}}
     model: nn.Module = load_base(base, dtype=dtype, **options)
@@ -152,33 +150,22 @@ def load_dequantized(base: str, config: dict[str, Any], **options: Any) -> nn.Mo
     return plain
 
 
-def base_bytes(model: nn.Module, job: Job) -> int:
-    """Memory of a frozen base, as `build_model` makes it."""
+def bytes_of_each(model: nn.Module, job: Job) -> dict[nn.Parameter, int]:
+    """Memory of each weight of a frozen base, as `build_model` makes it. model: bare, not quantized yet."""
     compute, own = DTYPES[job.train.mixed_precision], getattr(model.config.dtype, "itemsize", 4)
     if job.quantization is not None and compute == torch.float32:
         own = 4
-    total = sum(p.numel() for p in model.parameters()) * own
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    quantized: dict[int, int] = {}
-    if job.quantization is not None:
-        for module in model.modules():
-            if _is_quantized(module) and module is not head:
-                rows, columns = module.weight.shape  # type: ignore[misc]
-                quantized[id(module.weight)] = stored_bytes(rows, columns, job.quantization)
-                total += quantized[id(module.weight)] - rows * columns * own
-        for _, module, names in experts_of(model):
-            for weight in (module.get_parameter(name) for name in names):
-                rows, columns = weight.flatten(0, 1).shape
-                total += stored_bytes(rows, columns, job.quantization) - weight.numel() * own
+    held = {weight: weight.numel() * own for weight in model.parameters()}
     if compute != torch.float32:
-        narrow = [w for w in product_weights(model) if id(w) not in quantized]
-        total -= sum(w.numel() for w in narrow) * (own - compute.itemsize)
-    return total
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    """Whether transformers has bitsandbytes quantize it, if it is not the head."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+        held |= {weight: weight.numel() * compute.itemsize for weight in product_weights(model)}
+    if job.quantization is not None:
+        head = model.get_output_embeddings()  # type: ignore[operator]
+        quantized = [m.get_parameter("weight") for m in model.modules() if is_plain(m) and m is not head]
+        quantized += [module.get_parameter(name) for _, module, names in experts_of(model) for name in names]
+        for weight in quantized:
+            rows, columns = weight.flatten(0, -2).shape
+            held[weight] = stored_bytes(rows, columns, job.quantization)
+    return held
 
 
 def write_config(job: Job, folder: Path) -> None:

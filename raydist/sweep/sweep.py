@@ -17,7 +17,7 @@ from ray.tune import TuneError
 from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialScheduler
 
 from raydist import files
-from raydist.cluster.groups import Unclaimed, groups_of, remove_group
+from raydist.cluster.groups import Unclaimed, groups_of, remove_groups
 from raydist.cluster.resources import cpus_per_worker, node_resources, require_room
 from raydist.errors import ClusterError, ClusterLost, JobError, TrainingError, first_line
 from raydist.folder import RunFolder
@@ -246,8 +246,7 @@ class FreeWorkers(tune.Callback):
         self._unclaimed: Unclaimed | None = None
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        for group in groups_of(self._folder(trial)):
-            remove_group(group)
+        remove_groups(self._folder(trial))
         self._unclaimed = Unclaimed()
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
