@@ -102,7 +102,7 @@ class GatheredMuon(Muon):
 def _groups(model: nn.Module, train: Train) -> list[dict[str, Any]]:
     """Parameter groups, each with its `kind`, the optimizer that steps it: at most four for each kind."""
     kinds = _kinds(model, train.optimizer.name)
-    embeddings = set() if train.embedding_learning_rate is None else _embeddings(model, train)
+    embeddings = set() if train.embedding_learning_rate is None else _embeddings(model)
     groups = []
     for kind in dict.fromkeys(kinds.values()):
         # muon's steps are scaled to about the length of AdamW's: one lr and one weight_decay serve both
@@ -124,14 +124,14 @@ def _by_rate(group: dict[str, Any], embeddings: set[nn.Parameter], train: Train)
     return [{**group, "params": rest}, {**group, "params": own, LR_SCALE: scale}]
 
 
-def _embeddings(model: Any, train: Train) -> set[nn.Parameter]:
+def _embeddings(model: Any) -> set[nn.Parameter]:
     """The trained weights of the embedding and the head, without an adapter's.
 
-    Raises ModelError where there are none, though the job has a learning rate for them.
+    Raises ModelError where there are none: the job has a learning rate for them.
     """
     modules = [model.get_input_embeddings(), model.get_output_embeddings()]
     weights = {w for m in modules if m is not None for w in m.parameters(recurse=False) if w.requires_grad}
-    if train.embedding_learning_rate is not None and not weights:
+    if not weights:
         raise ModelError(
             "neither the embedding nor the head is trained",
             where="train.embedding_learning_rate",
