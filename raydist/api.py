@@ -17,6 +17,7 @@ from raydist.job.schema import Job
 from raydist.run.dataset import Prepared, find_prepared, prepare_logs
 from raydist.run.lifecycle import began_with, folder_of
 from raydist.run.run import RunResult, run_job
+from raydist.storage import Storage
 from raydist.track.listener import Listener
 from raydist.track.progress import make_view
 
@@ -69,7 +70,7 @@ def prepare(job: Job, *, address: str | None = None, listener: Listener | None =
     Reads what exists, and makes again what is damaged. listener: by default a live view, or lines, on stderr.
     """
     view, address = listener or make_view(name=job.name), ray_address(address)
-    with storage_watched(Path(job.storage).expanduser()), view:
+    with storage_watched(Storage(job.storage).path), view:
         view.phase("joining the cluster" if address else "starting Ray")
         with ray_session(0, 1, address) as session:
             made = partial(prepare_logs, job, view, verify=True)

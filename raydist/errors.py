@@ -25,6 +25,7 @@ since they are passed between processes.
 
 from __future__ import annotations
 
+from raydist.places import with_uris
 from raydist.redact import redact
 
 
@@ -38,7 +39,7 @@ class RaydistError(Exception):
     exit_code = 1
 
     def __init__(self, what: str, *, where: str = "", why: str = "", fix: str = "") -> None:
-        self.what, self.where, self.why, self.fix = map(redact, (what, where, why, fix))
+        self.what, self.where, self.why, self.fix = map(redact, map(with_uris, (what, where, why, fix)))
         super().__init__(self.what)
 
     def __str__(self) -> str:

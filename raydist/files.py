@@ -1,5 +1,6 @@
 """How raydist writes files: whole, by renaming a temporary file, or by appending a line.
 
+A file of a bucket's mirror (raydist/bucket) is written to the bucket first, and then to the mirror.
 Whatever a disk refuses, however deep in a library, `storage_watched` turns into a StorageError.
 """
 
@@ -19,6 +20,7 @@ from typing import Any
 import orjson
 import xxhash
 
+from raydist.bucket import mirror
 from raydist.errors import RaydistError, RunError, StorageError
 
 HASH_CHUNK_BYTES = 2**24
@@ -30,6 +32,14 @@ def replacing(path: Path) -> Iterator[Path]:
 
     A reader sees the old file or the whole new one. On an exception nothing is left behind.
     """
+    with _replacing_here(path) as temporary:
+        yield temporary
+        mirror.publish(path, temporary)
+    mirror.wrote(path)
+
+
+@contextmanager
+def _replacing_here(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -39,6 +49,32 @@ def replacing(path: Path) -> Iterator[Path]:
         flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def create_json(path: Path, value: Any) -> None:
+    """Write a file that must not exist. In a bucket, of two writers one succeeds.
+
+    Raises bucket.objects.Exists there.
+    """
+    content = json_bytes(value)
+    mirror.create(path, content)
+    with _replacing_here(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def remove(path: Path) -> None:
+    """No matter whether it is there."""
+    mirror.remove(path)
+    path.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path, first: str = "") -> None:
+    """With all that is in it; the file `first` before the others. No matter whether it is there."""
+    mirror.remove_folder(folder, first)
+    if first:
+        (folder / first).unlink(missing_ok=True)
+    if folder.exists():
+        shutil.rmtree(folder)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
+import re
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from fnmatch import fnmatch
 from pathlib import Path
@@ -23,8 +23,13 @@ import orjson
 import xxhash
 
 from raydist import files
+from raydist.bucket import appended, lease, mirror
+from raydist.bucket.mirror import is_remote, place_of
+from raydist.bucket.objects import Exists
 from raydist.errors import RunBusy, RunError
-from raydist.sealed import append_sealed, is_sealed, read_sealed, sealed, write_sealed
+from raydist.places import shown, uri_of
+from raydist.sealed import append_sealed, is_sealed, read_sealed, sealed, sealed_line, write_sealed
+from raydist.storage import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, TOKENIZERS, TOKENS, Storage
 
 LIVE = ("planning", "preparing", "training")
 STATES = (*LIVE, "finished", "failed", "stopped")
@@ -58,9 +63,20 @@ CONTENTS = (
     "raydist-job.yaml", "status.json", "progress.json", "data.json", "metrics.jsonl", "ledger.jsonl",
     "damaged-ledger.jsonl", "stop", "report.html", "trials.jsonl", "optuna.jsonl", "best.yaml", "sweep.html",
     "mlflow.json", "wandb.json",
+    "metrics.jsonl.parts", "ledger.jsonl.parts", MLFLOW_DATABASE, MLFLOW_ARTIFACTS,
     "checkpoints", "ray", "model", "model.json", ".model.tmp", "export", "tensorboard", "wandb",
 )  # fmt: skip
 """All that raydist writes into a run's or a sweep's folder, except the marker, the locks and SPARE."""
+
+SMALL = {
+    MARKER, "raydist-job.yaml", "status.json", "progress.json", "data.json", "trials.jsonl", "optuna.jsonl",
+    "best.yaml", "mlflow.json", "wandb.json", "model.json", "report.html",
+}  # fmt: skip
+"""Files of a run in a bucket that each node has, as they are there."""
+LOOK_SECONDS = 2.0
+"""Between two looks at a flag in a bucket."""
+PROGRESS_SECONDS = 5.0
+"""Between two reports of progress to a bucket."""
 
 
 class RunFolder:
@@ -68,6 +84,10 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.remote = uri_of(path) is not None
+        """Whether the run lives in a bucket, and `path` is this node's mirror of it."""
+        self._leases: list[lease.Lease] = []
+        self._looked, self._progress_sent = 0.0, 0.0
         self.marker = path / MARKER
         self.status_file = path / "status.json"
         self.progress_file = path / "progress.json"
@@ -98,6 +118,56 @@ class RunFolder:
         """The resolved job; under its old name in a run that was made before runs had a marker."""
         old = self.path / OLD_JOB
         return old if self._is_unmarked() else self.path / "raydist-job.yaml"
+
+    # --- in a bucket -------------------------------------------------------------------------------
+
+    def refresh(self, *, exactly: bool = False) -> RunFolder:
+        """Have the run's records here as they are in the bucket; returns itself. See mirror.pull."""
+        if not self.remote:
+            return self
+        mirror.pull_files(self.path, SMALL, exactly=exactly)
+        mirror.pull(self.checkpoints, lambda name: name.endswith(f"/{COMMIT}"), exactly=exactly)
+        appended.join(self.metrics_file)
+        appended.join(self.ledger_file)
+        return self
+
+    def download(self, target: Path, *, checkpoints: bool = False) -> tuple[int, int]:
+        """Copy the run out of its bucket: how many files and bytes. checkpoints: those too.
+
+        Raises RunError where there is nothing to copy, or `target` is not empty.
+        """
+        if not self.remote:
+            raise RunError(f"{self.path} is a folder already", fix="copy it as any other folder")
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise RunError(
+                f"{target} is not empty",
+                why="nothing that is there is overwritten",
+                fix="name a new folder",
+            )
+        left_out = {*LOCKS, self.ray.name, *(() if checkpoints else (self.checkpoints.name,))}
+        sizes = []
+        for name in mirror.names_below(self.path):
+            top, _, rest = name.partition("/")
+            if top not in left_out and not top.endswith(".parts"):
+                part = re.sub(r"^attempt-\d+/", "", rest.partition("/")[2])
+                in_checkpoint = top == self.checkpoints.name and part
+                local = f"{top}/{rest.partition('/')[0]}/{part}" if in_checkpoint else name
+                sizes.append(mirror.copy(self.path / name, target / local))
+        for path in (self.metrics_file, self.ledger_file):
+            if path.exists():
+                files.write_bytes(target / path.name, path.read_bytes())
+                sizes.append(path.stat().st_size)
+        return len(sizes), sum(sizes)
+
+    def flush(self) -> None:
+        """What was recorded so far is in the bucket when this returns."""
+        if self.remote:
+            appended.flush(self.metrics_file)
+
+    def require_writer(self) -> None:
+        """Raises RunBusy where another process has taken the run meanwhile."""
+        for held in self._leases:
+            held.require()
 
     # --- whose folder it is ------------------------------------------------------------------------
 
@@ -164,7 +234,13 @@ class RunFolder:
                 fix="remove the link, or give the job a new name",
             )
         for path in there:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+            files.remove_folder(path) if path.is_dir() else files.remove(path)
+        for name in set(mirror.names_in(self.path)) & set(CONTENTS):
+            files.remove(self.path / name)
+            files.remove_folder(self.path / name)
+        if self.remote:
+            appended.forget(self.metrics_file)
+            appended.forget(self.ledger_file)
 
     def write_job(self, text: str) -> None:
         """The resolved job, as YAML. It is written with a checksum."""
@@ -199,10 +275,12 @@ class RunFolder:
 
     def _foreign(self) -> list[str]:
         """Names in the folder that raydist does not write there, in order."""
-        if not self.path.is_dir():
+        if not self.path.is_dir() and not self.remote:
             return [self.path.name] if self.path.exists() or self.path.is_symlink() else []
         ours = {*CONTENTS, *LOCKS, MARKER, SPARE}
-        names = sorted(path.name for path in self.path.iterdir())
+        here = [path.name for path in self.path.iterdir()] if self.path.is_dir() else []
+        names = sorted({*here, *mirror.names_in(self.path)})
+        ours = {*ours, *filter(mirror.is_own, names)} if self.remote else ours
         return [name for name in names if name not in ours and not fnmatch(name, ".*.tmp")]
 
     # --- status and data ---------------------------------------------------------------------------
@@ -232,8 +310,10 @@ class RunFolder:
 
     def driver(self) -> str:
         """The process that holds the run, as "process 12 on host"; empty while none does."""
-        lease = self.path / ".lease"
-        return lease.read_text(errors="replace") if lease.exists() and _is_held(lease) else ""
+        path = self.path / ".lease"
+        if self.remote:
+            return lease.holder(path)
+        return path.read_text(errors="replace") if path.exists() and _is_held(path) else ""
 
     def set_status(self, state: str, **more: Any) -> None:
         """A full disk takes it as well, once `reserve_status` has kept room for it there."""
@@ -251,7 +331,7 @@ class RunFolder:
 
     def reserve_status(self) -> None:
         """Keep room for one status. Random bytes, since a file system may store zeros without taking room."""
-        if not self._spare.exists():
+        if not self._spare.exists() and not self.remote:
             files.write_bytes(self._spare, os.urandom(SPARE_BYTES))
 
     def release_status(self) -> None:
@@ -275,6 +355,9 @@ class RunFolder:
         temporary = self.path / ".progress.json.tmp"
         temporary.write_bytes(orjson.dumps(now))
         temporary.replace(self.progress_file)
+        if self.remote and time.monotonic() - self._progress_sent >= PROGRESS_SECONDS:
+            self._progress_sent = time.monotonic()
+            mirror.publish(self.progress_file)
 
     def data(self) -> dict[str, Any]:
         """What is known of the run's tokens, and the fingerprints of the token logs it is pinned to.
@@ -306,7 +389,35 @@ class RunFolder:
         self.add_data(threads={"workers": num_workers, "each": each})
 
     def append_metric(self, record: dict[str, Any]) -> None:
-        append_sealed(self.metrics_file, record)
+        """In a bucket: within `writer`, and there after a few seconds or `flush`."""
+        if self.remote:
+            appended.append(self.metrics_file, sealed_line(record))
+        else:
+            append_sealed(self.metrics_file, record)
+
+    # --- a stop ------------------------------------------------------------------------------------
+
+    def ask_to_stop(self) -> None:
+        files.write_bytes(self.stop_flag, b"")
+
+    def stop_asked(self) -> bool:
+        """In a bucket, as it was a few seconds ago."""
+        if self.remote and time.monotonic() - self._looked >= LOOK_SECONDS:
+            mirror.pull_file(self.stop_flag)
+            self._looked = time.monotonic()
+        return self.stop_flag.exists()
+
+    def take_back_stop(self) -> None:
+        files.remove(self.stop_flag)
+
+    @property
+    def has_model(self) -> bool:
+        """In a bucket: there, and not necessarily on this node."""
+        return self.model.exists() or (self.remote and self._model_record.exists())
+
+    def fetch_model(self) -> None:
+        """Have the model on this node, where the run is in a bucket."""
+        mirror.pull(self.model)
 
     # --- the model ---------------------------------------------------------------------------------
 
@@ -330,9 +441,11 @@ class RunFolder:
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step-{step:08d}"
 
-    def checkpoint_steps(self) -> list[int]:
-        """Steps of all folders of checkpoints, whole or not, in order."""
-        names = (path.name.removeprefix("step-") for path in self.checkpoints.glob("step-????????"))
+    def checkpoint_steps(self, *, in_bucket: bool = False) -> list[int]:
+        """Steps of all folders of checkpoints, whole or not, in order; in_bucket: also those only there."""
+        there = {path.name for path in self.checkpoints.glob("step-????????")}
+        there |= set(mirror.names_in(self.checkpoints)) if in_bucket else set()
+        names = (name.removeprefix("step-") for name in there if name.startswith("step-"))
         return sorted(int(name) for name in names if name.isdecimal())
 
     def committed_steps(self) -> list[int]:
@@ -342,9 +455,25 @@ class RunFolder:
     def committed(self) -> bool:
         return bool(self.committed_steps())
 
-    def append_ledger(self, line: str) -> None:
-        """The line is on disk when this returns."""
-        files.append_line(self.ledger_file, line.encode(), flush=True)
+    def append_ledger(self, line: str, number: int) -> None:
+        """The line is on disk, or in the bucket, when this returns. number: of lines before it.
+
+        Raises RunBusy where another writer has added a line meanwhile, as only in a bucket it can.
+        """
+        if self.remote:
+            self.require_writer()
+            with taken_by_another(self.ledger_file):
+                appended.append_part(self.ledger_file, line.encode() + b"\n", number)
+        else:
+            files.append_line(self.ledger_file, line.encode(), flush=True)
+
+    def rewrite_ledger(self, lines: Sequence[bytes]) -> None:
+        """Replace what is there."""
+        content = b"".join(line + b"\n" for line in lines)
+        if self.remote:
+            appended.rewrite(self.ledger_file, content)
+        else:
+            files.write_bytes(self.ledger_file, content)
 
     def attempt(self, number: int) -> Path:
         """Ray Train's own folder of an attempt."""
@@ -360,23 +489,46 @@ class RunFolder:
 
     def next_attempt(self) -> int:
         """Attempts count from 1 over the whole life of the run."""
-        names = (path.name.removeprefix("attempt-") for path in self.ray.glob("attempt-*"))
+        there = [*(path.name for path in self.ray.glob("attempt-*")), *mirror.names_in(self.ray)]
+        names = (name.removeprefix("attempt-") for name in there)
         return max((int(name) for name in names if name.isdecimal()), default=0) + 1
 
     # --- locks -------------------------------------------------------------------------------------
 
-    def lease(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def lease(self) -> Iterator[None]:
         """Hold the run for this driver. Raises RunBusy, naming the holder, while another one lives."""
-        return exclusive(self.path / ".lease", wait_seconds=1)  # somebody may be looking at `driver`
+        seconds = 1  # somebody may be looking at `driver`
+        with exclusive(self.path / ".lease", seconds), self._leased(".lease", seconds):
+            yield
 
-    def writer(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def writer(self, attempt: int) -> Iterator[None]:
         """Hold the run's records for this attempt's rank 0.
 
         A driver can die before its workers do: the next attempt waits here until the last writer is
         gone, so that two attempts never write checkpoints or records side by side. One on a host that
         is cut off from the network is gone when its collective times out, 300 s after the cut.
         """
-        return exclusive(self.path / ".writer", wait_seconds=280)
+        with exclusive(self.path / ".writer", wait_seconds=280), self._leased(".writer", wait_seconds=280):
+            if not self.remote:
+                yield
+                return
+            with appended.appending(self.metrics_file, f"{attempt:06d}"):
+                yield
+
+    @contextmanager
+    def _leased(self, name: str, wait_seconds: float) -> Iterator[None]:
+        """In a bucket: hold this lease of the run."""
+        if not self.remote:
+            yield
+            return
+        with lease.held(self.path / name, wait_seconds) as held:
+            self._leases.append(held)
+            try:
+                yield
+            finally:
+                self._leases.remove(held)
 
 
 @contextmanager
@@ -417,20 +569,38 @@ def _busy(path: Path) -> RunBusy:
     )
 
 
+@contextmanager
+def taken_by_another(path: Path) -> Iterator[None]:
+    """Raises RunBusy where another process wrote to the run meanwhile, which the block found out."""
+    try:
+        yield
+    except Exists as error:
+        raise RunBusy(
+            f"another process is writing the run {path.parent.name}",
+            where=shown(path),
+            why=f"it wrote {error} meanwhile; of two writers one goes on",
+            fix="nothing, where the other one is an attempt at the same run; else find out who it is",
+        ) from error
+
+
 def runs_in(storage: str) -> list[RunFolder]:
     """Runs and sweeps, by name."""
-    folders = (RunFolder(path) for path in sorted(Path(storage).expanduser().glob("*")))
+    path = Storage(storage).path
+    names = {*(each.name for each in path.glob("*")), *mirror.names_in(path)}
+    folders = (RunFolder(path / name).refresh() for name in sorted(names - {TOKENS, TOKENIZERS}))
     return [folder for folder in folders if folder.exists()]
 
 
 def find_run(run: str | Path, storage: str = "runs") -> RunFolder:
-    """The folder of RUN, given as a folder or as a name within `storage`."""
-    for path in (Path(run), Path(storage) / run):
-        if (folder := RunFolder(path)).exists():
+    """The folder of RUN, given as a folder, a URI, or a name within `storage`."""
+    known_as = str(run)
+    paths = [place_of(known_as)] if is_remote(known_as) else [Path(run), Storage(storage).path / run]
+    for path in paths:
+        if (folder := RunFolder(path).refresh()).exists():
             return folder
-    known = [folder.path.name for folder in runs_in(storage)]
+    known = [folder.path.name for folder in runs_in(storage)] if not is_remote(known_as) else []
     raise RunError(
         f"no run {run}",
-        where=f"neither {run} nor {Path(storage) / run} is the folder of a run",
+        where=f"{' and '.join(shown(path) for path in paths)}: no run is there",
         fix=f"runs in {storage}: {', '.join(known) or 'none'}; or name another folder with --storage",
     )

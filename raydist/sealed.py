@@ -61,9 +61,13 @@ def is_sealed(path: Path) -> bool:
 
 def append_sealed(path: Path, record: Mapping[str, Any], *, flush: bool = False) -> None:
     """Append the record as a line. flush: return only when it is on disk."""
+    files.append_line(path, sealed_line(record), flush=flush)
+
+
+def sealed_line(record: Mapping[str, Any]) -> bytes:
+    """The record as a line, without its newline."""
     line = orjson.dumps(dict(record), option=orjson.OPT_SERIALIZE_NUMPY)
-    end = f',"{CHECKSUM}":"{xxhash.xxh3_64_hexdigest(line)}"}}'
-    files.append_line(path, line[:-1] + end.encode(), flush=flush)
+    return line[:-1] + f',"{CHECKSUM}":"{xxhash.xxh3_64_hexdigest(line)}"}}'.encode()
 
 
 def opened(line: bytes) -> dict[str, Any]:

@@ -15,7 +15,9 @@ import psutil
 import yaml
 
 from raydist import files
+from raydist.bucket.mirror import is_remote
 from raydist.folder import RunFolder
+from raydist.storage import Storage
 from raydist.track.records import effective
 
 STEPS = 40
@@ -71,8 +73,9 @@ def whole_job(corpus: Path, storage: Path) -> dict[str, Any]:
 
 
 def written(job: dict[str, Any]) -> str:
-    """The path of the job, written into its storage."""
-    path = Path(job["storage"]) / f"{job['name']}.yaml"
+    """The path of the job, written into its storage; next to a node's cache, where that is a bucket."""
+    at = os.environ["RAYDIST_CACHE"] + "-jobs" if is_remote(job["storage"]) else job["storage"]
+    path = Path(at) / f"{job['name']}.yaml"
     files.write_text(path, yaml.safe_dump(job))
     return str(path)
 
@@ -125,7 +128,7 @@ def kill_everything(process: subprocess.Popen[str]) -> None:
 
 
 def folder_of(job: dict[str, Any]) -> RunFolder:
-    return RunFolder(Path(job["storage"]) / job["name"])
+    return RunFolder(Storage(job["storage"]).path / job["name"])
 
 
 def losses(folder: RunFolder) -> dict[int, float]:
@@ -144,5 +147,5 @@ def wait_for_step(folder: RunFolder, step: int, process: subprocess.Popen[str], 
 
 
 def reached(folder: RunFolder, step: int, attempt: int) -> bool:
-    records = files.read_jsonl(folder.metrics_file)
+    records = files.read_jsonl(folder.refresh().metrics_file)
     return any("loss" in r and r["step"] >= step and r["attempt"] >= attempt for r in records)

@@ -11,6 +11,7 @@ from typing import Any
 
 from raydist.autotrain.data import FindData, find_data
 from raydist.autotrain.table import ALIASES, INT, OTHERS, TABLE
+from raydist.bucket.mirror import is_remote
 from raydist.errors import JobError, RaydistError
 from raydist.job.load import build_job
 from raydist.job.schema import Job
@@ -188,8 +189,12 @@ def plain(name: str, value: Any) -> Any:
 def mapped(p: LLMTrainingParams, find: FindData = find_data) -> dict[str, Any]:
     """The job's values, without the block size. Raises JobError if there is no such data."""
     folder = Path(p.project_name).expanduser()
-    storage = p.project_name if "://" in p.project_name else str(folder)
-    values: dict[str, Any] = {"name": run_name(folder), "storage": storage}
+    if is_remote(p.project_name):
+        raise JobError(
+            f"{p.project_name} is a URI, and a project is a folder", where="project_name",
+            fix="name a folder; or write a job file, whose storage may be a bucket: raydist init",
+        )  # fmt: skip
+    values: dict[str, Any] = {"name": run_name(folder), "storage": str(folder)}
     for name in DIRECT:
         value, parameter = getattr(p, name), TABLE[name]
         value = parameter.values.get(value) if parameter.values else value

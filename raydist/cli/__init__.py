@@ -47,7 +47,17 @@ def group() -> None:
 
 for command in (
     *(jobs.init, jobs.validate, jobs.plan, jobs.prepare, jobs.train, jobs.submit, jobs.tune),
-    *(runs.ls, runs.status, runs.logs, runs.show_step, runs.stop, runs.resume, runs.verify, runs.export),
+    *(
+        runs.ls,
+        runs.status,
+        runs.logs,
+        runs.show_step,
+        runs.stop,
+        runs.resume,
+        runs.verify,
+        runs.export,
+        runs.download,
+    ),
     *(llm.llm, llm.import_, clusters.doctor, clusters.cluster),
 ):
     group.add_command(command)

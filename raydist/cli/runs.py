@@ -12,6 +12,7 @@ from raydist import errors
 from raydist.cli import jobs, show
 from raydist.cli.options import address as of_job
 from raydist.cli.options import as_json, at_cluster, of_a_run, storage
+from raydist.track import humanize
 
 if TYPE_CHECKING:
     from raydist.folder import RunFolder
@@ -149,7 +150,7 @@ def stop(run: str, storage: str, address: str | None) -> None:
     folder = find_run(run, storage)
     if (state := folder.state()) not in LIVE:
         raise errors.RunError(f"run {folder.path.name} is not running: it is {state}", where=str(folder.path))
-    folder.stop_flag.touch()
+    folder.ask_to_stop()
     click.echo(f"asked {folder.path} to stop; it ends at its next step, after a checkpoint")
 
 
@@ -208,6 +209,19 @@ def verify(run: str, storage: str, as_json: bool) -> None:
         show.verified(found)
     if found.damage:
         raise SystemExit(found.damage[0].exit_code)
+
+
+@click.command(short_help="Copy a run's model, report and records out of a bucket.")
+@of_a_run
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--checkpoints", is_flag=True, help="Its checkpoints too.")
+def download(run: str, storage: str, folder: Path, checkpoints: bool) -> None:
+    """Copy RUN's model, report and records into FOLDER, which must be new or empty."""
+    from raydist.folder import find_run
+
+    found = find_run(run, storage)
+    n_files, n_bytes = found.download(folder, checkpoints=checkpoints)
+    click.echo(f"{n_files} files, {humanize.size(n_bytes)} in {folder}")
 
 
 @click.command(short_help="Write a run's model in another form.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raydist.errors import RaydistError
+from raydist.places import shown
 
 if TYPE_CHECKING:
     from raydist.run.run import RunResult
@@ -266,7 +267,7 @@ def result(result: RunResult) -> None:
         click.echo(f"time  {phases(spent)}")
     if sample := data.get("sample"):
         click.echo(f"prompt        {sample['prompt']!r}\ncontinuation  {sample['continuation']!r}")
-    click.echo(f"model   {folder.model}\nreport  {folder.report}")
+    click.echo(f"model   {shown(folder.model)}\nreport  {shown(folder.report)}")
 
 
 def sweep(result: SweepResult, *, whole: bool = True) -> None:
@@ -281,6 +282,6 @@ def sweep(result: SweepResult, *, whole: bool = True) -> None:
         rows.append([trial.name, *values, bits, f"{trial.tokens:,}", trial.state])
     click.echo()
     _table(rows)
-    click.echo(f"report  {RunFolder(result.folder).sweep_page}")
+    click.echo(f"report  {shown(RunFolder(result.folder).sweep_page)}")
     if result.best is not None and whole:
         click.echo(f"next: raydist submit {result.best}")

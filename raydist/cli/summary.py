@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from raydist.folder import RunFolder
+from raydist.places import shown
 from raydist.redact import redact
 from raydist.track.records import evaluations, phase_seconds, read_metrics, supersede
 from raydist.track.silence import silence_now
@@ -37,7 +38,7 @@ def summary(folder: RunFolder) -> dict[str, Any]:
         "attempts": len(begun),
         "attention": begun[-1].get("attention") if begun else None,
         "checkpoints": folder.committed_steps(),
-        "folder": str(folder.path),
-        "model": str(folder.model) if folder.model.exists() else None,
-        "report": str(folder.report) if folder.report.exists() else None,
+        "folder": shown(folder.path),
+        "model": shown(folder.model) if folder.has_model else None,
+        "report": shown(folder.report) if folder.report.exists() else None,
     }

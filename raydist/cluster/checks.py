@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from raydist.cluster.resources import workers_by_node
 from raydist.errors import ClusterError
 from raydist.job.schema import Job
+from raydist.places import shown, uri_of
 
 CLOCK_SECONDS = 5.0
 SHARED_MEMORY = "/dev/shm"  # noqa: S108 - where Ray puts its object store
@@ -97,6 +99,7 @@ def shared_memory(nodes: Nodes) -> Iterator[Finding]:
 
 def storage(folder: str, nodes: Nodes, driver: str) -> Iterator[Finding]:
     """If two nodes do not share the folder, the one that differs from the driver's is wrong."""
+    place, remote = shown(Path(folder)), uri_of(Path(folder)) is not None
 
     def differ(node: str, other: str) -> bool:
         return other in nodes[node]["unseen"] or node in nodes[other]["unseen"]
@@ -111,13 +114,17 @@ def storage(folder: str, nodes: Nodes, driver: str) -> Iterator[Finding]:
         )
         yield Finding(
             False,
-            f"storage {folder} is not shared: {error}",
+            f"storage {place} cannot be used: {error}"
+            if remote
+            else f"storage {place} is not shared: {error}",
             node,
             "checkpoints, token logs and models go through it from node to node",
-            f"mount the same file system at {folder} on every node, writable",
+            "give every node credentials that may list, read, write and delete there"
+            if remote
+            else f"mount the same file system at {place} on every node, writable",
         )
     if not alone:
-        yield Finding(True, f"storage {folder} is written and read by {len(nodes)} nodes")
+        yield Finding(True, f"storage {place} is written and read by {len(nodes)} nodes")
 
 
 def models(names: list[str], nodes: Nodes) -> Iterator[Finding]:

@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist import files
+from raydist.bucket.check import check_bucket
 from raydist.cluster import checks
 from raydist.cluster.checks import SHARED_MEMORY, Finding
 from raydist.cluster.connect import ENVIRONMENT, SAFE_PATH, connection_error, ray_session
 from raydist.cluster.remote import READY_SECONDS, ask_until_answered, connect, run_async, send
-from raydist.errors import ClusterError
+from raydist.errors import ClusterError, StorageError
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
+from raydist.places import uri_of
+from raydist.storage import Storage
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -143,7 +146,7 @@ def _examine_here(job: Job | None) -> list[Finding]:
 
 def _own_storage(job: Job) -> str:
     """The job's storage, created on this node only: other nodes have the folder if it is shared."""
-    folder = Path(job.storage).expanduser().absolute()
+    folder = Storage(job.storage).path.absolute()
     with contextlib.suppress(OSError):  # the check that writes to it reports the reason
         folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
@@ -231,7 +234,7 @@ def first_facts(key: str, storage: str, probe: str, models: list[str]) -> dict[s
     return {
         "versions": versions(),
         "shared_memory": shutil.disk_usage(SHARED_MEMORY).free if Path(SHARED_MEMORY).is_dir() else 0,
-        "storage": _write(Path(storage), f"{probe}{key}") if storage else "",
+        "storage": _unusable(Path(storage), f"{probe}{key}") if storage else "",
         "models": {name: presence(name) for name in models},
     }
 
@@ -241,13 +244,25 @@ def unseen_probes(key: str, storage: str, probe: str, ids: dict[str, str]) -> di
 
     Opens each file: an NFS client may answer a listing from its cache, but not a name that it never opened.
     """
-    unseen = {name for name, other in ids.items() if storage and not _reads(Path(storage, probe + other))}
+    shared = storage and uri_of(Path(storage)) is None  # what one node writes to a bucket the others see
+    unseen = {name for name, other in ids.items() if shared and not _reads(Path(storage, probe + other))}
     return {"unseen": unseen}
 
 
 def remove_probe(key: str, storage: str, probe: str) -> None:
     if storage:
         Path(storage, f"{probe}{key}").unlink(missing_ok=True)
+
+
+def _unusable(folder: Path, probe: str) -> str:
+    """Why this node cannot use the storage; empty if it can. A folder has a file named `probe` then."""
+    if uri_of(folder) is None:
+        return _write(folder, probe)
+    try:
+        check_bucket(folder)
+    except StorageError as error:
+        return f"{error.what} ({error.why})"
+    return ""
 
 
 def clock(key: str) -> float:

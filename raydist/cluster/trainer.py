@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
+import pyarrow.fs as pafs
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -23,6 +24,7 @@ from raydist import files
 from raydist.cluster import network
 from raydist.cluster.groups import remove_groups
 from raydist.cluster.network import BetweenHosts
+from raydist.cluster.unstored import Unstored
 from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost, first_line
 from raydist.folder import RunFolder
 from raydist.own_ray import is_embedded
@@ -50,7 +52,7 @@ def run_attempt(spec: AttemptSpec, say: Callable[[str], None] = lambda text: Non
         except ClusterError:
             if time.monotonic() >= deadline:
                 raise
-            if RunFolder(spec.run).stop_flag.exists():
+            if RunFolder(spec.run).stop_asked():
                 raise Stopped("stopped while waiting for nodes", where=str(spec.run)) from None
 
 
@@ -64,7 +66,7 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         scaling_config=scaling,
         run_config=RunConfig(
             name=f"attempt-{spec.attempt}",
-            storage_path=str(RunFolder(spec.run).ray),
+            **_storage(RunFolder(spec.run)),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=spec.job.checkpoint.save_total_limit),
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -80,6 +82,13 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         remove_groups(RunFolder(spec.run))
         raise _explain_ray(error, spec) from error
     return TrainResult(**fitted.return_value)  # type: ignore[attr-defined]
+
+
+def _storage(folder: RunFolder) -> dict[str, Any]:
+    """Where Ray Train keeps its own files: with the run, if that is in a folder."""
+    if not folder.remote:
+        return {"storage_path": str(folder.ray)}
+    return {"storage_path": "ray", "storage_filesystem": pafs.PyFileSystem(Unstored())}
 
 
 class Trainer(TorchTrainer):

@@ -30,6 +30,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import xxhash
 
+from raydist.bucket import mirror
 from raydist.corpus.log_folder import MADE_AGAIN, LogFolder
 from raydist.errors import LogError
 from raydist.files import measure, replacing
@@ -197,6 +198,7 @@ class Shard:
 
     def batch(self) -> pa.RecordBatch:
         """All documents with the columns input_ids, hash, n_bytes, file, row."""
+        self.fetch()
         try:
             with pa.memory_map(str(self.path)) as stream:
                 return pa.ipc.open_file(stream).get_batch(0)
@@ -205,8 +207,13 @@ class Shard:
                 f"a shard cannot be read: {error}", where=str(self.path), fix="run `raydist prepare` again"
             ) from error
 
+    def fetch(self) -> None:
+        """Have the file on this node, where the token log is in a bucket."""
+        mirror.fetch(self.path, {"size": self.size, "xxh3_128": self.xxh3_128})
+
     def verify(self) -> None:
         """Read the whole file. Raises LogError if its bytes are not those that the manifest promises."""
+        self.fetch()
         expected = {"size": self.size, "xxh3_128": self.xxh3_128}
         actual = measure(self.path) if self.path.is_file() else None
         if actual != expected:

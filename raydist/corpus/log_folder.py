@@ -13,6 +13,8 @@ The plan, the commit records and the manifest carry their own checksums; the com
 hold those of the shards. Each file appears complete, by rename. So a preparation may be killed at any
 instant, and two may make the same slice at once: both write the same bytes. raydist.corpus.log describes the
 content of the shards.
+
+In a bucket the names are the same, and a node has here what it needed so far.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from typing import Any
 
 import orjson
 
+from raydist import files
+from raydist.bucket import mirror
 from raydist.errors import LogError
 from raydist.files import read_jsonl, write_bytes
+from raydist.places import uri_of
 from raydist.sealed import read_sealed, write_sealed
 
 PLAN, MANIFEST, QUARANTINE = "plan.json", "manifest.json", "quarantine.jsonl"
@@ -55,12 +60,13 @@ class LogFolder:
         self.quarantine_file = path / QUARANTINE
         self.quarantine = path / "quarantine"
         self.plan_file = path / PLAN
+        self._sizes: dict[str, int] | None = None
 
     def begun(self) -> bool:
-        return self.plan_file.exists()
+        return mirror.pull_file(self.plan_file)
 
     def complete(self) -> bool:
-        return self.manifest_file.exists()
+        return mirror.pull_file(self.manifest_file)
 
     # --- the plan, and the manifest ----------------------------------------------------------------
 
@@ -70,7 +76,7 @@ class LogFolder:
 
     def read_plan(self) -> Record:
         """{} if there is none yet. Raises LogError if it is damaged."""
-        if not self.plan_file.exists():
+        if not mirror.pull_file(self.plan_file):
             return {}
         return read_sealed(self.plan_file, LogError, MADE_AGAIN, keys=("identity", "log", "slices"))
 
@@ -79,6 +85,7 @@ class LogFolder:
 
     def read_manifest(self) -> Record:
         """Raises FileNotFoundError, or LogError if it is damaged."""
+        mirror.pull_file(self.manifest_file)
         return read_sealed(self.manifest_file, LogError, MADE_AGAIN, keys=("format",))
 
     # --- slices ------------------------------------------------------------------------------------
@@ -93,7 +100,18 @@ class LogFolder:
     def has_shard(self, record: Mapping[str, Any]) -> bool:
         """Whether the shard's file exists in its full size. record: the shard's, from a commit record."""
         path = self.shard(record["name"])
-        return path.is_file() and path.stat().st_size == record["size"]
+        size = int(record["size"])
+        if uri_of(path) is not None:
+            return self._size_in_bucket(path) == size
+        return path.is_file() and path.stat().st_size == size
+
+    def _size_in_bucket(self, path: Path) -> int | None:
+        """All shards are listed once; those that were written since are asked for."""
+        if self._sizes is None:
+            self._sizes = mirror.sizes_in(path.parent)
+        if path.name not in self._sizes and (size := mirror.size_of(path)) is not None:
+            self._sizes[path.name] = size
+        return self._sizes.get(path.name)
 
     def commit_file(self, number: int) -> Path:
         return self.path / _commit(number)
@@ -105,25 +123,25 @@ class LogFolder:
     def read_commit(self, number: int) -> Record | None:
         """None for a slice that is not committed. Raises LogError if the record is damaged."""
         path = self.commit_file(number)
-        if not path.exists():
+        if not path.exists() and not mirror.pull_file(path):
             return None
         return read_sealed(path, LogError, MADE_AGAIN, keys=("shards", "n_quarantined", "n_empty"))
 
     def remove_commit(self, number: int) -> None:
         """The slice will be made again."""
-        self.commit_file(number).unlink(missing_ok=True)
+        files.remove(self.commit_file(number))
 
     def committed(self) -> list[int]:
         """Numbers of the slices with a commit record, in order."""
+        mirror.pull(self.path / "slices")
         names = (path.stem for path in self.path.glob("slices/*.json"))
         return sorted(int(name) for name in names if name.isdigit())
 
     def is_whole(self, number: int, record: Record) -> bool:
         """Whether all files of a committed slice exist."""
         quarantine = self.path / _quarantine(number)
-        return all(self.has_shard(shard) for shard in record["shards"]) and (
-            not record["n_quarantined"] or quarantine.exists()
-        )
+        shards = all(self.has_shard(shard) for shard in record["shards"])
+        return shards and (not record["n_quarantined"] or mirror.pull_file(quarantine))
 
     # --- records that could not be read ------------------------------------------------------------
 
@@ -132,10 +150,12 @@ class LogFolder:
         write_bytes(self.path / _quarantine(number), b"".join(orjson.dumps(each) + b"\n" for each in bad))
 
     def read_quarantine(self, number: int) -> list[Record]:
+        mirror.pull_file(self.path / _quarantine(number))
         return read_jsonl(self.path / _quarantine(number))
 
     def join_quarantines(self, numbers: Sequence[int]) -> None:
         """Join the quarantine files of these slices into one."""
+        mirror.pull(self.quarantine)
         parts = [(self.path / _quarantine(number)).read_bytes() for number in numbers]
         write_bytes(self.quarantine_file, b"".join(parts))
 
@@ -149,7 +169,10 @@ class LogFolder:
         for file in [file for file in self.path.rglob("*") if file.is_file() and not file.is_symlink()]:
             name = file.relative_to(self.path).as_posix()
             if name not in kept and _OURS.fullmatch(name):
-                file.unlink(missing_ok=True)
+                files.remove(file)
+        for name in mirror.names_below(self.path):
+            if name not in kept and _OURS.fullmatch(name):
+                files.remove(self.path / name)
 
 
 def _commit(number: int) -> str:

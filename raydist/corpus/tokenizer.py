@@ -22,6 +22,7 @@ import tokenizers
 import xxhash
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from raydist.bucket import mirror
 from raydist.corpus import sentencepiece
 from raydist.corpus.files import unchanged
 from raydist.corpus.log import Ints, Tokens, held_out, token_dtype
@@ -263,6 +264,7 @@ def check_trained(folder: Path) -> None:
 
     Any other folder passes, and one of an older version, which has no checksums.
     """
+    _is_there(folder)
     if not (folder / CHECKSUMS).exists():
         return
     fix = f"remove the folder {folder}: the tokenizer is made again, and is the same for the same files"
@@ -354,12 +356,12 @@ def with_tokens(name: str, tokens: Sequence[str], storage: Storage, *, write: bo
     before = {key: value for key, value in _spec_of(loaded, at).to_json().items() if key != "folder"}
     folder = storage.tokenizers / fingerprint({"tokenizer": before, "add_tokens": list(tokens)})
     loaded.add_tokens(list(tokens))
-    if write and not folder.exists():
+    if write and not _is_there(folder):
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
         loaded.save_pretrained(temporary)
         _seal(temporary)
         _move(temporary, folder)
-    if not folder.exists():
+    if not _is_there(folder):
         return _spec_of(loaded, folder)
     check_trained(folder)
     return pretrained_tokenizer(str(folder))
@@ -432,7 +434,7 @@ def resolve_tokenizer(job: Job, storage: Storage) -> TokenizerSpec:
     if isinstance(asked, str):
         return _checked(job, _pretrained(job, asked, storage, write=True))
     sources, folder = _trained(job, storage)
-    if not folder.exists():
+    if not _is_there(folder):
         temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:12]}.tmp")
         train_tokenizer(_sample(sources, job.corpus.holdout), asked.train.vocab_size, temporary)
         _move(temporary, folder)
@@ -445,7 +447,7 @@ def planned_tokenizer(job: Job, storage: Storage) -> TokenizerSpec | None:
     if isinstance(asked, str):
         return _checked(job, _pretrained(job, asked, storage, write=False))
     _, folder = _trained(job, storage)
-    return _read(folder) if folder.exists() else None
+    return _read(folder) if _is_there(folder) else None
 
 
 def _asked(job: Job) -> str | NewTokenizer:
@@ -502,11 +504,19 @@ def _sample(sources: Sequence[SourceFiles], holdout: float) -> Iterator[str]:
         )
 
 
+def _is_there(folder: Path) -> bool:
+    """Whether a tokenizer's folder is on this node, which gets it from its bucket where it is in one."""
+    if not folder.exists() and CHECKSUMS in mirror.names_in(folder):
+        mirror.pull(folder)
+    return folder.exists()
+
+
 def _move(temporary: Path, folder: Path) -> None:
     """Rename a finished folder into place. Another process may have been faster, with the same content."""
     for file in temporary.iterdir():
         flush_to_disk(file)
     flush_to_disk(temporary)
+    mirror.publish_folder(folder, source=temporary, last=CHECKSUMS)
     try:
         temporary.rename(folder)
     except OSError:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
+from raydist.bucket import mirror
 from raydist.corpus.log import Ints, Shard, TokenLog
 from raydist.files import replacing
 from raydist.storage import Storage
@@ -47,6 +48,7 @@ def verified(shard: Shard) -> Shard:
 
     For what is kept: an array that was computed from a damaged shard would outlive it.
     """
+    shard.fetch()
     _verify(shard, shard.path.stat().st_mtime_ns if shard.path.exists() else 0)
     return shard
 
@@ -64,6 +66,8 @@ def is_intact(path: Path) -> bool:
 
 def _read(path: Path) -> Ints | None:
     """None if there is no such file, or if its content is not what was written."""
+    if not path.exists():
+        mirror.pull_file(path)
     try:
         flat = np.asarray(np.memmap(path, "<i8", mode="r"))
     except (FileNotFoundError, ValueError):  # ValueError: a file cut short, not whole numbers

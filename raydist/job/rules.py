@@ -15,8 +15,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from raydist.errors import JobError
 from raydist.job.deepspeed import deepspeed_config
-from raydist.storage import SHARED
+from raydist.storage import SHARED, Storage
 
 if TYPE_CHECKING:
     from raydist.job.tune import Distribution
@@ -33,9 +34,11 @@ def _name_is_not_reserved(name: str) -> str:
     return f"{name} is the folder that runs share, not a name for a run" if name in SHARED else ""
 
 
-def _shared_file_system(storage: str) -> str:
-    if "://" in storage:
-        return f"storage {storage} is a URI: runs need a folder on a shared file system so far"
+def _is_a_place(storage: str) -> str:
+    try:
+        Storage(storage)
+    except JobError as error:
+        return f"{error.what}: {error.why}; {error.fix}"
     return ""
 
 
@@ -324,7 +327,7 @@ def _budget_covers_one_trial(budget: float | None, tokens: float | None) -> str:
 
 RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("name",), _name_is_not_reserved),
-    (("storage",), _shared_file_system),
+    (("storage",), _is_a_place),
     (("model.base", "model.config"), _base_or_config),
     (("model.config",), _has_model_type),
     (("model.config", "model.tokenizer", "model.base"), _config_needs_tokenizer),

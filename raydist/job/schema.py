@@ -391,7 +391,11 @@ class Fields(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")] = Field(
         description="the run; its folder is <storage>/<name>"
     )
-    storage: str = Field("runs", description="folder for runs and token logs; all nodes share it")
+    storage: str = Field(
+        "runs",
+        description="folder for runs and token logs, which all nodes share; or a prefix of a bucket: s3://,"
+        " gs://, az://",
+    )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
         0, description="seed of random weights, data order and dropout"
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from raydist import files
+from raydist.bucket import mirror
 from raydist.errors import ModelError, first_line
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
@@ -210,6 +211,7 @@ def merge_adapter(run: RunFolder, base: Path | None = None) -> Path:
     A quantized base is dequantized first, and its merged model is fp32. base: a folder with a copy of an
     unquantized base. Raises ModelError when there is no adapter, or no base that it fits.
     """
+    run.fetch_model()
     source, target = run.model, run.merged
     quantized = _check(source, base)
     name = str(base or read_adapter_config(source).base_model_name_or_path)
@@ -225,6 +227,7 @@ def merge_adapter(run: RunFolder, base: Path | None = None) -> Path:
     with replacing(target) as temporary:
         save_full(model, full_state(model, dtype), dtype, temporary)
         load_tokenizer(source).save_pretrained(temporary)
+    mirror.publish_folder(target)
     return target
 
 

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from raydist.training.attempt_spec import AttemptSpec, TrainResult
 
 POLL_SECONDS = 0.5
+LOOK_SECONDS = 2.0
+"""Between two looks into a bucket."""
 
 
 def train(
@@ -71,6 +73,7 @@ def train(
     why = life.why
     while True:
         life.phases.begin("start")
+        life.require_held()
         try:
             life.ray.require()
             nodes = node_resources()
@@ -240,10 +243,15 @@ class Follower:
     ) -> None:
         self._attempt, self._folder, self._listener, self._heard = spec.attempt, folder, listener, heard
         records = folder.metrics_file
+        self._looked = time.monotonic()
         self._tail = Tail(records, offset=records.stat().st_size if records.exists() else 0)
         listener.phase(f"starting {workers(spec.plan.world_size)}")
 
-    def poll(self) -> None:
+    def poll(self, *, last: bool = False) -> None:
+        """last: nothing more will come."""
+        if last or time.monotonic() - self._looked >= LOOK_SECONDS:
+            self._folder.refresh()
+            self._looked = time.monotonic()
         for record in self._tail.poll():
             self._listener.record(record)
             self._heard(record)
@@ -265,7 +273,7 @@ def _watch(spec: AttemptSpec, life: Life, rest: Rest | None) -> TrainResult:
     done = False
     while not done:
         done = attempt.done()  # before the poll, so that the last records are not missed
-        follower.poll()
+        follower.poll(last=done)
         making = [rest.making] if rest is not None else []
         if not done or (rest is not None and rest.failed):
             life.ray.require(attempt, *making)

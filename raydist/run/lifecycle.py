@@ -19,6 +19,7 @@ from types import FrameType
 from typing import Any, TypeVar
 
 from raydist import files
+from raydist.bucket.check import check_bucket
 from raydist.cluster.connect import ray_session
 from raydist.cluster.ray_output import ray_output_to
 from raydist.cluster.resources import cpus_per_worker_here
@@ -29,6 +30,7 @@ from raydist.job.identity import differences
 from raydist.job.load import kept_yaml, load_job
 from raydist.job.schema import Job, Scaling
 from raydist.redact import redact
+from raydist.storage import Storage
 from raydist.track.listener import Listener
 from raydist.training.phases import Phases
 
@@ -36,7 +38,7 @@ T = TypeVar("T")
 
 
 def folder_of(job: Job) -> RunFolder:
-    return RunFolder(Path(job.storage).expanduser() / job.name)
+    return RunFolder(Storage(job.storage).path / job.name)
 
 
 def began_with(folder: RunFolder) -> Job:
@@ -71,12 +73,17 @@ class Life:
         What a disk refuses in the block is raised as StorageError.
         """
         with files.storage_watched(self.folder.path):
-            self.folder.check_place(self.kind)
+            check_bucket(self.folder.path.parent)
+            self.folder.refresh().check_place(self.kind)
             with self.listener, self.folder.lease():
-                self.folder.mark(self.kind)
+                self.folder.refresh(exactly=True).mark(self.kind)
                 self._compare()
                 self.why = _why(self.folder.status(), new=self._changed != [] or not self._known)
                 yield
+
+    def require_held(self) -> None:
+        """Raises RunBusy where another driver has taken the run, as only in a bucket it can."""
+        self.folder.require_writer()
 
     @property
     def finished(self) -> bool:
@@ -91,7 +98,7 @@ class Life:
                 self.folder.clear()
             self._keep_threads()
             self.folder.reserve_status()
-            self.folder.stop_flag.unlink(missing_ok=True)
+            self.folder.take_back_stop()
             self.folder.write_job(kept_yaml(self.job))
             self.folder.set_status("planning")
             self.listener.phase("checking the job")
@@ -124,7 +131,7 @@ class Life:
 
     def stop_if_asked(self) -> None:
         """Raises Stopped."""
-        if self.folder.stop_flag.exists():
+        if self.folder.stop_asked():
             raise self.stopped()
 
     def stopped(self) -> Stopped:
@@ -191,7 +198,7 @@ class Life:
         def ask(number: int, frame: FrameType | None) -> None:
             if self.folder.stop_flag.exists():
                 raise KeyboardInterrupt
-            self.folder.stop_flag.touch()
+            self.folder.ask_to_stop()
             if self.folder.status().get("state") != "training":
                 raise self.stopped()
             self.listener.message("stopping after a checkpoint; once more to stop at once")

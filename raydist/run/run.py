@@ -45,6 +45,7 @@ class RunResult:
         """The trained model, from transformers or, with an adapter, from peft."""
         from raydist.model.export import load_trained
 
+        RunFolder(self.folder).fetch_model()
         return load_trained(self.model_path)
 
 

@@ -152,6 +152,7 @@ def _verify_model(done: Verified, folder: RunFolder) -> None:
     recorded: dict[str, Any] = {}
     with done.reading():
         recorded = folder.model_record()
+    folder.fetch_model()
     for name, measured in recorded.items() if folder.model.is_dir() else ():
         path = folder.model / name
         with done.reading(path):

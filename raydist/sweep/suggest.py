@@ -96,7 +96,7 @@ def outcome(result: dict[str, Any], folder: RunFolder) -> str:
 
     folder: the sweep's, which says whether somebody asked it to stop.
     """
-    early = "stopped" if folder.stop_flag.exists() else "pruned"
+    early = "stopped" if folder.stop_asked() else "pruned"
     return str(result.get("state", early))
 
 

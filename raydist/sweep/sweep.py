@@ -191,7 +191,7 @@ class StopWhenAsked(tune.Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self._folder.stop_flag.exists()
+        return self._folder.stop_asked()
 
 
 class OutcomeLog(tune.Callback):

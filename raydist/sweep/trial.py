@@ -113,7 +113,7 @@ class TrialRun(tune.Trainable):
         self._cancelled = True
         while self._thread.is_alive():
             if self._folder is not None and self._folder.path.exists():
-                self._folder.stop_flag.touch()
+                self._folder.ask_to_stop()
             self._thread.join(0.5)
 
     _folder: RunFolder | None = None

@@ -10,6 +10,7 @@ import logging
 import os
 from typing import TYPE_CHECKING, Any
 
+from raydist.bucket import mirror
 from raydist.errors import RunError
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
@@ -30,15 +31,20 @@ def tracking_uri(job: Job, folder: RunFolder) -> str:
     """The job's tracking URI; for `mlflow: true` that of a database in the storage folder."""
     if isinstance(job.tracking.mlflow, str):
         return job.tracking.mlflow
-    return f"sqlite:///{Storage(folder.path.resolve().parent).mlflow_database}"
+    return f"sqlite:///{_own_storage(folder).mlflow_database}"
+
+
+def _own_storage(folder: RunFolder) -> Storage:
+    """Where the database of `mlflow: true` is: runs in a bucket cannot write one file together."""
+    return Storage(folder.path if folder.remote else folder.path.resolve().parent)
 
 
 def start_parent(job: Job, folder: RunFolder, *, on_warning: Warn) -> str | None:
     """The id of the sweep's MLflow run, created if there is none; None if the server does not answer."""
-    mirror = None
+    parent = None
     with warned(name_of(job, folder), folder, on_warning):
-        mirror = Mlflow(job, folder)
-    return mirror.run_id if mirror else None
+        parent = Mlflow(job, folder)
+    return parent.run_id if parent else None
 
 
 def finish_parent(
@@ -52,9 +58,9 @@ def finish_parent(
 ) -> None:
     """End the sweep's run with `metrics`, the best trial's `params` (best.<key>) and `folder`'s files."""
     with warned(name_of(job, folder), folder, on_warning):
-        mirror = Mlflow(job, folder)
-        mirror.log_best(metrics, params)
-        mirror.close(state)
+        parent = Mlflow(job, folder)
+        parent.log_best(metrics, params)
+        parent.close(state)
 
 
 def name_of(job: Job, folder: RunFolder) -> str:
@@ -67,6 +73,10 @@ class Mlflow:
 
     def __init__(self, job: Job, folder: RunFolder, parent: str | None = None) -> None:
         uri = tracking_uri(job, folder)
+        database = _own_storage(folder).mlflow_database
+        self._database = database if folder.remote and uri.endswith(str(database)) else None
+        if self._database is not None:
+            mirror.pull_file(self._database)
         self._client, self._folder = _client(uri), folder
         experiment, self._pin = self._experiment(uri), self._read_pin()
         same, wanted = self._pin.get("uri") == redact(uri), f"run_id = '{self._pin.get('run_id')}'"
@@ -101,6 +111,9 @@ class Mlflow:
             if path.exists():
                 self._client.log_text(self.run_id, redact(path.read_text(errors="replace")), path.name)
         self._client.set_terminated(self.run_id, STATUS[state])
+        if self._database is not None:
+            mirror.publish(self._database)
+            mirror.publish_folder(_own_storage(folder).mlflow_artifacts)
 
     def _log_parameters(self, values: dict[str, str]) -> None:
         """MLflow parameters cannot change; values changed by a resumed job become tags `resumed.<key>`."""
@@ -131,7 +144,7 @@ class Mlflow:
             return str(experiment.experiment_id)
         # a server stores artifacts itself; without one MLflow would write them into the working directory
         served = uri.startswith(("http://", "https://", "databricks"))
-        artifacts = None if served else Storage(self._folder.path.resolve().parent).mlflow_artifacts.as_uri()
+        artifacts = None if served else _own_storage(self._folder).mlflow_artifacts.as_uri()
         return str(self._client.create_experiment(EXPERIMENT, artifact_location=artifacts))
 
 

@@ -23,9 +23,15 @@ from typing import TextIO
 import orjson
 import psutil
 
+from raydist import files
+from raydist.bucket import mirror
+from raydist.errors import RaydistError
+from raydist.places import uri_of
 from raydist.training.phases import Phases
 
 BEAT_SECONDS = 3.0
+TIMES_REMOTE = 2
+"""So much rarer are signs in a bucket, where each is a few requests."""
 ASK = "ask"
 
 
@@ -61,13 +67,15 @@ def beating(ranks: Path, rank: int, phases: Phases, *, every: float = BEAT_SECON
             done.set()
             thread.join()
             faulthandler.cancel_dump_traceback_later()
-    _beat_file(ranks, rank).unlink(missing_ok=True)
+    with contextlib.suppress(RaydistError):
+        files.remove(_beat_file(ranks, rank))
     if not stacks.stat().st_size:
         stacks.unlink()
 
 
 def read_beats(ranks: Path) -> list[Beat]:
     """The last sign of life of each rank that is there, by rank."""
+    mirror.pull(ranks)
     beats = []
     for path in ranks.glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):  # the rank ends right now
@@ -78,13 +86,14 @@ def read_beats(ranks: Path) -> list[Beat]:
 def ask_for_stacks(ranks: Path) -> None:
     """Every rank that can adds the stacks of its threads to its file."""
     (ranks / ASK).write_text(str(time.time()))
+    mirror.publish(ranks / ASK)
 
 
 def _beat(
     ranks: Path, rank: int, phases: Phases, stream: TextIO, done: threading.Event, every: float
 ) -> None:
     process = psutil.Process()
-    path, answered = _beat_file(ranks, rank), ""
+    path, answered, remote = _beat_file(ranks, rank), "", uri_of(ranks) is not None
     while True:
         # a thread of C writes the stacks where this one cannot run any more, as something holds the GIL
         faulthandler.dump_traceback_later(10 * every, file=stream)
@@ -105,7 +114,13 @@ def _beat(
             if asked != answered:
                 faulthandler.dump_traceback(stream, all_threads=True)
                 answered = asked
-        if done.wait(every):
+        if remote:
+            with contextlib.suppress(RaydistError, OSError):
+                mirror.publish(path)
+                mirror.pull_file(ranks / ASK)
+                if os.fstat(stream.fileno()).st_size:
+                    mirror.publish(Path(stream.name))
+        if done.wait(every * (TIMES_REMOTE if remote else 1)):
             return
 
 

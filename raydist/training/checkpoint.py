@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist import files
+from raydist.bucket import mirror
 from raydist.errors import CheckpointError
-from raydist.folder import COMMIT, RunFolder
+from raydist.folder import COMMIT, RunFolder, taken_by_another
 from raydist.parallel.world import World
-from raydist.sealed import read_sealed, write_sealed
+from raydist.sealed import read_sealed, sealed
 from raydist.training import ledger
 
 if TYPE_CHECKING:
@@ -105,11 +106,13 @@ class Checkpoints:
         say: called with what was damaged. Raises CheckpointError when the checkpoint was trained on other
         data or does not fit the model, or when the ledger has lost lines for good.
         """
+        self.folder.refresh(exactly=self.world.is_main)
         found = go_on_from(self.folder, say) if self.world.is_main else None
         step = self.world.from_main(found.step if found else -1)
         if step < 0:
             return None
         self.last = found or read_commit(self.folder.checkpoint(step))
+        have(self.last)
         check_same_data(self.last, self.feed)
         self.strategy.load(self.last.path, step)
         self.resumed_from = step
@@ -141,14 +144,24 @@ class Checkpoints:
     def load_weights(self, step: int) -> Commit:
         """Those of an earlier commit, without its optimizer state."""
         found = read_commit(self.folder.checkpoint(step))
+        have(found)
         if self.world.is_main:
             verify(found)
         self.strategy.load(found.path, None)
         return found
 
+    def _publish(self, folder: Path) -> None:
+        """The state's files into the bucket, by one rank of each node; each name is only on one."""
+        if self.folder.remote:
+            if self.world.local_rank == 0:
+                for path in folder.iterdir():
+                    mirror.publish(folder / state_key(self.attempt, path.name), path)
+            self.world.barrier()
+
     def _commit(self) -> Commit:
         assert self._saving is not None
         (position, _), self._saving = self._saving, None
+        self._publish(self.folder.checkpoint(position.step))
         made = Commit(
             **{each.name: getattr(position, each.name) for each in fields(Position)},
             path=self.folder.checkpoint(position.step),
@@ -170,6 +183,14 @@ def begin(folder: Path) -> None:
     folder.mkdir(parents=True)
 
 
+def state_key(attempt: int, name: str) -> str:
+    """Where a file of the state is in a bucket, within the checkpoint's folder.
+
+    Attempts have folders of their own there: one that was given up for dead cannot spoil what another wrote.
+    """
+    return f"attempt-{attempt}/{name}"
+
+
 def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | None) -> Commit:
     """Make the files in made.path count: checksums, ledger line, COMMIT.json, in this order on disk.
 
@@ -187,9 +208,11 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
         "samples": [since.samples if since else 0, done.samples],
         **(done.seen - since.seen if since else done.seen).to_json(),
     }
+    folder.flush()
     done = replace(done, line=ledger.append(folder, values))
     record = {**asdict(done), "seen": done.seen.to_json()}
-    write_sealed(done.path / COMMIT, {k: v for k, v in record.items() if k != "path"})
+    with taken_by_another(done.path / COMMIT):
+        files.create_json(done.path / COMMIT, sealed({k: v for k, v in record.items() if k != "path"}))
     files.flush_to_disk(folder.checkpoints)
     return done
 
@@ -228,10 +251,17 @@ def read_commit(path: Path) -> Commit:
     return found
 
 
+def have(found: Commit) -> None:
+    """The state's files on this node, where the run is in a bucket."""
+    for name, expected in (found.files or {}).items():
+        mirror.fetch(found.path / name, expected, state_key(found.attempt, name))
+
+
 def verify(found: Commit) -> None:
     """Raises CheckpointError for a file that is missing, cut short or altered."""
     for name, expected in (found.files or {}).items():
         path = found.path / name
+        mirror.fetch(path, expected, state_key(found.attempt, name))
         actual = files.measure(path) if path.is_file() else None
         if actual != expected:
             raise CheckpointError(
@@ -315,16 +345,18 @@ def tidy(folder: RunFolder, resumed: Commit | None) -> None:
 
     Every checkpoint newer than the one resumed from is damaged or has no COMMIT.
     """
-    for step in folder.checkpoint_steps():
+    for step in folder.checkpoint_steps(in_bucket=True):
         path = folder.checkpoint(step)
-        if not path.is_dir():
+        if path.exists() and not path.is_dir():
             path.unlink()
         elif not (path / COMMIT).exists():
-            shutil.rmtree(path)
+            files.remove_folder(path)
         elif resumed is None or step > resumed.step:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
+            mirror.publish_folder(aside)
+            mirror.remove_folder(path, first=COMMIT)
 
 
 def retain(folder: RunFolder, save_total_limit: int) -> None:
@@ -333,8 +365,7 @@ def retain(folder: RunFolder, save_total_limit: int) -> None:
     kept = {c.path for c in found[:save_total_limit]} | {c.path for c in [best(folder)] if c is not None}
     for old in found:
         if old.path not in kept:
-            (old.path / COMMIT).unlink()  # first: half a folder must not look like a checkpoint
-            shutil.rmtree(old.path)
+            files.remove_folder(old.path, first=COMMIT)  # half a folder must not look like a checkpoint
 
 
 def check_same_data(found: Commit, fingerprint: str) -> None:

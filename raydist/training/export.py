@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from raydist.bucket import mirror
 from raydist.files import measure
 from raydist.model.export import full_state, model_files, save_model, saved_dtype
 from raydist.training.card import model_card
@@ -23,6 +24,7 @@ def export(attempt: Attempt) -> None:
         card = model_card(attempt.spec, weights, attempt.data.feed.fingerprint)
         folder = attempt.folder
         save_model(strategy.module, state, job, attempt.spec.tokenizer, folder.model, card)
+        mirror.publish_folder(folder.model)
         folder.write_model_record({path.name: measure(path) for path in model_files(folder.model)})
 
 

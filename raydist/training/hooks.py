@@ -109,7 +109,7 @@ class StopOnRequest(Hook):
         self._look(attempt)
 
     def _look(self, attempt: Attempt) -> None:
-        flagged = attempt.world.is_main and attempt.folder.stop_flag.exists()
+        flagged = attempt.world.is_main and attempt.folder.stop_asked()
         if not attempt.stopping and (flagged or self._asked()):
             attempt.request_stop()
 

@@ -33,7 +33,7 @@ def append(folder: RunFolder, values: Line) -> str:
     """Add a line and return it as it stands there, on disk."""
     before = read_lines(folder)
     line = orjson.dumps({**values, "before": _hash(before[-1]) if before else None}).decode()
-    folder.append_ledger(line)
+    folder.append_ledger(line, len(before))
     return line
 
 
@@ -66,7 +66,7 @@ def make_whole(folder: RunFolder, newest: str, copies: Iterable[str]) -> str | N
         return f"the last line of {file.name} was torn and is removed; it did not count" if torn else None
     if existed:
         file.replace(aside)
-    files.write_bytes(file, b"".join(line + b"\n" for line in kept))
+    folder.rewrite_ledger(kept)
     found = f"was damaged, and is kept as {aside.name}" if existed else "was missing"
     return f"{file.name} {found}; it was made again, with the lines that {COMMIT} files hold"
 

@@ -69,7 +69,7 @@ def train(
         stack.enter_context(memory_watched(room))
         stack.enter_context(beating(folder.ranks(spec.attempt), world.rank, phases))
         if world.is_main:
-            stack.enter_context(folder.writer())
+            stack.enter_context(folder.writer(spec.attempt))
             stack.enter_context(progress_written(folder, spec.attempt, phases))
         room.require_fixed_parts()
         attempt = Attempt(spec, world, data or open_data(spec), phases, hooks)
@@ -287,7 +287,7 @@ class Attempt:
         feed = self.data.feed
         if feed.complete:
             return True
-        while self.step == self.plan.steps and not feed.completed and not self.folder.stop_flag.exists():
+        while self.step == self.plan.steps and not feed.completed and not self.folder.stop_asked():
             self._end_with_the_run()
             time.sleep(1)
         if not self.world.from_main(int(feed.completed)):

@@ -92,5 +92,5 @@ def test_files_that_vanish_meanwhile_end_the_run_and_its_workers(
         run_job(build_job({**job, "name": "torn", "storage": str(tmp_path), "corpus": corpus}))
     assert isinstance(told.value, CorpusError | LogError) and "text.jsonl" in str(told.value)
     assert folder.status()["state"] == "failed" and not folder.model.exists()
-    with folder.writer():  # rank 0 gave it back: it does not wait for tokens that nobody makes
+    with folder.writer(2):  # rank 0 gave it back: it does not wait for tokens that nobody makes
         pass

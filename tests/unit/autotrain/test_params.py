@@ -331,7 +331,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "lora_alpha": ({"lora_alpha": 8}, "lora_alpha: it has an effect only with peft on, not off"),
     "lora_dropout": ({"lora_dropout": 0.1}, "lora_dropout: it has an effect only with peft on"),
     "no dropout": ({"lora_dropout": 0.0}, "lora_dropout: it has an effect only with peft on"),
-    "no bucket": ({"project_name": "s3://b/p"}, "project_name: storage: storage s3://b/p is a URI"),
+    "no bucket": ({"project_name": "s3://b/p"}, "project_name: s3://b/p is a URI, and a project is a folder"),
     "target_modules": (
         {"target_modules": "all-linear"},
         "target_modules: it has an effect only with peft on",

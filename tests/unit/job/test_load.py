@@ -115,7 +115,7 @@ def test_overrides_make_sections_and_keep_types(tmp_path: Path) -> None:
         (["train.epochs=2"], "exactly one of max_steps, max_tokens and epochs"),
         (["corpus.sources.prose.weight=0.5"], "add up to 0.5"),
         (["corpus.sources.other={path: x, weight: 0.5}"], "every source a weight, or none"),
-        (["storage=s3://bucket/runs"], "storage s3://bucket/runs is a URI"),
+        (["storage=ftp://host/runs"], "ftp://host/runs is no place for runs"),
         (["name=tokens"], "the folder that runs share"),
         (["name=../up"], "should match pattern"),
         (["model={config: {model_type: llama}}"], "needs a tokenizer"),

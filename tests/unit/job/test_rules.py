@@ -36,7 +36,7 @@ def searched(key: str, distribution: str, **more: str) -> str:
 
 CASES: list[tuple[tuple[str, ...], str]] = [
     (("name=tokens",), "--set name: name: tokens is the folder"),
-    (("storage=s3://b/runs",), "--set storage: storage: storage s3://b/runs is a URI"),
+    (("storage=ftp://b/runs",), "--set storage: storage: ftp://b/runs is no place for runs"),
     (("model.config={model_type: llama}",), "job.yaml:2: model.base: give exactly one of base"),
     (("model={config: {a: 1}, tokenizer: t}",), "--set model: model.config: config needs model_type"),
     (("model={config: {model_type: llama}}",), "--set model: model.config: a model from config needs a tok"),
@@ -200,7 +200,7 @@ def test_every_key_of_a_rule_is_one_of_the_job() -> None:
 
 SIX = """\
 name: tokens
-storage: s3://bucket/runs
+storage: ftp://host/runs
 model:
   base: some/model
   attn_implementation: flash_attention_2

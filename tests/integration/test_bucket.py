@@ -1,0 +1,99 @@
+"""A run in a bucket, on an S3 server of the tests' own: it ends as in a folder, whatever happens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raydist.bucket import objects
+from raydist.folder import RunFolder, find_run
+from tests import s3
+from tests.weights import weight_hash
+from tests.whole_run import (
+    finish,
+    folder_of,
+    kill_everything,
+    losses,
+    start,
+    submit,
+    wait_for_step,
+    whole_job,
+    write_corpus,
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[int]:
+    with s3.serving() as port:
+        yield port
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "words.jsonl"
+    write_corpus(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def local(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """The undisturbed run in a folder."""
+    job = whole_job(corpus, tmp_path_factory.mktemp("local"))
+    code, output = submit(job)
+    assert code == 0, output
+    return RunFolder(Path(job["storage"]) / job["name"])
+
+
+@pytest.fixture
+def job(
+    corpus: Path, server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[dict[str, Any]]:
+    """The same run in a bucket, and the environment of a node with an empty cache."""
+    for name, value in s3.environment(server, tmp_path / "cache").items():
+        monkeypatch.setenv(name, value)
+    objects.open_bucket.cache_clear()
+    yield {**whole_job(corpus, tmp_path), "storage": f"s3://{s3.BUCKET}/{tmp_path.name}/runs"}
+    objects.open_bucket.cache_clear()
+
+
+def as_the_local_run(job: dict[str, Any], local: RunFolder) -> None:
+    """Equal losses, tokens and weights, as another node reads them from the bucket."""
+    shutil.rmtree(os.environ["RAYDIST_CACHE"])
+    objects.open_bucket.cache_clear()
+    found = find_run(f"{job['storage']}/{job['name']}")
+    assert found.status()["state"] == "finished"
+    assert losses(found) == losses(local)
+    found.fetch_model()
+    assert weight_hash(found.model) == weight_hash(local.model)
+    audits = [folder.data()["audit"] for folder in (found, local)]
+    assert audits[0] == audits[1]
+
+
+def test_killed_and_resumed_on_another_node_it_ends_as_in_a_folder(
+    job: dict[str, Any], local: RunFolder, tmp_path: Path
+) -> None:
+    process = start(job)
+    wait_for_step(folder_of(job), 20, process)
+    second = start(job)
+    code, output = finish(second)
+    assert code == 6 and "another process is writing the run whole" in output
+    kill_everything(process)
+    process.wait()
+    shutil.rmtree(os.environ["RAYDIST_CACHE"])
+    code, output = submit(job)
+    assert code == 0, output
+    as_the_local_run(job, local)
+
+    uri, here = f"{job['storage']}/{job['name']}", tmp_path / "here"
+    command = [sys.executable, "-m", "raydist", "download", uri, str(here)]
+    subprocess.run(command, check=True, capture_output=True)
+    assert weight_hash(here / "model") == weight_hash(local.model)
+    assert losses(RunFolder(here)) == losses(local)
+    assert subprocess.run(command, capture_output=True).returncode == 6, "nothing is overwritten"
