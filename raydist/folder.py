@@ -7,6 +7,7 @@ removes or replaces only what it wrote itself, by the names that stand here.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import re
@@ -26,7 +27,7 @@ from raydist import files
 from raydist.bucket import appended, lease, mirror
 from raydist.bucket.mirror import is_remote, place_of
 from raydist.bucket.objects import Exists
-from raydist.errors import RunBusy, RunError
+from raydist.errors import RunBusy, RunError, StorageError
 from raydist.places import shown, uri_of
 from raydist.sealed import append_sealed, is_sealed, read_sealed, sealed, sealed_line, write_sealed
 from raydist.storage import MLFLOW_ARTIFACTS, MLFLOW_DATABASE, TOKENIZERS, TOKENS, Storage
@@ -357,7 +358,8 @@ class RunFolder:
         temporary.replace(self.progress_file)
         if self.remote and time.monotonic() - self._progress_sent >= PROGRESS_SECONDS:
             self._progress_sent = time.monotonic()
-            mirror.publish(self.progress_file)
+            with contextlib.suppress(StorageError):  # it is for people
+                mirror.publish(self.progress_file)
 
     def data(self) -> dict[str, Any]:
         """What is known of the run's tokens, and the fingerprints of the token logs it is pinned to.
@@ -403,7 +405,8 @@ class RunFolder:
     def stop_asked(self) -> bool:
         """In a bucket, as it was a few seconds ago."""
         if self.remote and time.monotonic() - self._looked >= LOOK_SECONDS:
-            mirror.pull_file(self.stop_flag)
+            with contextlib.suppress(StorageError):  # the next look may succeed
+                mirror.pull_file(self.stop_flag)
             self._looked = time.monotonic()
         return self.stop_flag.exists()
 

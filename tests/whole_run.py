@@ -81,10 +81,18 @@ def written(job: dict[str, Any]) -> str:
 
 
 def start(job: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
+    return _start("submit", job, *arguments)
+
+
+def start_prepare(job: dict[str, Any]) -> subprocess.Popen[str]:
+    return _start("prepare", job)
+
+
+def _start(command: str, job: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.pop("RAY_ADDRESS", None)
     return subprocess.Popen(
-        [sys.executable, "-m", "raydist", "submit", written(job), *arguments],
+        [sys.executable, "-m", "raydist", command, written(job), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -10,7 +10,7 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ T = TypeVar("T")
 SCHEMES = {"s3": "s3", "gs": "gs", "az": "az", "abfs": "az"}
 """What a storage URI may begin with, and the name of it in a mirror."""
 
-TRIES = 8
+TRIES = 12
 LEAST_WAIT, MOST_WAIT = 0.2, 10.0
 """Seconds before the second try, and between two later ones at most; each is shortened at random."""
 CONNECT_SECONDS, READ_SECONDS = 10, 60
@@ -391,7 +391,7 @@ def open_bucket(uri: str) -> Bucket:
     return Bucket(uri)
 
 
-def takes_retries() -> Iterator[tuple[str, int]]:
-    """(request, how often it was tried again) so far in this process."""
+def retries() -> str:
+    """How often this process tried requests again, for people: "GET 3, PUT 1"; empty where it never did."""
     with _count:
-        yield from sorted(retried.items())
+        return ", ".join(f"{request} {count:,}" for request, count in sorted(retried.items()))

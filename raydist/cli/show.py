@@ -253,6 +253,7 @@ def result(result: RunResult) -> None:
         click.echo(
             f"held-out perplexity  {name}: {first['perplexity']:,.2f} -> {last['perplexity']:,.2f}"
             f"  ({first['bits_per_byte']:.3f} -> {last['bits_per_byte']:.3f} bits per byte)"
+            + (f"  forgotten: {last['forgetting']:+.4f} nats" if "forgetting" in last else "")
         )
     if audit := data.get("audit"):
         click.echo(

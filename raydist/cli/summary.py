@@ -7,7 +7,7 @@ from typing import Any
 from raydist.folder import RunFolder
 from raydist.places import shown
 from raydist.redact import redact
-from raydist.track.records import evaluations, phase_seconds, read_metrics, supersede
+from raydist.track.records import evaluations, gained_and_forgotten, phase_seconds, read_metrics, supersede
 from raydist.track.silence import silence_now
 
 
@@ -32,6 +32,7 @@ def summary(folder: RunFolder) -> dict[str, Any]:
             name: {"first": of[0]["perplexity"], "last": of[-1]["perplexity"]}
             for name, of in evaluations(records).items()
         },
+        **gained_and_forgotten(records),
         "tokens_per_second": step.get("tokens_per_second"),
         "mfu": step.get("mfu"),
         "seconds": phase_seconds(recorded),

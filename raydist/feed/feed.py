@@ -168,6 +168,7 @@ class Feed:
         micro_batch_size: int | Sequence[int],
         while_waiting: Callable[[], None] = lambda: None,
         on_shards: Callable[[Sequence[Shard]], None] = lambda shards: None,
+        on_next: Callable[[Sequence[Shard]], None] | None = None,
         collate: Callable[[Tensors], Tensors] | None = None,
         place: Callable[[Tensors], Tensors] | None = None,
     ) -> Iterator[Step]:
@@ -175,7 +176,8 @@ class Feed:
 
         Both sizes count sequences: one number for all stages, or one for each. Closing or dropping the
         iterator ends its thread. while_waiting: see `grown`. on_shards: called with the shards of each global
-        batch, all ranks' together, before they are read. collate, place: see `loader.read_step`.
+        batch, all ranks' together, before they are read.  on_next: with those that come after them, some time
+        before. collate, place: see `loader.read_step`.
         """
         from raydist.feed.loader import global_batches, prefetch, read_step  # torch is needed only here
 
@@ -187,6 +189,8 @@ class Feed:
             for stage, lo, hi in global_batches([s.start for s in feed.stages], start, stop, batches):
                 feed = feed.grown(hi, while_waiting)
                 on_shards(feed.stages[stage].shards_read(lo, hi))
+                if on_next is not None:
+                    on_next(feed.stages[stage].shards_after(hi))
                 yield read_step(feed.stages[stage], lo, hi, rank, world_size, micro[stage], collate, place)
 
         return prefetch(steps(self))
@@ -220,7 +224,7 @@ def make_feed(
     bos: int | None,
 ) -> Feed:
     """The feed of a job. logs: the token log of each source, by name.  on_packed, bos: see Feed."""
-    sources = [FeedSource(name, logs[name], source.weight) for name, source in job.corpus.sources.items()]
+    sources = [FeedSource(name, logs[name], weight) for name, weight in job.corpus.weights.items()]
     dedup, lengths = job.corpus.dedup == "exact", stretches(job) if job.stages else ()
     return Feed(
         sources,

@@ -162,6 +162,14 @@ class Stage:
             found |= dict.fromkeys(self.shards_of(number, span.window))
         return [self.sources[source].log.shards[shard] for source, shard in found]
 
+    def shards_after(self, g: int) -> list[Shard]:
+        """The shards of the windows that follow those of the run's sample g: what is read next."""
+        found: dict[tuple[int, int], None] = {}
+        for number, n_samples in enumerate(self.consumed(g)):
+            _, (_, window) = self.streams[number].left(n_samples)
+            found |= dict.fromkeys(self.shards_of(number, window))
+        return [self.sources[source].log.shards[shard] for source, shard in found]
+
     def indexes(self, number: int, span: Span) -> Iterator[tuple[int, int, PackIndex, Ints]]:
         """For each shard that a span reads from: source, shard, the shard's index, and the blocks read."""
         shards, blocks = self.streams[number].places(span)

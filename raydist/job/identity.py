@@ -23,7 +23,11 @@ def identity(job: Job) -> dict[str, Any]:
     """{dotted key: value} of every key that decides the trained weights, up to rounding; without secrets."""
     values = job.model_dump(mode="json", include=set(IDENTITY))
     values["train"]["optimizer"] |= job.train.optimizer.options  # null is the value that it stands for
-    return {key: redacted(value) for key, value in dotted_items(values) if key not in NOT_IDENTITY}
+    left_out = set(NOT_IDENTITY)
+    if any(source.weight is not None for source in job.corpus.sources.values()):
+        # else it decides the weights
+        left_out |= {f"corpus.sources.{name}.replay" for name in job.corpus.sources}
+    return {key: redacted(value) for key, value in dotted_items(values) if key not in left_out}
 
 
 def differences(old: Job, new: Job) -> list[str]:

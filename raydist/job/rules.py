@@ -111,6 +111,28 @@ def _no_epochs_with_weights(epochs: int | None, weights: Named) -> str:
     return ""
 
 
+def _a_source_is_learned(replay: Named) -> str:
+    if replay and all(replay.values()):
+        return "every source is replayed, so there is none to learn; replay is for text that the base knows"
+    return ""
+
+
+def _replay_leaves_one_source(replay: Named, weights: Named) -> str:
+    others = [value for value in (replay or {}).values() if not value]
+    if 1 < len(others) < len(replay or {}) and not any((weights or {}).values()):
+        return (
+            f"with replay and {len(others)} other sources, give every source a weight: nothing says how much"
+            " of each the model is to learn"
+        )
+    return ""
+
+
+def _no_epochs_with_replay(epochs: int | None, replay: Named) -> str:
+    if epochs is not None and any((replay or {}).values()):
+        return "replayed sources have a weight (0.05) and need train.max_steps or max_tokens, not epochs"
+    return ""
+
+
 def _delimiter_is_no_quote(name: str, delimiter: str | None, quote: str | None) -> str:
     if quote is not None and quote == delimiter:
         return f"{name} has {quote!r} for delimiter and quote; set quote: none if nothing is quoted"
@@ -338,6 +360,9 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("corpus.sources.*.weight",), _weights_for_all_or_none),
     (("corpus.sources.*.weight",), _weights_add_up),
     (("train.epochs", "corpus.sources.*.weight"), _no_epochs_with_weights),
+    (("corpus.sources.*.replay",), _a_source_is_learned),
+    (("corpus.sources.*.replay", "corpus.sources.*.weight"), _replay_leaves_one_source),
+    (("train.epochs", "corpus.sources.*.replay"), _no_epochs_with_replay),
     (("corpus.sources.<each>.delimiter", "corpus.sources.<each>.quote"), _delimiter_is_no_quote),
     (("eval.sources.<each>.delimiter", "eval.sources.<each>.quote"), _delimiter_is_no_quote),
     ((*LENGTHS, "stages.*.max_tokens"), _one_length),

@@ -102,11 +102,23 @@ class Source(Section):
         description="of a folder that holds a data set with splits: the one to read; all: every one",
     )
 
+    replay: bool = Field(
+        False,
+        description="text like that on which the base was trained: what the model forgets of it is measured"
+        " before and after. A source to train on, if none has a weight, gets 0.05 of the samples",
+    )
+
 
 class TrainSource(Source):
     weight: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="share of the samples; give every source one, or none"
     )
+
+
+REPLAY_SHARE = 0.05
+"""Of the samples, for sources with `replay` and no weight: what Ibrahim et al. (Simple and Scalable
+Strategies to Continually Pre-train Large Language Models, 2024, arXiv:2403.08763) found enough where the new
+text is in the base's language; for another language they take 0.25."""
 
 
 class Corpus(Section):
@@ -128,6 +140,19 @@ class Corpus(Section):
     slice_bytes: Annotated[int, Field(ge=1024, le=2**48)] = Field(
         32 * 2**20, description="bytes of source files that one task turns into a shard"
     )
+
+    @property
+    def weights(self) -> dict[str, float | None]:
+        """The share of each source, as it is used; None for all where sources are read one after another."""
+        given = {name: source.weight for name, source in self.sources.items()}
+        replayed = [name for name, source in self.sources.items() if source.replay]
+        if not replayed or any(weight is not None for weight in given.values()):
+            return given
+        others = len(given) - len(replayed)
+        return {
+            name: REPLAY_SHARE / len(replayed) if name in replayed else (1 - REPLAY_SHARE) / others
+            for name in given
+        }
 
 
 class Prepare(Section):

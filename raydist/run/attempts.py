@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydist.cluster.background import in_background
 from raydist.cluster.resources import Resources, cpus_per_worker, node_resources
-from raydist.errors import ClusterLost, OutOfMemory, RaydistError, WorkerLost
+from raydist.errors import ClusterLost, OutOfMemory, RaydistError, StorageError, WorkerLost
 from raydist.folder import RunFolder
 from raydist.job.functions import module_folders, named_functions
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
@@ -250,7 +251,8 @@ class Follower:
     def poll(self, *, last: bool = False) -> None:
         """last: nothing more will come."""
         if last or time.monotonic() - self._looked >= LOOK_SECONDS:
-            self._folder.refresh()
+            with suppress(*(() if last else (StorageError,))):  # the next look may succeed
+                self._folder.refresh()
             self._looked = time.monotonic()
         for record in self._tail.poll():
             self._listener.record(record)

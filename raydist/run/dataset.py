@@ -120,7 +120,7 @@ def can_begin_early(job: Job) -> bool:
     """
     if job.stages or job.corpus.dedup != "none":
         return False
-    weighted = all(source.weight is not None for source in job.corpus.sources.values())
+    weighted = all(weight is not None for weight in job.corpus.weights.values())
     known = weighted or len(job.corpus.sources) == 1
     return job.prepare.wait == "auto" and job.train.epochs is None and known
 

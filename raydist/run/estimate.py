@@ -70,7 +70,7 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
     bos = document_begin(job, tokenizer, folder_of(job).data().get("pins")) if tokenizer else None
     around = job.packing.add_eos_token + (bos is not None or job.packing.add_bos_token is True)
     blocks = max(1, round((tokens + documents * around) / job.block_sizes[0]))
-    weighted = any(source.weight is not None for source in job.corpus.sources.values())
+    weighted = any(weight is not None for weight in job.corpus.weights.values())
     known = None if weighted or job.stages else blocks
     listener.phase("counting the model")
     on_gpus = job.scaling.on_gpus(torch.cuda.device_count())
@@ -150,7 +150,7 @@ def _add_epochs(sources: dict[str, Any], job: Job, plan: Plan, around: int) -> N
     }
     read = sum(stage.samples * stage.block_size for stage in plan.stages)
     for name, source in sources.items():
-        weight = job.corpus.sources[name].weight
+        weight = job.corpus.weights[name]
         share = left[name] / max(1, sum(left.values())) if weight is None else weight
         source["epochs"] = read * share / max(1, left[name])
 

@@ -83,6 +83,7 @@ def run_job(
 def _prepare_and_train(life: Life, parent: str | None, profile: Path | None) -> None:
     from raydist.run import attempts
     from raydist.run.preflight import check_on_cluster
+    from raydist.training.data import open_eval_sets
 
     life.prepare(lambda: check_on_cluster(life.job))
     life.preparing()
@@ -90,6 +91,9 @@ def _prepare_and_train(life: Life, parent: str | None, profile: Path | None) -> 
     life.listener.phase("packing")
     feed = prepared.feed(life.listener)
     write_data(life.folder, prepared, feed)
+    if life.folder.remote and prepared.complete:
+        # chosen here, while this node has all shards; the workers' nodes then fetch only what they read
+        open_eval_sets(life.job, prepared.logs, prepared.eval_logs, prepared.bos)
     life.stop_if_asked()
     with reported(life, parent):
         result = attempts.train(life, prepared, feed.samples_per_epoch, rest, profile=profile)

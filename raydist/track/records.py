@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from raydist.folder import RunFolder
 from raydist.redact import redact, redacted
@@ -22,7 +22,11 @@ Record = dict[str, Any]
 
 
 class EvalRecord(TypedDict):
-    """An evaluation of one source. eval_loss: nats per label. None stands for what is no number."""
+    """An evaluation of one source. eval_loss: nats per label. None stands for what is no number.
+
+    gain, forgetting: how much lower, or for a replayed source higher, eval_loss is than before training; only
+    in runs that have replayed sources.
+    """
 
     kind: str
     attempt: int
@@ -35,6 +39,8 @@ class EvalRecord(TypedDict):
     n_tokens: int
     n_bytes: int
     n_documents: int
+    gain: NotRequired[float]
+    forgetting: NotRequired[float]
 
 
 HISTORY = frozenset({"start", "resume", "stage", "incident"})
@@ -54,6 +60,7 @@ _NUMBERS = frozenset(
         "mfu",
     }
     | {"tokens_per_second", "data_wait_seconds", "step_seconds", "perplexity", "bits_per_byte", "eval_loss"}
+    | {"gain", "forgetting"}
 )
 """Values that readers take for numbers, or null."""
 
@@ -117,6 +124,15 @@ def evaluations(records: Iterable[Record]) -> dict[str, list[Record]]:
         if record["kind"] == "eval":
             by_source.setdefault(record["source"], []).append(record)
     return by_source
+
+
+def gained_and_forgotten(records: Iterable[Record]) -> dict[str, float]:
+    """{gain, forgetting}: means over the sources to learn and over the replayed ones at the last evaluation,
+    in nats per label; {} for a run without replayed sources.
+    """
+    last = [of[-1] for of in evaluations(records).values()]
+    found = {name: [r[name] for r in last if r.get(name) is not None] for name in ("gain", "forgetting")}
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
 def phase_seconds(written: Iterable[Record]) -> dict[str, float]:

@@ -25,7 +25,7 @@ import psutil
 
 from raydist import files
 from raydist.bucket import mirror
-from raydist.errors import RaydistError
+from raydist.errors import RaydistError, StorageError
 from raydist.places import uri_of
 from raydist.training.phases import Phases
 
@@ -75,7 +75,10 @@ def beating(ranks: Path, rank: int, phases: Phases, *, every: float = BEAT_SECON
 
 def read_beats(ranks: Path) -> list[Beat]:
     """The last sign of life of each rank that is there, by rank."""
-    mirror.pull(ranks)
+    with contextlib.suppress(
+        StorageError
+    ):  # then the signs look older than they are; the next look may succeed
+        mirror.pull(ranks)
     beats = []
     for path in ranks.glob("rank-*.json"):
         with contextlib.suppress(OSError, ValueError, TypeError):  # the rank ends right now
@@ -86,7 +89,8 @@ def read_beats(ranks: Path) -> list[Beat]:
 def ask_for_stacks(ranks: Path) -> None:
     """Every rank that can adds the stacks of its threads to its file."""
     (ranks / ASK).write_text(str(time.time()))
-    mirror.publish(ranks / ASK)
+    with contextlib.suppress(StorageError):
+        mirror.publish(ranks / ASK)
 
 
 def _beat(

@@ -12,6 +12,7 @@ import torch
 import xxhash
 from torch import Tensor
 
+from raydist.bucket.objects import retries
 from raydist.errors import OutOfMemory, Stopped, TrainingError, WorkerLost
 from raydist.files import storage_watched
 from raydist.folder import RunFolder
@@ -86,6 +87,8 @@ def train(
             raise
         finally:
             attempt.shard_check.close()
+            if again := retries():
+                attempt.record("incident", what=f"requests to the bucket that were tried again: {again}")
             attempt.record("phases", seconds={name: round(spent, 3) for name, spent in phases.take().items()})
         at = attempt.position
         return TrainResult(stopped, at.step, at.samples, at.seen.tokens, at.evals)
@@ -204,6 +207,7 @@ class Attempt:
             micro_batch_size=[stage.micro_batch_size for stage in self.plan.stages],
             while_waiting=self._end_with_the_run,
             on_shards=self._check_shards,
+            on_next=self.shard_check.want_next if self.folder.remote and self.world.local_rank == 0 else None,
             collate=self.collate,
             place=copier(self.world.device),
         )
@@ -301,7 +305,7 @@ class Attempt:
     def _end_with_the_run(self) -> None:
         """Called while the data does not go on: once the driver has given up, nothing more will come."""
         self.phases.heard()
-        state = self.folder.status().get("state")
+        state = self.folder.refresh().status().get("state")
         if state != "training":
             raise TrainingError(f"the run is {state}: its token logs do not grow any more")
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from raydist.folder import RunFolder
 from raydist.model.precision import uses_tf32
+from raydist.sealed import opened
 from raydist.training.checkpoint import Commit
 from raydist.training.hooks import Hook, StepResult
 from raydist.training.peak import peak_flops
@@ -27,9 +29,11 @@ class Records(Hook):
 
     def __init__(self) -> None:
         self._counted_seconds = 0.0
+        self._before: dict[str, float] = {}
         self._wait_seconds, self._flops, self._steps, self._tokens = 0.0, 0.0, 0, 0
 
     def on_start(self, attempt: Attempt) -> None:
+        self._before = losses_at_start(attempt.folder) if attempt.world.is_main else {}
         attempt.record(
             "resume" if attempt.resumed else "start",
             samples=attempt.samples,
@@ -72,7 +76,14 @@ class Records(Hook):
         self._record_stage(attempt)
 
     def on_evaluate(self, attempt: Attempt, evals: dict[str, dict[str, Any]]) -> None:
-        for values in evals.values():
+        job = attempt.job
+        replayed = {n for n, source in {**job.eval.sources, **job.corpus.sources}.items() if source.replay}
+        for source, values in evals.items():
+            if attempt.step == 0:
+                self._before[source] = values["eval_loss"]
+            elif replayed and (before := self._before.get(source)) is not None:
+                worse = values["eval_loss"] - before
+                values = {**values, **({"forgetting": worse} if source in replayed else {"gain": -worse})}
             attempt.record("eval", **values)
 
     def on_commit(self, attempt: Attempt, commit: Commit) -> None:
@@ -107,6 +118,17 @@ class Records(Hook):
             number = ends.index(attempt.samples) + 1
             block_size = attempt.plan.stages[number].block_size
             attempt.record("stage", number=number + 1, block_size=block_size)
+
+
+def losses_at_start(folder: RunFolder) -> dict[str, float]:
+    """Of the evaluation at step 0, by source, in nats; {} where none is on record."""
+    found: dict[str, float] = {}
+    for line in folder.metrics_file.read_bytes().split(b"\n") if folder.metrics_file.exists() else ():
+        with contextlib.suppress(ValueError):  # a torn or damaged line
+            record = opened(line)
+            if record.get("kind") == "eval" and record.get("step") == 0:
+                found[record["source"]] = record["eval_loss"]
+    return found
 
 
 def _device_name(device: torch.device) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 from raydist.corpus.log import Shard
 
+DOWNLOADS = 4
+"""At once, on a node."""
+
 
 class ShardCheck:
     """Verifies each shard that is asked for, once and in a thread. One for each node and attempt.
@@ -17,13 +20,21 @@ class ShardCheck:
 
     def __init__(self) -> None:
         self._begun: dict[Path, Future[None]] = {}
+        self._coming: dict[Path, Future[None]] = {}
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="raydist-verify")
+        self._downloads = ThreadPoolExecutor(DOWNLOADS, thread_name_prefix="raydist-fetch")
 
     def want(self, shards: Iterable[Shard]) -> None:
         """Verify these too. Any thread may call it."""
         for shard in shards:
             if shard.path not in self._begun:
                 self._begun[shard.path] = self._thread.submit(shard.verify)
+
+    def want_next(self, shards: Iterable[Shard]) -> None:
+        """Have these on this node, where token logs are in a bucket; nobody waits for it."""
+        for shard in shards:
+            if shard.path not in self._begun and shard.path not in self._coming:
+                self._coming[shard.path] = self._downloads.submit(shard.fetch)
 
     def wait(self) -> None:
         """Until all that were asked for are verified. Raises LogError, which names a damaged one."""
@@ -32,4 +43,5 @@ class ShardCheck:
 
     def close(self) -> None:
         """Leave undone what nobody waits for."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._thread, self._downloads):
+            threads.shutdown(wait=False, cancel_futures=True)

@@ -6,13 +6,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from raydist.bucket import objects
+from raydist.bucket import mirror, objects
 from raydist.folder import RunFolder, find_run
 from tests import s3
 from tests.weights import weight_hash
@@ -22,11 +23,14 @@ from tests.whole_run import (
     kill_everything,
     losses,
     start,
+    start_prepare,
     submit,
     wait_for_step,
     whole_job,
     write_corpus,
 )
+
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -97,3 +101,39 @@ def test_killed_and_resumed_on_another_node_it_ends_as_in_a_folder(
     assert weight_hash(here / "model") == weight_hash(local.model)
     assert losses(RunFolder(here)) == losses(local)
     assert subprocess.run(command, capture_output=True).returncode == 6, "nothing is overwritten"
+
+
+def test_a_preparation_that_is_killed_ends_in_the_same_bytes(
+    job: dict[str, Any], local: RunFolder, tmp_path: Path
+) -> None:
+    """Killed twice, each time on a node whose disk is lost; what was committed is not made again."""
+    tokens = mirror.place_of(job["storage"]) / "tokens"
+    for least in (1, 3):
+        process = start_prepare(job)
+        while len(list(tokens.glob("*/slices/*.json"))) < least:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        kill_everything(process)
+        process.wait()
+        shutil.rmtree(os.environ["RAYDIST_CACHE"])
+    code, output = finish(start_prepare(job))
+    assert code == 0, output
+    shutil.rmtree(os.environ["RAYDIST_CACHE"])
+    mirror.pull(tokens)
+    made = {path.relative_to(tokens): path.read_bytes() for path in tokens.rglob("*") if path.is_file()}
+    there = local.path.parent / "tokens"
+    assert made == {path.relative_to(there): path.read_bytes() for path in there.rglob("*") if path.is_file()}
+
+
+def test_a_store_that_breaks_a_third_of_the_requests_changes_nothing(
+    job: dict[str, Any], local: RunFolder, server: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults = s3.Faults(1 / 3)
+    with s3.faulty(server, faults) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        code, output = submit(job)
+        assert code == 0, output
+    assert sum(faults.count.values()) > 50 and all(faults.count.values())
+    assert "requests to the bucket that were tried again" in output
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
+    as_the_local_run(job, local)

@@ -66,6 +66,18 @@ CASES: list[tuple[tuple[str, ...], str]] = [
         "--set train.epochs: train.epochs: sources with weights need",
     ),
     (
+        ("corpus.sources.prose.replay=true",),
+        "job.yaml:3: corpus.sources: every source is replayed",
+    ),
+    (
+        ("corpus.sources.b={path: b, replay: true}", "corpus.sources.c={path: c}"),
+        "job.yaml:3: corpus.sources: with replay and 2 other sources, give every source a weight",
+    ),
+    (
+        ("corpus.sources.b={path: b, replay: true}", "train.max_tokens=null", "train.epochs=1"),
+        "--set train.epochs: train.epochs: replayed sources have a weight",
+    ),
+    (
         ("corpus.sources.prose={path: a, delimiter: '|', quote: '|'}",),
         "--set corpus.sources.prose: corpus.sources.prose.delimiter: prose has '|' for delimiter and quote",
     ),

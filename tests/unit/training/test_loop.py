@@ -31,6 +31,7 @@ from tests.train_parts import (
     plain_losses,
     run_ranks,
     start_ranks,
+    write_log,
 )
 from tests.weights import weight_hash
 
@@ -229,6 +230,29 @@ def test_gradient_checkpointing_and_bf16_train_alike(tmp_path: Path) -> None:
     assert losses(saving.run) == pytest.approx(losses(plain.run), rel=1e-6)
     assert losses(halved.run) == pytest.approx(losses(plain.run), rel=2e-2)
     assert losses(halved.run) != losses(plain.run)
+
+
+def test_what_is_learned_and_forgotten_is_recorded_also_after_a_resume(tmp_path: Path) -> None:
+    source = {"path": "random.txt"}
+    spec = make_spec(
+        tmp_path,
+        corpus={"sources": {"new": {**source}, "known": {**source, "replay": True}}, "holdout": 0.1},
+        train={"max_steps": 8},
+        eval={"eval_steps": 4},
+        checkpoint={"save_steps": 4},
+    )
+    assert spec.job.corpus.weights == {"new": 0.95, "known": 0.05}
+    log = spec.logs["random"]
+    spec = replace(spec, logs={"new": log, "known": write_log(tmp_path / "tokens" / "known", seed=1)})
+    assert train(spec, hooks=[StopOnRequest(iter([False] * 4 + [True] * 9).__next__)]).stopped
+    train(replace(spec, attempt=2))
+    evals = [r for r in read_jsonl(spec.run / "metrics.jsonl") if r["kind"] == "eval"]
+    before = {r["source"]: r["eval_loss"] for r in evals if r["step"] == 0}
+    assert len(before) == 2 and [r["step"] for r in evals] == [0, 0, 4, 4, 8, 8]
+    for record in evals[2:]:
+        change = record["eval_loss"] - before[record["source"]]
+        name, sign = ("gain", -1) if record["source"] == "new" else ("forgetting", 1)
+        assert record[name] == sign * change and not {"gain", "forgetting"} - {name} & record.keys()
 
 
 def test_the_best_evaluation_is_kept_and_exported(tmp_path: Path) -> None:
