@@ -259,16 +259,14 @@ def _temporary(path: Path) -> Iterator[Path]:
 # --- large files that never change: the bounded cache ---------------------------------------------
 
 
-def fetch(path: Path, expected: Mapping[str, Any], key: str = "") -> bool:
+def fetch(path: Path, expected: Mapping[str, Any]) -> bool:
     """Have the file here, with these bytes; once for all processes of the node. Whether it is there then.
 
-    expected: {size, xxh3_128}.  key: of the object, relative to the folder; by default the name of the file.
-    What comes otherwise than it was written is fetched once more, and then left out.
+    expected: {size, xxh3_128}. What comes otherwise than it was written is fetched once more, then left out.
     """
     place = object_of(path)
     if place is None or _has(path, expected["size"]):
         return path.exists()
-    source = place.key.rpartition("/")[0] + f"/{key}" if key else place.key
     with _only_one(path):
         if _has(path, expected["size"]):
             return True
@@ -276,7 +274,7 @@ def fetch(path: Path, expected: Mapping[str, Any], key: str = "") -> bool:
             with _temporary(path) as temporary:
                 hash_ = xxhash.xxh3_128()
                 try:
-                    size = place.bucket.download(source, temporary, hash_)
+                    size = place.bucket.download(place.key, temporary, hash_)
                 except Missing:
                     return False
                 if {"size": size, "xxh3_128": hash_.hexdigest()} == dict(expected):

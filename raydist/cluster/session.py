@@ -9,7 +9,7 @@ from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from raydist.cluster.background import in_background
+from raydist.background import in_background
 from raydist.errors import ClusterLost
 from raydist.own_ray import ended_part
 

@@ -375,6 +375,11 @@ class Checkpoint(Section):
         100, description="steps between checkpoints; epoch: one at the end of each epoch"
     )
     save_total_limit: Count = Field(3, description="newest checkpoints kept, in addition to the best")
+    asynchronous: bool | Literal["auto"] = Field(
+        "auto",
+        description="training goes on while a checkpoint is written from a copy of weights and optimizer"
+        " state in host memory. auto: if there is room for it; true: refused if there is not",
+    )
     load_best_model_at_end: bool = Field(
         False, description="model/ gets the best evaluated checkpoint, not the last"
     )

@@ -42,12 +42,20 @@ MERGE_TOLERANCE = 1e-3
 
 @quietly()
 def save_model(
-    model: nn.Module, state: dict[str, Tensor], job: Job, tokenizer_folder: Path, folder: Path, card: str
+    model: nn.Module,
+    state: dict[str, Tensor],
+    job: Job,
+    tokenizer_folder: Path,
+    folder: Path,
+    card: str,
+    *,
+    before: Callable[[], object] = lambda: None,
 ) -> None:
     """Write a Hugging Face folder with the tokenizer and `card` as README.md.
 
     model: for its configuration and the names in it.  state: what is written, on the CPU.
-    It is made next to `folder` and renamed, so `folder` is whole or missing.
+    It is made next to `folder` and renamed, so `folder` is whole or missing.  before: called once it is
+    made; `folder` is put in its place when that returns.
     """
     with replacing(folder) as temporary:
         if job.adapter is None:
@@ -57,6 +65,7 @@ def save_model(
             quantization.write_config(job, temporary)
         load_tokenizer(tokenizer_folder).save_pretrained(temporary)
         (temporary / "README.md").write_text(card)
+        before()
 
 
 @contextmanager

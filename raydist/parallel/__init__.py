@@ -12,5 +12,7 @@ weights     from rank 0's weights to shards, without a whole copy on each rank
 loss_scale  what fp16 needs: a factor of the loss, and steps that are skipped
 optimizer   which optimizer a job has, and its step: norm, clipping, learning rate
 footprint   the memory that a worker needs, by part: an estimate
+share       which rank writes what of a checkpoint, and the format of its file
+saver       writes that file, at once or from a copy in host memory while training goes on
 state       weights and optimizer state by name in safetensors, one format for every strategy
 """

@@ -22,6 +22,8 @@ FIXED = ("weights", "gradients", "optimizer")
 def worker_memory(job: Job, plan: Plan, sizes: Sizes, *, on_cpu: bool = False) -> dict[str, int]:
     """Bytes by part at the peak, without what a sharding strategy gathers of a layer at a time.
 
+    total: of the parts on the worker's device.
+
     on_cpu: then the process itself counts, as in the memory that the records of a run on CPU give.
     """
     strategy, sharded = job.strategy, 3 if job.strategy.name == "fsdp" else job.strategy.stage or 0
@@ -47,9 +49,17 @@ def worker_memory(job: Job, plan: Plan, sizes: Sizes, *, on_cpu: bool = False) -
         # and the gradient of the head, added up over the parts
         "logits": (2 * rows + in_parts * sizes.hidden) * sizes.vocabulary * FP32,
         "process": PROCESS_BYTES if on_cpu else 0,
+        f"checkpoint_copy{'' if on_cpu else '_in_host_memory'}": _copied_state(job, plan, sizes),
     }
     parts = {name: n_bytes for name, n_bytes in parts.items() if n_bytes}
-    return {**parts, "total": sum(parts.values())}
+    return {**parts, "total": on_device(parts)}
+
+
+def _copied_state(job: Job, plan: Plan, sizes: Sizes) -> int:
+    """A worker's copy of weights and optimizer state, from which checkpoints are written."""
+    if not job.checkpoint.asynchronous:
+        return 0
+    return math.ceil((sizes.trainable * FP32 + state_bytes(sizes.model, job.train)) / plan.world_size)
 
 
 def on_device(parts: dict[str, int]) -> int:

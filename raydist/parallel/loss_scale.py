@@ -13,6 +13,7 @@ from pathlib import Path
 
 from raydist import files
 from raydist.errors import TrainingError
+from raydist.parallel.world import World
 
 GROWTH_INTERVAL = 2000
 MOST_SKIPPED = 20
@@ -50,12 +51,14 @@ class LossScale:
             )
         return False
 
-    def save(self, folder: Path) -> None:
-        files.write_json(folder / FILE, asdict(self))
-
     def load(self, folder: Path) -> None:
         vars(self).update(files.read_json(folder / FILE))
 
 
 def loss_scale_for(mixed_precision: str) -> LossScale | None:
     return LossScale() if mixed_precision == "fp16" else None
+
+
+def written_scale(scale: LossScale | None, world: World) -> dict[str, bytes]:
+    """The file of a checkpoint that holds it, by name, as it is now; rank 0 writes it."""
+    return {FILE: files.json_bytes(asdict(scale))} if scale is not None and world.is_main else {}

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from raydist.job.schema import Job
-from raydist.parallel.loss_scale import loss_scale_for
+from raydist.parallel.loss_scale import loss_scale_for, written_scale
 from raydist.parallel.optimizer import clip_, make_optimizer, set_learning_rate
-from raydist.parallel.state import load_state, state_by_name, write_state
-from raydist.parallel.strategy import Saved, SaveHandle
+from raydist.parallel.saver import Saver
+from raydist.parallel.share import Piece, share_of
+from raydist.parallel.state import load_state, state_by_name
+from raydist.parallel.strategy import SaveHandle
 from raydist.parallel.world import World
 
 
@@ -28,6 +30,7 @@ class OwnOptimizer:
         self.trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(model, job.train)
         self.loss_scale = loss_scale_for(job.train.mixed_precision)
+        self._saver = Saver(world)
 
     def _scaled(self, loss: Tensor) -> Tensor:
         """What the backward pass begins with."""
@@ -43,16 +46,26 @@ class OwnOptimizer:
             torch._foreach_mul_(gradients, 1 / scale)
         clip_(gradients, norm, max_grad_norm)
         set_learning_rate(self.optimizer, lr)
+        self._saver.settle()
         self.optimizer.step()
         return norm
 
-    def save(self, folder: Path) -> SaveHandle:
-        write_state(folder, state_by_name(self.trainable, self.optimizer))
-        if self.loss_scale is not None and self.world.is_main:
-            self.loss_scale.save(folder)
-        return Saved()
+    def save(self, folder: Path, *, behind: bool) -> SaveHandle:
+        share, more = self._share(), written_scale(self.loss_scale, self.world)
+        return self._saver.save(folder, [*share], share.values(), more, behind=behind, lasting=True)
+
+    def reserve(self) -> None:
+        self._saver.reserve(self._share())
+
+    def close(self) -> None:
+        self._saver.close()
+
+    def _share(self) -> dict[Piece, Tensor]:
+        state = state_by_name(self.trainable, self.optimizer)
+        return share_of(state, self.world.rank, self.world.world_size)
 
     def load(self, folder: Path, step: int | None) -> None:
+        self._saver.settle()
         if self.loss_scale is not None and step is not None:
             self.loss_scale.load(folder)
             step -= self.loss_scale.skipped

@@ -1,7 +1,7 @@
 """The state in a checkpoint: trainable weights and the optimizer's state by name, as safetensors.
 
-One format for every strategy and number of ranks: each rank writes a share, and whoever resumes reads the
-rows it needs. Nothing is pickled.
+One format for every strategy and number of ranks: each rank writes a share (share.py, saver.py), and whoever
+resumes reads the rows it needs. Nothing is pickled.
 
     <weight>           the weight
     <slot>.<weight>    each tensor that the optimizer keeps for it, by the optimizer's own name; any shape
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import state_dict_loader
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -29,24 +29,6 @@ from raydist.errors import CheckpointError, TrainingError
 
 STEP = "step"
 """The one name in an optimizer's state that is known here: how many steps it took."""
-
-
-def write_state(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Collective. state: this rank's tensors; DTensors, or whole ones that this or every rank has."""
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    with _alone_is_fine():
-        state_dict_saver.save(_each_its_own(state), storage_writer=writer)
-
-
-def _each_its_own(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """safetensors refuses tensors that share memory, as the codebooks of bitsandbytes' 8-bit state do."""
-    seen: set[int] = set()
-    own = {}
-    for key, tensor in state.items():
-        address = 0 if isinstance(tensor, DTensor) else tensor.untyped_storage().data_ptr()
-        own[key] = tensor.clone() if address in seen else tensor
-        seen |= {address} - {0}
-    return own
 
 
 def read_state(folder: Path, into: Mapping[str, Tensor]) -> None:

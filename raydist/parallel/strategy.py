@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -13,21 +13,15 @@ from raydist.parallel.loss_scale import LossScale
 class SaveHandle(Protocol):
     """State that is being written by this rank. A checkpoint is committed when every rank is done."""
 
-    def done(self) -> bool:
-        """Whether this rank's files are complete. Raises what went wrong in writing them."""
+    def done(self, within: float = 0.0) -> bool:
+        """Whether this rank's files are complete, or are within so many seconds.
 
-    def wait(self) -> None:
-        """Returns once they are."""
+        Raises what went wrong in writing them.
+        """
 
-
-class Saved:
-    """The handle of what was written before `save` returned."""
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        return
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        """{name: {size, xxh3_128}} of this rank's files, once they are complete."""
 
 
 class Strategy(Protocol):
@@ -56,8 +50,17 @@ class Strategy(Protocol):
         Raises TrainingError for too many of these in a row; the attempt must then end.
         """
 
-    def save(self, folder: Path) -> SaveHandle:
-        """Begin to write trainable weights and optimizer state as they are now; training may go on."""
+    def save(self, folder: Path, *, behind: bool) -> SaveHandle:
+        """Begin to write trainable weights and optimizer state as they are now; training may go on.
+
+        behind: from a copy in host memory, while training goes on; else all is written on return.
+        """
+
+    def reserve(self) -> None:
+        """Take the memory for such copies, in the background. The optimizer has its state by now."""
+
+    def close(self) -> None:
+        """What is being written is left unfinished: the attempt ends."""
 
     def load(self, folder: Path, step: int | None) -> None:
         """Take back what any strategy saved at `step`, at any number of ranks; None: the weights alone.

@@ -6,11 +6,14 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from raydist.errors import WorkerLost
+
+T = TypeVar("T")
 
 
 def backend_of(device: torch.device) -> str:
@@ -86,6 +89,14 @@ class World:
     def all(self, here: bool) -> bool:
         """Whether `here` is true on every rank."""
         return self.sum_ints([not here]) == [0]
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank. On the hosts; pickled."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T] = [value] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Returns once every rank is here."""

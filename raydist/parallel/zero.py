@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ from torch.optim import Optimizer
 from raydist.errors import JobError
 from raydist.job.schema import Job
 from raydist.model.loss import loss_of
-from raydist.parallel.loss_scale import loss_scale_for
+from raydist.parallel.loss_scale import loss_scale_for, written_scale
 from raydist.parallel.optimizer import make_optimizer, set_learning_rate
-from raydist.parallel.state import check_fits, chunks, fresh_state, read_state, slots_of, write_state
-from raydist.parallel.strategy import Saved, SaveHandle
+from raydist.parallel.saver import Saver
+from raydist.parallel.share import Piece, shared_out
+from raydist.parallel.state import check_fits, chunks, fresh_state, read_state, slots_of
+from raydist.parallel.strategy import SaveHandle
 from raydist.parallel.weights import materialize
 from raydist.parallel.world import World
 
@@ -57,6 +60,7 @@ class Zero:
         )[0]
         self.model: nn.Module = self.engine
         self.loss_scale = loss_scale_for(job.train.mixed_precision)
+        self._saver = Saver(world)
         if self.loss_scale is not None:
             # DeepSpeed's own scaler for autocast clips by the scaled norm, and is updated once for each group
             self.engine.optimizer.torch_autocast_gradscaler = None
@@ -81,6 +85,7 @@ class Zero:
     def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
         """DeepSpeed unscales and clips within its step, reads the norm, and skips the step when it is bad."""
         set_learning_rate(self.engine.optimizer, lr)
+        self._saver.settle()
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm())
         if self.loss_scale is not None:
@@ -88,24 +93,49 @@ class Zero:
             self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
         return torch.tensor(norm, dtype=torch.float64)
 
-    def save(self, folder: Path) -> SaveHandle:
-        """Gathered a tensor at a time; each rank keeps and writes its share of them."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
+    def save(self, folder: Path, *, behind: bool) -> SaveHandle:
+        """Gathered a tensor at a time; each rank keeps, or writes at once, its share of them."""
         self._fill_state(0)  # if every step so far was skipped
         self._link_slots()
-        state = {}
-        for index, (name, parameter) in enumerate(self.trainable.items()):
-            whole = {name: safe_get_full_fp32_param(parameter)}
-            whole |= {f"{s}.{name}": safe_get_full_optimizer_state(parameter, s) for s in self.slots}
-            if index % self.world.world_size == self.world.rank:
-                state.update({key: tensor.view(self.shapes[name]).cpu() for key, tensor in whole.items()})
-        write_state(folder, state)
-        if self.loss_scale is not None and self.world.is_main:
-            self.loss_scale.save(folder)
-        return Saved()
+        more = written_scale(self.loss_scale, self.world)
+        return self._saver.save(folder, self._pieces(), self._gathered(), more, behind=behind, lasting=False)
+
+    def reserve(self) -> None:
+        self._saver.reserve(self._pieces())
+
+    def close(self) -> None:
+        self._saver.close()
+
+    def _writer(self) -> dict[str, int]:
+        """The rank that writes each weight and its state."""
+        return shared_out({name: shape.numel() for name, shape in self.shapes.items()}, self.world.world_size)
+
+    def _pieces(self) -> list[Piece]:
+        """This rank's, in the order of `_gathered`."""
+        writer = self._writer()
+        own = [name for name in self.shapes if writer[name] == self.world.rank]
+        keys = [(name, f"{slot}.{name}" if slot else name) for name in own for slot in ("", *self.slots)]
+        return [
+            Piece(key, tuple(self.shapes[n]), (0,) * len(self.shapes[n]), torch.float32) for n, key in keys
+        ]
+
+    def _gathered(self) -> Iterator[Tensor]:
+        """Collective: this rank's tensors, whole, each gathered when it is asked for."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        writer = self._writer()
+        for name, parameter in self.trainable.items():
+            for slot in ("", *self.slots):
+                whole = (
+                    safe_get_full_optimizer_state(parameter, slot)
+                    if slot
+                    else safe_get_full_fp32_param(parameter)
+                )
+                if writer[name] == self.world.rank:
+                    yield whole.view(self.shapes[name])
 
     def load(self, folder: Path, step: int | None) -> None:
+        self._saver.settle()
         slots = self.slots if step is not None else ()
         state = {f"{slot}.{name}": shape for name, shape in self.shapes.items() for slot in slots}
         check_fits(folder, self.shapes, state if step is not None else None)

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from raydist.cluster.background import in_background
+from raydist.background import in_background
 from raydist.cluster.resources import Resources, cpus_per_worker, node_resources
 from raydist.errors import ClusterLost, OutOfMemory, RaydistError, StorageError, WorkerLost
 from raydist.folder import RunFolder

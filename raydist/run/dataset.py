@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raydist.cluster.background import in_background
+from raydist.background import in_background
 from raydist.corpus.build import LogPlan, build_log, plan_log
 from raydist.corpus.log import TokenLog, open_log
 from raydist.corpus.log_folder import MADE_AGAIN, LogFolder

@@ -14,21 +14,25 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
 from dataclasses import asdict, astuple, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist import files
+from raydist.background import in_background
 from raydist.bucket import mirror
 from raydist.errors import CheckpointError
 from raydist.folder import COMMIT, RunFolder, taken_by_another
 from raydist.parallel.world import World
+from raydist.places import uri_of
 from raydist.sealed import read_sealed, sealed
 from raydist.training import ledger
 
 if TYPE_CHECKING:
     from raydist.parallel.strategy import SaveHandle, Strategy
 
+WAIT_SECONDS = 1.0
 GO_ON = "submit the job again: the run goes on from the checkpoint before it"
 
 
@@ -87,6 +91,19 @@ class Commit(Position):
     line: str = ""
     files: dict[str, dict[str, Any]] | None = None
 
+    @property
+    def state(self) -> Path:
+        """The folder of its files."""
+        return state_folder(self.path, self.attempt)
+
+
+def state_folder(checkpoint: Path, attempt: int) -> Path:
+    """The folder of the state's files: that of the checkpoint; in a bucket, one for each attempt below it.
+
+    There an attempt that was given up for dead may still write, and cannot spoil what another wrote.
+    """
+    return checkpoint / f"attempt-{attempt}" if uri_of(checkpoint) is not None else checkpoint
+
 
 class Checkpoints:
     """What one attempt saves, and what it goes on from. Collective: all ranks call each method alike."""
@@ -98,7 +115,10 @@ class Checkpoints:
         self.feed, self.attempt, self.keep = feed, attempt, keep
         self.last: Commit | None = None
         self.resumed_from = 0
-        self._saving: tuple[Position, SaveHandle] | None = None
+        self._removing: list[Future[None]] = []
+        self.behind = False
+        """Whether training goes on while a checkpoint is written: see behind.py."""
+        self._saving: tuple[Position, SaveHandle, Callable[[float], bool]] | None = None
 
     def resume(self, say: Callable[[str], None]) -> Commit | None:
         """The newest checkpoint that verifies, as rank 0 finds it, loaded; None for a run without one.
@@ -114,32 +134,45 @@ class Checkpoints:
         self.last = found or read_commit(self.folder.checkpoint(step))
         have(self.last)
         check_same_data(self.last, self.feed)
-        self.strategy.load(self.last.path, step)
+        self.strategy.load(self.last.state, step)
         self.resumed_from = step
         return self.last
 
-    def save(self, position: Position) -> None:
-        """Begin to write the state at `position`. `poll` commits it once it is written."""
+    @property
+    def saving(self) -> Position | None:
+        """What is being written."""
+        return self._saving[0] if self._saving else None
+
+    def save(self, position: Position, also: Callable[[float], bool] = lambda within: True) -> None:
+        """Begin to write the state at `position`. `poll` commits it once it is written.
+
+        also: whether what else must come first on this rank is done, or is within so many seconds.
+        """
         assert self._saving is None, "one checkpoint at a time"
-        folder = self.folder.checkpoint(position.step)
+        folder = state_folder(self.folder.checkpoint(position.step), self.attempt)
         if self.world.is_main:
+            wait(self._removing)
+        if self.world.is_main or (self.folder.remote and self.world.local_rank == 0):
             begin(folder)
         self.world.barrier()  # the folder is there, and empty
-        self._saving = position, self.strategy.save(folder)
+        self._saving = position, self.strategy.save(folder, behind=self.behind), also
 
     def poll(self) -> Commit | None:
         """The commit of what was being written, if all ranks have written it by now."""
-        if self._saving is None or not self.world.all(self._saving[1].done()):
-            return None
-        return self._commit()
+        return self._commit() if self._saving is not None and self.world.all(self._done(0.0)) else None
 
     def finish(self) -> Commit | None:
         """Wait for what is being written, and commit it."""
         if self._saving is None:
             return None
-        self._saving[1].wait()
-        self.world.barrier()  # every rank's files are there
+        while not self.world.all(self._done(WAIT_SECONDS)):
+            pass  # in turns, so that no collective waits for as long as another rank's disk takes
         return self._commit()
+
+    def close(self) -> None:
+        """The attempt has ended. What is being written is given up; what is being removed is gone then."""
+        self.strategy.close()
+        wait(self._removing)
 
     def load_weights(self, step: int) -> Commit:
         """Those of an earlier commit, without its optimizer state."""
@@ -147,21 +180,30 @@ class Checkpoints:
         have(found)
         if self.world.is_main:
             verify(found)
-        self.strategy.load(found.path, None)
+        self.strategy.load(found.state, None)
         return found
 
-    def _publish(self, folder: Path) -> None:
-        """The state's files into the bucket, by one rank of each node; each name is only on one."""
-        if self.folder.remote:
-            if self.world.local_rank == 0:
-                for path in folder.iterdir():
-                    mirror.publish(folder / state_key(self.attempt, path.name), path)
-            self.world.barrier()
+    def _remove_old(self) -> None:
+        """In a thread, as large files take their time: none of them counts any more."""
+        old: list[Path] = []
+        retain(self.folder, self.keep, old.append)
+
+        def remove() -> None:
+            for path in old:
+                files.remove_folder(path)
+
+        if old:
+            self._removing = [in_background(remove, "raydist-remove")]
+
+    def _done(self, within: float) -> bool:
+        assert self._saving is not None
+        _, handle, also = self._saving
+        return handle.done(within) and also(within)
 
     def _commit(self) -> Commit:
         assert self._saving is not None
-        (position, _), self._saving = self._saving, None
-        self._publish(self.folder.checkpoint(position.step))
+        (position, handle, _), self._saving = self._saving, None
+        written = {name: file for part in self.world.gather(handle.files) for name, file in part.items()}
         made = Commit(
             **{each.name: getattr(position, each.name) for each in fields(Position)},
             path=self.folder.checkpoint(position.step),
@@ -169,35 +211,37 @@ class Checkpoints:
             attempt=self.attempt,
             world_size=self.world.world_size,
             ledger=f"{self.attempt}-{position.step}",
+            files=written,
         )
         if self.world.is_main:
             made = commit(self.folder, made, self.resumed_from, self.last)
-            retain(self.folder, self.keep)
+            self._remove_old()
         self.last = made
         return made
 
 
 def begin(folder: Path) -> None:
-    """An empty folder. One writer at a time; rank 0 alone calls this."""
+    """An empty folder. One writer at a time; rank 0 alone calls this, or one rank of each node."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
 
 
-def state_key(attempt: int, name: str) -> str:
-    """Where a file of the state is in a bucket, within the checkpoint's folder.
-
-    Attempts have folders of their own there: one that was given up for dead cannot spoil what another wrote.
-    """
-    return f"attempt-{attempt}/{name}"
-
-
 def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | None) -> Commit:
-    """Make the files in made.path count: checksums, ledger line, COMMIT.json, in this order on disk.
+    """Make made.files, which are on disk, count: ledger line, COMMIT.json, in this order on disk.
 
     resumed_from: the step that this attempt began at.  since: the last commit before this one.
+    Raises CheckpointError where a file is not seen here as the rank wrote it.
     """
-    state = sorted(path for path in made.path.iterdir() if path.name != COMMIT)
-    done = replace(made, files={path.name: _sealed(path) for path in state})
+    done = replace(made, files=dict(sorted((made.files or {}).items())))
+    for name, file in (done.files or {}).items():
+        path = done.state / name
+        if _size(path) != file["size"]:
+            raise CheckpointError(
+                f"a file of the checkpoint that another worker wrote is not there: {name}",
+                where=str(path),
+                why=f"rank 0 sees no such file of {file['size']} bytes, so nobody could resume from it",
+                fix="let storage be a bucket, or a folder that all nodes share, at the same path",
+            )
     values = {
         "id": done.ledger,
         "previous": since.ledger if since else None,
@@ -217,10 +261,11 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
     return done
 
 
-def _sealed(path: Path) -> dict[str, Any]:
-    files.like_its_folder(path)
-    files.flush_to_disk(path)
-    return files.measure(path)
+def _size(path: Path) -> int | None:
+    """Of a file, where it counts; None if there is none."""
+    if uri_of(path) is not None:
+        return mirror.size_of(path)
+    return path.stat().st_size if path.is_file() else None
 
 
 def commits(folder: RunFolder) -> Iterator[Commit]:
@@ -254,14 +299,14 @@ def read_commit(path: Path) -> Commit:
 def have(found: Commit) -> None:
     """The state's files on this node, where the run is in a bucket."""
     for name, expected in (found.files or {}).items():
-        mirror.fetch(found.path / name, expected, state_key(found.attempt, name))
+        mirror.fetch(found.state / name, expected)
 
 
 def verify(found: Commit) -> None:
     """Raises CheckpointError for a file that is missing, cut short or altered."""
     for name, expected in (found.files or {}).items():
-        path = found.path / name
-        mirror.fetch(path, expected, state_key(found.attempt, name))
+        path = found.state / name
+        mirror.fetch(path, expected)
         actual = files.measure(path) if path.is_file() else None
         if actual != expected:
             raise CheckpointError(
@@ -359,13 +404,16 @@ def tidy(folder: RunFolder, resumed: Commit | None) -> None:
             mirror.remove_folder(path, first=COMMIT)
 
 
-def retain(folder: RunFolder, save_total_limit: int) -> None:
-    """Keep the newest `save_total_limit` and the best."""
+def retain(
+    folder: RunFolder, save_total_limit: int, remove: Callable[[Path], object] = files.remove_folder
+) -> None:
+    """Keep the newest `save_total_limit` and the best; the others no longer count, and are removed."""
     found = list(commits(folder))
     kept = {c.path for c in found[:save_total_limit]} | {c.path for c in [best(folder)] if c is not None}
     for old in found:
         if old.path not in kept:
-            files.remove_folder(old.path, first=COMMIT)  # half a folder must not look like a checkpoint
+            files.remove(old.path / COMMIT)  # first: half a folder must not look like a checkpoint
+            remove(old.path)
 
 
 def check_same_data(found: Commit, fingerprint: str) -> None:

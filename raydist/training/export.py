@@ -1,9 +1,17 @@
-"""The end of a run: rank 0 writes model/, the last weights or the best evaluated ones."""
+"""The end of a run: rank 0 writes model/, the last weights or the best evaluated ones.
+
+    the last checkpoint's files ──▶ its commit ──┐
+    weights gathered ──▶ model/'s files ─────────┴──▶ model/ in its place
+
+Both are written at a time. What is not there yet when the attempt dies is made again from the last commit.
+"""
 
 from __future__ import annotations
 
+from concurrent.futures import Future, wait
 from typing import TYPE_CHECKING
 
+from raydist.background import in_background
 from raydist.bucket import mirror
 from raydist.files import measure
 from raydist.model.export import full_state, model_files, save_model, saved_dtype
@@ -15,17 +23,36 @@ if TYPE_CHECKING:
 
 
 def export(attempt: Attempt) -> None:
-    """Collective. Everything of `attempt` may be used up by it: nothing is trained afterwards."""
+    """Collective: also the end of the last commit and of the hooks, before model/ can be seen.
+
+    Everything of `attempt` may be used up by it: nothing is trained afterwards.
+    """
     weights = _load_best(attempt) or attempt.position
     job, strategy, main = attempt.job, attempt.strategy, attempt.world.is_main
     dtype = saved_dtype(job) if job.adapter is None else None
     state = full_state(strategy.module, dtype, gather_full=strategy.gather_full, keep=main)
-    if main:
-        card = model_card(attempt.spec, weights, attempt.data.feed.fingerprint)
-        folder = attempt.folder
-        save_model(strategy.module, state, job, attempt.spec.tokenizer, folder.model, card)
-        mirror.publish_folder(folder.model)
-        folder.write_model_record({path.name: measure(path) for path in model_files(folder.model)})
+    if not main:
+        attempt.end()
+        return
+    folder, committed = attempt.folder, Future[None]()
+    card = model_card(attempt.spec, weights, attempt.data.feed.fingerprint)
+
+    def write() -> None:
+        save_model(
+            strategy.module, state, job, attempt.spec.tokenizer, folder.model, card, before=committed.result
+        )
+
+    writing = in_background(write, "raydist-model")
+    try:
+        attempt.end()
+    except BaseException as error:
+        committed.set_exception(error)
+        wait([writing])
+        raise
+    committed.set_result(None)
+    writing.result()
+    mirror.publish_folder(folder.model)
+    folder.write_model_record({path.name: measure(path) for path in model_files(folder.model)})
 
 
 def _load_best(attempt: Attempt) -> Position | None:
@@ -33,6 +60,9 @@ def _load_best(attempt: Attempt) -> Position | None:
     if not attempt.job.checkpoint.load_best_model_at_end:
         return None
     found = best(attempt.folder) if attempt.world.is_main else None
+    newest = attempt.checkpoints.saving  # counts soon, and is no file of the folder yet
+    if found and newest and newest.eval_loss is not None and newest.eval_loss <= (found.eval_loss or 0.0):
+        found = None
     step = attempt.world.from_main(found.step if found else -1)
     if step in (-1, attempt.step):
         return None

@@ -68,7 +68,9 @@ class Hook:
         """A checkpoint counts from now on."""
 
     def on_end(self, attempt: Attempt, *, stopped: bool) -> None:
-        """After the last step and its commit, before model/ is written; not after an error."""
+        """After the last step and its commit, before model/ can be seen; not after an error.
+
+        The weights of model/ are read by then."""
 
 
 def load_hooks(named: Sequence[str]) -> list[Hook]:
@@ -125,11 +127,8 @@ class KeepBest(Hook):
     def on_evaluate(self, attempt: Attempt, evals: dict[str, dict[str, Any]]) -> None:
         loss = attempt.position.eval_loss
         if attempt.step > 0 and loss is not None and loss < self._least:
+            self._least = loss
             attempt.request_commit()
-
-    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
-        if commit.eval_loss is not None:
-            self._least = min(self._least, commit.eval_loss)
 
 
 class MemoryFigures(Hook):

@@ -22,10 +22,13 @@ from raydist.model.compiled import compile_seconds
 from raydist.model.router import router_of
 from raydist.model.work import work_of
 from raydist.parallel.build import build_on_ranks, make_strategy
+from raydist.parallel.footprint import FP32
+from raydist.parallel.optimizer import state_bytes
 from raydist.parallel.world import World, contact
 from raydist.redact import redacted
 from raydist.training.attempt_spec import AttemptSpec, TrainResult
 from raydist.training.beat import beating
+from raydist.training.behind import WriteBehind
 from raydist.training.checkpoint import Checkpoints, Counts, Position
 from raydist.training.collate import make_collator
 from raydist.training.copies import copier
@@ -77,7 +80,9 @@ def train(
         try:
             find_micro_batch(attempt, room)
             stopped = attempt.fit()
-            if not stopped:
+            if stopped:
+                attempt.end()
+            else:
                 phases.begin("export")
                 export(attempt)
         except (Stopped, WorkerLost, OutOfMemory):
@@ -89,6 +94,7 @@ def train(
             attempt.shard_check.close()
             if again := retries():
                 attempt.record("incident", what=f"requests to the bucket that were tried again: {again}")
+            attempt.checkpoints.close()
             attempt.record("phases", seconds={name: round(spent, 3) for name, spent in phases.take().items()})
         at = attempt.position
         return TrainResult(stopped, at.step, at.samples, at.seen.tokens, at.evals)
@@ -108,6 +114,7 @@ class Attempt:
         self.fitted = fitted_of(model)
         self.n_parameters, self.n_trainable = n_parameters(model), n_parameters(model, trainable=True)
         self.work, self.router = work_of(model), router_of(model)
+        self.state_bytes = self.n_trainable * FP32 + state_bytes(model, self.job.train)
         self.strategy = make_strategy(model, self.job, world, self.plan.accumulation_steps)
         self.position, self.norms = Position(), Norms(self.folder, world)
         self.checkpoints = Checkpoints(
@@ -126,7 +133,8 @@ class Attempt:
         best = [KeepBest()] if self.job.checkpoint.load_best_model_at_end else []
         own = load_hooks(self.job.train.hooks)
         own += [Profile(spec.profile)] if spec.profile else []
-        self.hooks: list[Hook] = [StopOnRequest(), *best, MemoryFigures(), *own, Records(), *hooks]
+        around = [StopOnRequest(), WriteBehind(), *best, MemoryFigures(), *own, Records()]
+        self.hooks: list[Hook] = [*around, *hooks]
         self.stopping = self._commit_asked = False
 
     @property
@@ -173,11 +181,13 @@ class Attempt:
             if stop and self.step < self.plan.steps:
                 break
         self.norms.check()
+        return self.step < self.plan.steps
+
+    def end(self) -> None:
+        """The last commit, once it is written, and the end of the hooks."""
         self._commit_written(wait=True)
-        stopped = self.step < self.plan.steps
         for hook in self.hooks:
-            hook.on_end(self, stopped=stopped)
-        return stopped
+            hook.on_end(self, stopped=self.step < self.plan.steps)
 
     # --- what hooks ask for ------------------------------------------------------------------------
 
@@ -313,9 +323,10 @@ class Attempt:
         self.norms.check()
         with self.phases.during("checkpoint"):
             self._commit_written(wait=True)
-            self.shard_check.wait()
-            self.checkpoints.save(self.position)
+            self.checkpoints.save(self.position, self.shard_check.so_far())
             self._commit_asked = False
+            if not self.checkpoints.behind:
+                self._commit_written(wait=True)
 
     def _commit_written(self, *, wait: bool = False) -> None:
         """Commit the checkpoint that is being written, if it is written by now, or once it is."""

@@ -6,7 +6,9 @@ import resource
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import psutil
 import torch
 
 from raydist.training.room import Room
@@ -33,6 +35,18 @@ def ran_out(error: Exception) -> bool:
     """Of memory. torch's CPU allocator and CUDA's libraries raise plain RuntimeErrors."""
     known = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return known or any(text in str(error) for text in NO_MEMORY)
+
+
+def available_memory() -> int:
+    """Bytes that processes of this host, or of this container where it has a limit, can still take."""
+    free = int(psutil.virtual_memory().available)
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit, used = (group / "memory.max").read_text(), int((group / "memory.current").read_text())
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return min(free, int(limit) - used + int(counts["inactive_file"]))  # that is cache
+    except (OSError, ValueError, KeyError):
+        return free
 
 
 def peak_resident() -> int:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from raydist.corpus.log import Shard
@@ -15,7 +15,7 @@ DOWNLOADS = 4
 class ShardCheck:
     """Verifies each shard that is asked for, once and in a thread. One for each node and attempt.
 
-    No checkpoint counts that was trained on shards which are not verified: see `wait`.
+    No checkpoint counts that was trained on shards which are not verified: see `so_far`.
     """
 
     def __init__(self) -> None:
@@ -35,6 +35,18 @@ class ShardCheck:
         for shard in shards:
             if shard.path not in self._begun and shard.path not in self._coming:
                 self._coming[shard.path] = self._downloads.submit(shard.fetch)
+
+    def so_far(self) -> Callable[[float], bool]:
+        """Says whether all that were asked for until now are verified, or are within so many seconds.
+
+        Raises LogError, which names a damaged one.
+        """
+        begun = list(self._begun.values())
+
+        def done(within: float) -> bool:
+            return not wait(begun, within).not_done and all(each.result() is None for each in begun)
+
+        return done
 
     def wait(self) -> None:
         """Until all that were asked for are verified. Raises LogError, which names a damaged one."""

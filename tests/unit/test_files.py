@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from raydist import files
 from raydist.errors import JobError, StorageError
-from raydist.parallel.state import write_state
+from raydist.parallel.saver import Saver
+from raydist.parallel.share import share_of
+from raydist.parallel.world import World
 from raydist.sealed import append_sealed, read_sealed_lines
 
 LIMIT = 64 * 1024
@@ -38,6 +40,12 @@ def small_files() -> Iterator[None]:
 LARGE = {"weight": torch.zeros(LIMIT)}
 
 
+def save_state(folder: Path, *, behind: bool) -> None:
+    share = share_of(LARGE, 0, 1)
+    saved = Saver(World()).save(folder, [*share], share.values(), {}, behind=behind, lasting=True)
+    assert saved.done(within=60)
+
+
 def in_a_task(folder: Path) -> None:
     try:
         (folder / "shard").write_bytes(bytes(2 * LIMIT))
@@ -50,10 +58,11 @@ def in_a_task(folder: Path) -> None:
     [
         lambda folder: (folder / "plain").write_bytes(bytes(2 * LIMIT)),
         lambda folder: save_file(LARGE, folder / "model.safetensors"),  # an error of Rust's
-        lambda folder: write_state(folder, LARGE),  # torch's CheckpointException, which is no Exception
+        lambda folder: save_state(folder, behind=False),
+        lambda folder: save_state(folder, behind=True),  # in a thread
         in_a_task,
     ],
-    ids=["python", "safetensors", "torch", "ray"],
+    ids=["python", "safetensors", "checkpoint", "checkpoint behind", "ray"],
 )
 def test_a_refused_write_is_named_however_deep_it_happened(
     tmp_path: Path, write: Callable[[Path], object]

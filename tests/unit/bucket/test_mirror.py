@@ -17,7 +17,7 @@ from raydist.folder import RunFolder, find_run, runs_in
 from raydist.places import FOLDER, shown, uri_of, with_uris
 from raydist.sealed import read_sealed_lines
 from raydist.training import ledger
-from raydist.training.checkpoint import Commit, Counts, commit, newest_valid
+from raydist.training.checkpoint import Commit, Counts, commit, newest_valid, state_folder
 
 
 def other_node(path: Path) -> Path:
@@ -190,12 +190,11 @@ def test_a_stop_is_seen_on_another_node(storage: Path) -> None:
 
 def _state(folder: RunFolder, step: int, content: bytes, attempt: int) -> Commit:
     path = folder.checkpoint(step)
-    path.mkdir(parents=True, exist_ok=True)
-    (path / "model.safetensors").write_bytes(content)
-    mirror.publish(path / f"attempt-{attempt}" / "model.safetensors", path / "model.safetensors")
+    file = state_folder(path, attempt) / "model.safetensors"
+    files.write_bytes(file, content)
     return Commit(
         step=step, samples=4 * step, seen=Counts(tokens=100 * step), path=path, feed="feed", attempt=attempt,
-        world_size=1, ledger=f"{attempt}-{step}",
+        world_size=1, ledger=f"{attempt}-{step}", files={file.name: files.measure(file)},
     )  # fmt: skip
 
 
@@ -207,7 +206,7 @@ def test_of_two_attempts_that_commit_one_step_one_counts(storage: Path) -> None:
     third = RunFolder(Path(str(storage).replace("cache", "third")) / "run").refresh()
     found = newest_valid(third)
     assert found is not None and found.attempt == 1 and found.files == first.files
-    assert (found.path / "model.safetensors").read_bytes() == b"first"
+    assert (found.state / "model.safetensors").read_bytes() == b"first"
     assert ledger.damage(third, found.line) is None
 
 

@@ -15,7 +15,10 @@ from torch.optim import SGD, Adafactor, Adam, AdamW, Muon, NAdam, Optimizer
 from raydist.errors import CheckpointError, JobError, TrainingError
 from raydist.job.schema import Train
 from raydist.parallel.optimizer import make_optimizer
-from raydist.parallel.state import load_state, state_by_name, write_state
+from raydist.parallel.saver import Saver
+from raydist.parallel.share import share_of
+from raydist.parallel.state import load_state, state_by_name
+from raydist.parallel.world import World
 from raydist.parallel.zero import flat_slots
 
 OPTIMIZERS: dict[str, tuple[Callable[..., Optimizer], dict[str, set[str]]]] = {
@@ -72,7 +75,8 @@ class Training:
         return {key: tensor.clone() for key, tensor in state_by_name(self.trainable, self.optimizer).items()}
 
     def save(self, folder: Path) -> None:
-        write_state(folder, state_by_name(self.trainable, self.optimizer))
+        share = share_of(state_by_name(self.trainable, self.optimizer), 0, 1)
+        Saver(World()).save(folder, [*share], share.values(), {}, behind=False, lasting=True)
 
     def load(self, folder: Path, step: int | None) -> None:
         load_state(folder, self.trainable, self.optimizer, step)

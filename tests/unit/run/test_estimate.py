@@ -72,7 +72,9 @@ def test_recomputed_layers_keep_less_and_a_process_counts_on_cpu(tmp_path: Path)
         sizes = model_sizes(load_config(job, VOCABULARY), job)
         plan = make_plan(job, 1, None)
         here, there = worker_memory(job, plan, sizes, on_cpu=True), worker_memory(job, plan, sizes)
-        assert here["total"] - here["process"] == there["total"] and "process" not in there
+        own = here["process"] + here["checkpoint_copy"]
+        assert here["total"] - own == there["total"] and "process" not in there
+        assert here["checkpoint_copy"] == there["checkpoint_copy_in_host_memory"]
         return there["activations"]
 
     none, selective, second, every = map(activations, (False, "selective", 2, True))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from raydist.errors import CheckpointError
-from raydist.files import read_json, read_jsonl, write_json
+from raydist.files import measure, read_json, read_jsonl, write_json
 from raydist.folder import RunFolder
 from raydist.training import checkpoint
 from raydist.training.checkpoint import Commit, Counts
@@ -22,7 +22,10 @@ def write(run: Path, step: int, loss: float | None = None, content: bytes = b"st
     (path / "weights.safetensors").write_bytes(content)
     evals = {} if loss is None else {"a": {"eval_loss": loss + 1}, "b": {"eval_loss": loss - 1}}
     position = {"step": step, "samples": step * 4, "seen": Counts(step, 1, 2), "evals": evals}
-    made = Commit(path=path, feed="feed", attempt=1, world_size=1, ledger=f"1-{step}", **position)
+    files = {"weights.safetensors": measure(path / "weights.safetensors")}
+    made = Commit(
+        path=path, feed="feed", attempt=1, world_size=1, ledger=f"1-{step}", files=files, **position
+    )
     return checkpoint.commit(folder, made, resumed_from=0, since=next(checkpoint.commits(folder), None))
 
 

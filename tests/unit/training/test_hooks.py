@@ -58,7 +58,7 @@ def test_a_hook_is_called_at_every_moment_in_order(tmp_path: Path) -> None:
         tmp_path,
         train={"max_steps": 4, "logging_steps": 2},
         eval={"eval_steps": 3},
-        checkpoint={"save_steps": 2},
+        checkpoint={"save_steps": 2, "asynchronous": False},
     )
     train(spec, hooks=[diary])
     assert diary.entries == [
@@ -129,17 +129,14 @@ def test_a_profile_holds_the_work_of_a_few_steps(tmp_path: Path) -> None:
 
 
 class Late:
-    """A handle that is done at the third look."""
+    """A handle that is done at the third look, or once it is waited for."""
 
-    def __init__(self) -> None:
-        self.looks, self.waited = 0, False
+    def __init__(self, files: dict[str, dict[str, Any]]) -> None:
+        self.files, self.looks, self.waited = files, 0, False
 
-    def done(self) -> bool:
-        self.looks += 1
-        return self.looks >= 3
-
-    def wait(self) -> None:
-        self.waited = True
+    def done(self, within: float = 0.0) -> bool:
+        self.looks, self.waited = self.looks + 1, self.waited or within > 0
+        return self.looks >= 3 or self.waited
 
 
 def test_a_checkpoint_that_is_written_late_is_committed_when_it_is_done(
@@ -151,9 +148,8 @@ def test_a_checkpoint_that_is_written_late_is_committed_when_it_is_done(
     handles: list[Late] = []
 
     class Slow(DdpOnCpu):
-        def save(self, folder: Path) -> SaveHandle:
-            super().save(folder)
-            handles.append(Late())
+        def save(self, folder: Path, *, behind: bool) -> SaveHandle:
+            handles.append(Late(super().save(folder, behind=False).files))
             return handles[-1]
 
     monkeypatch.setattr("raydist.parallel.ddp.DdpOnCpu", Slow)

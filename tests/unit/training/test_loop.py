@@ -81,7 +81,7 @@ def cut_after(spec: AttemptSpec, steps: int) -> Data:
 
 
 def test_resumed_anywhere_it_ends_bit_identical(tmp_path: Path) -> None:
-    whole = make_spec(tmp_path, run="whole")
+    whole = make_spec(tmp_path, run="whole", checkpoint={"asynchronous": False})
     cut = replace(whole, run=tmp_path / "cut")
     train(whole)
     for attempt, steps in enumerate((2, 7, 18), start=1):

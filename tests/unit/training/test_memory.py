@@ -49,7 +49,8 @@ def test_the_error_names_what_would_fit_with_the_numbers_of_the_estimate(tmp_pat
     assert str(error) == (
         "out of memory with micro batches of 1 sequences\n"
         "  why: no more; by the estimate a worker needs 0.482 MB of 0.4 MB (weights 0.0785 MB, gradients"
-        " 0.0785 MB, optimizer 0.157 MB, activations 0.151 MB, logits 0.0164 MB)\n"
+        " 0.0785 MB, optimizer 0.157 MB, activations 0.151 MB, logits 0.0164 MB,"
+        " checkpoint copy in host memory 0.235 MB)\n"
         "  do: any of these would fit: strategy: {name: fsdp}, scaling.num_workers: 2 (0.325 MB);"
         " not enough by itself: train.gradient_checkpointing: true (0.419 MB),"
         " or packing.block_size: 16 (0.396 MB)"

@@ -378,6 +378,7 @@ def test_a_process_that_really_runs_out_of_memory_goes_on(tmp_path: Path) -> Non
         packing={"block_size": 64},
         train={"global_batch_size": 32, "max_steps": 2, "weight_decay": 0.0},
         eval={"max_tokens": 100},
+        checkpoint={"asynchronous": False},  # a thread takes 64 MiB of addresses
     )
     work = tmp_path / "work.pickle"
     work.write_bytes(pickle.dumps(functools.partial(search_in_an_address_space, spec)))

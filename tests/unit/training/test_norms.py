@@ -66,7 +66,8 @@ class Behind(Hook):
 
 @pytest.mark.parametrize("spoil_after", [3, 4])
 def test_no_checkpoint_is_made_after_a_norm_that_is_not_finite(tmp_path: Path, spoil_after: int) -> None:
-    spec = make_spec(tmp_path, train={"logging_steps": 100}, checkpoint={"save_steps": 1})
+    saves = {"save_steps": 1, "asynchronous": False}
+    spec = make_spec(tmp_path, train={"logging_steps": 100}, checkpoint=saves)
     with pytest.raises(TrainingError, match=f"step {spoil_after + 1}: the gradient norm is nan"):
         train(spec, hooks=[Behind(spoil_after)])
     left = checkpoint.newest_valid(RunFolder(spec.run))
