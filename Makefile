@@ -39,8 +39,9 @@ demo-kill: install  ## the same job undisturbed and SIGKILLed twice: equal final
 	$(BIN)/python tests/chaos/demo_kill.py $(ARGS)
 
 .PHONY: chaos
-chaos: install  ## faults of every kind at random moments, each ending in the undisturbed bytes, then damaged files (about an hour)
+chaos: install  ## faults of every kind at random moments, each ending in the undisturbed bytes, 200 kills of saves, damaged files (an hour)
 	$(BIN)/python -m tests.chaos.chaos $(ARGS)
+	$(BIN)/python -m tests.chaos.saves
 	$(BIN)/python -m tests.chaos.fuzz $(FUZZ)
 
 .PHONY: test

@@ -5,10 +5,11 @@
     torch_save    torch.save of the same weights and AdamW state, flushed to disk, by a bare loop
     dcp_async     torch.distributed.checkpoint.async_save of the same, by a bare loop that steps meanwhile
 
-All train the same model in one process, on the same disk, in turn. The stall of raydist is all that its
-loop spends on a checkpoint, from the folder to the commit and the removal of old ones, and what the optimizer
-waits for the copy. The write ends when the checkpoint counts. `meanwhile` is the median step while one is
-written, by the median of other steps: writing takes some of the processor and of the memory's bandwidth.
+All train the same model in one process, on a GPU where there is one, on the same disk, in turn. The stall
+of raydist is all that its loop spends on a checkpoint, from the folder to the commit and the removal of old
+ones, and what the optimizer waits for the copy. The write ends when the checkpoint counts. `meanwhile` is the
+median step while one is written, by the median of other steps: writing takes some of the processor and of the
+memory's bandwidth.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from torch.distributed.checkpoint import state_dict_saver
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raydist.model.build import build_model
-from raydist.model.loss import loss_of
+from raydist.model.loss import loss_of, to_device
+from raydist.parallel.world import World
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import Commit
 from raydist.training.data import open_data
@@ -94,6 +96,8 @@ class Saves(Hook):
         saver.settle = timed
 
     def on_step(self, attempt: Attempt, result: StepResult) -> None:
+        if attempt.world.device.type == "cuda":
+            torch.cuda.synchronize()  # a step's time is the GPU's
         now, spent = time.perf_counter(), attempt.phases.of("checkpoint")
         step = now - self._last - (spent - self._spent)
         if self._asked is None:
@@ -123,8 +127,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
         made = {run: spec_of(options, folder, run) for run in (BEHIND, WAITING)}
-        found = {run: raydist_saves(spec, options.saves) for run, spec in made.items()}
-        bare = Bare(made[BEHIND])
+        world = World(device=torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
+        found = {run: raydist_saves(spec, world, options.saves) for run, spec in made.items()}
+        bare = Bare(made[BEHIND], world.device)
         found[TORCH] = bare.saves(options.saves, folder, torch_save)
         found[DCP] = bare.saves(options.saves, folder, dcp_async)
     tell(bare, found, as_json=options.json)
@@ -166,10 +171,10 @@ def spec_of(options: argparse.Namespace, folder: Path, run: str) -> AttemptSpec:
     )
 
 
-def raydist_saves(spec: AttemptSpec, saves: int) -> Figures:
+def raydist_saves(spec: AttemptSpec, world: World, saves: int) -> Figures:
     measuring = Saves(saves)
     try:
-        train(spec, hooks=[measuring])
+        train(spec, world, hooks=[measuring])
     except Enough:
         return measuring.found
     raise AssertionError("the run ended before all was measured")
@@ -178,12 +183,13 @@ def raydist_saves(spec: AttemptSpec, saves: int) -> Figures:
 class Bare:
     """A plain loop on the same model and batch, whose checkpoints are whatever it is given."""
 
-    def __init__(self, spec: AttemptSpec) -> None:
-        self.model: Any = build_model(spec.job, spec.tokenizer, torch.device("cpu"))
+    def __init__(self, spec: AttemptSpec, device: torch.device) -> None:
+        self.model: Any = build_model(spec.job, spec.tokenizer, device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         sizes = {"global_batch_size": 1, "micro_batch_size": 1}
         (step,) = open_data(spec).feed.loader(0, 1, 0, 1, **sizes)
-        (self._batch,), self._labels = step.micro_batches, step.n_labels
+        (batch,), self._labels, self._device = step.micro_batches, step.n_labels, device
+        self._batch = to_device(batch, device)
         self.n_parameters = sum(p.numel() for p in self.model.parameters())
         self.step()
 
@@ -194,6 +200,8 @@ class Bare:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - began
 
     def saves(self, saves: int, folder: Path, save: Callable[[Bare, Path], Callable[[], bool]]) -> Figures:

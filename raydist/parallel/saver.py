@@ -32,6 +32,8 @@ from raydist.parallel.share import Piece, file_name, header
 from raydist.parallel.world import World
 
 CHUNK_BYTES, PAGE_BYTES = 2**24, 4096
+PORTABLE = 1
+"""Of CUDA: memory pinned for every context of this process."""
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of as many bytes, for numpy, which has no bfloat16."""
 
@@ -146,7 +148,8 @@ class Saver:
         if self._on_gpu and n_bytes:
             with self._on_device():
                 cuda, address = torch.cuda.cudart(), buffer.data_ptr()
-                if int(cuda.cudaHostRegister(address, n_bytes, 0)) == 0:  # torch's own would round up to 2^n
+                # torch's own allocator would round up to a power of two
+                if int(cuda.cudaHostRegister(address, n_bytes, PORTABLE)) == 0:
                     weakref.finalize(buffer, cuda.cudaHostUnregister, address)
         return buffer
 

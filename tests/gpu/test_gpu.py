@@ -30,6 +30,7 @@ from tests.train_parts import (
     training_blocks,
     write_tokenizer,
 )
+from tests.unit.parallel import saves
 from tests.unit.parallel.matrix import CASES, name_of, sections
 from tests.weights import weight_hash
 
@@ -91,6 +92,25 @@ def test_stopped_and_resumed_it_ends_bit_identical(
     whole, cut = stopped_and_resumed(tmp_path, 2, world, **sections(case, base))
     assert losses(cut) == losses(whole)
     assert weight_hash(cut / "model") == weight_hash(whole / "model")
+
+
+SAVES = {name: how for name, how in saves.CASES.items() if name != "replicated" and "lora" not in name}
+
+
+@pytest.mark.parametrize(("world", "case"), on_each(SAVES, "ddp"), indirect=["world"])
+def test_behind_training_the_same_is_saved_as_at_once(tmp_path: Path, world: World, case: str) -> None:
+    """From pinned memory, though steps go on. On CPU with two ranks: tests/unit/parallel/test_saver.py."""
+    more = SAVES[case]
+    steps = {**more.get("train", {}), "max_steps": 3}
+    spec = make_spec(tmp_path, **{**more, "model": {"config": saves.WIDE}, "train": steps})
+    pinned: list[bool] = []
+
+    class Pinned(Hook):
+        def on_end(self, attempt: Attempt, *, stopped: bool) -> None:
+            pinned.append(attempt.strategy._saver._buffer.is_pinned())  # type: ignore[attr-defined]
+
+    train(spec, world, hooks=[saves.Twice(tmp_path / "saved"), Pinned()])
+    assert pinned == [world.device.type == "cuda"]
 
 
 def write_base(folder: Path) -> Path:

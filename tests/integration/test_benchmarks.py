@@ -1,7 +1,8 @@
-"""The benchmark for a GPU works from end to end: on toys, on the CPU."""
+"""Benchmarks work from end to end: on toys, on the CPU."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -41,3 +42,17 @@ def test_without_a_gpu_it_says_so(repository: Path, tmp_path: Path) -> None:
         pytest.skip("there is a GPU here")
     done = run(repository, "--json", tmp_path / "found.json")
     assert done.returncode == 1 and "needs a GPU; --tiny runs" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_the_checkpoint_benchmark_measures_every_side(repository: Path) -> None:
+    command = [sys.executable, repository / "benchmarks" / "checkpoint.py", "--json", "--saves", "1"]
+    small = ["--layers", "1", "--hidden", "64", "--block", "32", "--threads", "1"]
+    done = subprocess.run([*command, *small], capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found["seconds"]) == {"behind", "waiting", "torch_save", "dcp_async"}
+    for side in found["seconds"].values():
+        assert side["stall"] > 0 and side["write"] >= side["stall"] * 0.99
+    assert found["ratios"].keys() == found["aims"].keys()

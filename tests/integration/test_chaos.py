@@ -1,4 +1,4 @@
-"""`make chaos` works: some of its faults, each of another phase."""
+"""`make chaos` works: some of its faults, each of another phase; and some kills of its saves."""
 
 from __future__ import annotations
 
@@ -19,3 +19,16 @@ def test_a_fault_ends_in_the_undisturbed_bytes(repository: Path, tmp_path: Path,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 struck, 1 right, 0 missed" in done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_kills_while_checkpoints_are_written_leave_none_that_is_wrong(
+    repository: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "tests.chaos.saves", "--kills", "12", "--variants", "2"]
+    done = subprocess.run(
+        [*command, "--storage", str(tmp_path)], cwd=repository, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all right: {'kills': 12, 'while writing'" in done.stdout and not list(tmp_path.iterdir())
