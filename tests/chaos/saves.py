@@ -25,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from raydist.folder import COMMIT, RunFolder
+from raydist.track.records import read_metrics
 from raydist.training import checkpoint
 from raydist.training.attempt_spec import AttemptSpec
 from tests.chaos.slow_disk import train_on_a_slow_disk
@@ -128,7 +129,7 @@ def kill_until_it_ends(
         ranks = begin(spec)
         target = reached + rng.randint(1, 5)
         wanted = found["kills"] < most and at_the_end < MOST_AT_THE_END
-        if wanted and strikes(folder, ranks, target, rng):
+        if wanted and strikes(spec, ranks, target, rng):
             found["kills"] += 1
             half = [s for s in folder.checkpoint_steps() if not (folder.checkpoint(s) / COMMIT).exists()]
             found["while writing"] += bool(half)
@@ -149,13 +150,15 @@ def kill_until_it_ends(
     found["runs ended"] += 1
 
 
-def strikes(folder: RunFolder, ranks: list[Rank], target: int, rng: random.Random) -> bool:
+def strikes(spec: AttemptSpec, ranks: list[Rank], target: int, rng: random.Random) -> bool:
     """SIGKILL to all ranks, or to one, once the checkpoint of this step, or a later one, is being written.
 
     False where they end before.
     """
-    end = time.monotonic() + PATIENCE_SECONDS
-    while not any(step >= min(target, STEPS) for step in folder.checkpoint_steps()):
+    folder, end, begun = RunFolder(spec.run), time.monotonic() + PATIENCE_SECONDS, False
+    while not begun or not any(step >= min(target, STEPS) for step in folder.checkpoint_steps()):
+        # from then on, what the attempt before left half-written is gone
+        begun = begun or any(r["attempt"] == spec.attempt for r in read_metrics(folder))
         require(time.monotonic() < end, f"{folder.path} does not go on")
         if all(rank.poll() is not None for rank in ranks):
             return False
