@@ -11,6 +11,7 @@ trainer      one attempt at training, with Ray Train; network: the process group
              groups: frees what workers reserve whose controller died
 worker       what runs in each of them
 ranks        ends the processes of an attempt that hangs
+drain        nodes that are to be taken away, and when
 ray_output   what Ray prints itself, in a file
 submit       sends a job, this version of raydist and the user's own modules
 remote       the jobs of a cluster: found by their run, followed, stopped

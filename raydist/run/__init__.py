@@ -13,6 +13,7 @@
     dataset       the tokenizer and the token logs: made where missing, pinned, opened
     attempts      the plan of each attempt, and attempts until one ends by itself
     hang          an attempt that makes no progress: said, and ended in the end
+    notice        a node will be taken away: a checkpoint before that
     describe      the data in figures, for the report and `raydist prepare`
     verify        every file compared with its checksum: `raydist verify`
     step_text     what the model saw in a step: `raydist show`

@@ -25,6 +25,7 @@ from raydist.job.schema import Job
 from raydist.run.dataset import Prepared, Rest
 from raydist.run.hang import HangWatch
 from raydist.run.lifecycle import Life
+from raydist.run.notice import NoticeWatch
 from raydist.track.humanize import workers
 from raydist.track.listener import Listener
 from raydist.track.records import Record, Tail, read_metrics
@@ -270,7 +271,13 @@ def _watch(spec: AttemptSpec, life: Life, rest: Rest | None) -> TrainResult:
 
     listener = life.listener
     watch = HangWatch(life.folder, spec.attempt, life.job.scaling.hang_timeout, listener.message)
-    follower = Follower(spec, life.folder, listener, watch.record)
+    notices = NoticeWatch(life.folder, spec.attempt, listener.message)
+
+    def heard(record: Record) -> None:
+        watch.record(record)
+        notices.record(record)
+
+    follower = Follower(spec, life.folder, listener, heard)
     attempt = in_background(lambda: run_attempt(spec, listener.message), "attempt")
     done = False
     while not done:
@@ -283,6 +290,7 @@ def _watch(spec: AttemptSpec, life: Life, rest: Rest | None) -> TrainResult:
             rest.result()
         if not done:
             watch.look()
+            notices.look()
             time.sleep(POLL_SECONDS)
     try:
         return attempt.result()

@@ -14,6 +14,7 @@ beat           a rank's signs of life, and its stacks
 progress       what rank 0 is doing, for whoever shows the run
 profiler       the hook that writes a trace of a few steps
 checkpoint     where a run stands, what counts as saved
+commit_request a checkpoint that another process asks for
 behind         whether there is memory to write checkpoints while training goes on
 ledger         the chain of lines, one per commit: checked, and made whole again from COMMITs
 evaluate       loss, perplexity and bits per byte of the held-out sets

@@ -20,6 +20,7 @@ import torch
 from raydist.errors import JobError
 from raydist.job.functions import import_function
 from raydist.training.checkpoint import Commit, Counts, best
+from raydist.training.commit_request import asked
 from raydist.training.memory import peak_resident
 
 if TYPE_CHECKING:
@@ -114,6 +115,20 @@ class StopOnRequest(Hook):
         flagged = attempt.world.is_main and attempt.folder.stop_asked()
         if not attempt.stopping and (flagged or self._asked()):
             attempt.request_stop()
+
+
+class CommitOnRequest(Hook):
+    """Asks for a checkpoint after the next step whenever `ask_for_commit` was called for this attempt."""
+
+    def on_start(self, attempt: Attempt) -> None:
+        self._heard = asked(attempt.folder, attempt.spec.attempt) if attempt.world.is_main else ""
+
+    def on_step(self, attempt: Attempt, result: StepResult) -> None:
+        if not attempt.world.is_main:
+            return
+        if (heard := asked(attempt.folder, attempt.spec.attempt)) != self._heard:
+            self._heard = heard
+            attempt.want_commit()
 
 
 class KeepBest(Hook):

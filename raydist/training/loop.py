@@ -35,7 +35,15 @@ from raydist.training.copies import copier
 from raydist.training.data import Data, open_data
 from raydist.training.evaluate import evaluate
 from raydist.training.export import export
-from raydist.training.hooks import Hook, KeepBest, MemoryFigures, StepResult, StopOnRequest, load_hooks
+from raydist.training.hooks import (
+    CommitOnRequest,
+    Hook,
+    KeepBest,
+    MemoryFigures,
+    StepResult,
+    StopOnRequest,
+    load_hooks,
+)
 from raydist.training.memory import memory_watched
 from raydist.training.micro_batch import Found, find_micro_batch
 from raydist.training.norms import Norms, Taken
@@ -133,9 +141,9 @@ class Attempt:
         best = [KeepBest()] if self.job.checkpoint.load_best_model_at_end else []
         own = load_hooks(self.job.train.hooks)
         own += [Profile(spec.profile)] if spec.profile else []
-        around = [StopOnRequest(), WriteBehind(), *best, MemoryFigures(), *own, Records()]
+        around = [StopOnRequest(), CommitOnRequest(), WriteBehind(), *best, MemoryFigures(), *own, Records()]
         self.hooks: list[Hook] = [*around, *hooks]
-        self.stopping = self._commit_asked = False
+        self.stopping = self._commit_asked = self._commit_wanted = False
 
     @property
     def step(self) -> int:
@@ -199,6 +207,10 @@ class Attempt:
         """Make a checkpoint of this step. All ranks must ask alike."""
         self._commit_asked = True
 
+    def want_commit(self) -> None:
+        """Make a checkpoint after the next step. Any rank may ask."""
+        self._commit_wanted = True
+
     def record(self, kind: str, *, step: int | None = None, **values: Any) -> None:
         """Append a record to metrics.jsonl, of this step if none is given. Only rank 0 writes."""
         if self.world.is_main:
@@ -229,8 +241,9 @@ class Attempt:
 
     def _agree(self, batch: Step) -> tuple[int, Counts, bool]:
         """Over all ranks: the step's labels, its tokens, and whether to stop after it."""
-        own = [batch.n_labels, batch.n_tokens, batch.n_eos, batch.n_padding, batch.n_bos, self.stopping]
-        n_labels, *counts, stop = self.world.sum_ints(own)
+        own = [batch.n_labels, batch.n_tokens, batch.n_eos, batch.n_padding, batch.n_bos]
+        n_labels, *counts, stop, commit = self.world.sum_ints([*own, self.stopping, self._commit_wanted])
+        self._commit_asked, self._commit_wanted = self._commit_asked or commit > 0, False
         return max(n_labels, 1), Counts(*counts), stop > 0
 
     def _forward_backward(self, batch: Step, n_labels: int) -> Tensor:

@@ -19,6 +19,7 @@ from raydist.parallel.ddp import DdpOnCpu
 from raydist.parallel.strategy import SaveHandle
 from raydist.training import checkpoint
 from raydist.training.checkpoint import Commit
+from raydist.training.commit_request import ask_for_commit
 from raydist.training.hooks import Hook, StepResult, load_hooks
 from raydist.training.loop import Attempt, train
 from tests.train_parts import losses, make_spec
@@ -126,6 +127,18 @@ def test_a_profile_holds_the_work_of_a_few_steps(tmp_path: Path) -> None:
     assert [r["what"] for r in records if r["kind"] == "incident"] == [
         "no profile: it takes 6 steps, there were 3"
     ]
+
+
+def test_a_checkpoint_is_made_after_the_step_that_follows_a_request(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, train={"max_steps": 9}, checkpoint={"save_steps": 100, "save_total_limit": 9})
+
+    class Asks(Hook):
+        def on_step(self, attempt: Attempt, result: StepResult) -> None:
+            if attempt.step in (2, 6):
+                ask_for_commit(attempt.folder, spec.attempt)
+
+    train(spec, hooks=[Asks()])
+    assert RunFolder(spec.run).committed_steps() == [4, 8, 9]
 
 
 class Late:
