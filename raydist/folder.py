@@ -88,7 +88,8 @@ class RunFolder:
         self.remote = uri_of(path) is not None
         """Whether the run lives in a bucket, and `path` is this node's mirror of it."""
         self._leases: list[lease.Lease] = []
-        self._looked, self._progress_sent = 0.0, 0.0
+        self._looked: dict[Path, float] = {}
+        self._progress_sent = 0.0
         self.marker = path / MARKER
         self.status_file = path / "status.json"
         self.progress_file = path / "progress.json"
@@ -397,18 +398,21 @@ class RunFolder:
         else:
             append_sealed(self.metrics_file, record)
 
-    # --- a stop ------------------------------------------------------------------------------------
+    # --- what one process asks of another ----------------------------------------------------------
+
+    def look(self, path: Path) -> bool:
+        """Whether a file of the run is there that another process may write; in a bucket, a few seconds ago."""
+        if self.remote and time.monotonic() - self._looked.get(path, -LOOK_SECONDS) >= LOOK_SECONDS:
+            with contextlib.suppress(StorageError):  # the next look may succeed
+                mirror.pull_file(path)
+            self._looked[path] = time.monotonic()
+        return path.exists()
 
     def ask_to_stop(self) -> None:
         files.write_bytes(self.stop_flag, b"")
 
     def stop_asked(self) -> bool:
-        """In a bucket, as it was a few seconds ago."""
-        if self.remote and time.monotonic() - self._looked >= LOOK_SECONDS:
-            with contextlib.suppress(StorageError):  # the next look may succeed
-                mirror.pull_file(self.stop_flag)
-            self._looked = time.monotonic()
-        return self.stop_flag.exists()
+        return self.look(self.stop_flag)
 
     def take_back_stop(self) -> None:
         files.remove(self.stop_flag)
@@ -485,6 +489,10 @@ class RunFolder:
     def ranks(self, attempt: int) -> Path:
         """Signs of life of an attempt's ranks, and their stacks once they hang."""
         return self.attempt(attempt) / "ranks"
+
+    def resize_flag(self, attempt: int) -> Path:
+        """Asks an attempt for a checkpoint and an end, so that the run goes on with more workers."""
+        return self.attempt(attempt) / "resize"
 
     def placement_group(self, attempt: int) -> Path:
         """The id of the group that Ray reserves for an attempt's workers."""

@@ -48,7 +48,7 @@ MICRO_BATCH_FROM = {
 
 
 def planned(plan: dict[str, Any]) -> None:
-    from raydist.track.humanize import duration, size
+    from raydist.track.humanize import duration, size, workers
 
     click.echo(f"job {plan['name']}")
     for name, source in plan["data"]["sources"].items():
@@ -70,9 +70,15 @@ def planned(plan: dict[str, Any]) -> None:
         f"{MICRO_BATCH_FROM[steps['micro_batch_from']]}\n"
         f"  {parameters['total']:,} parameters, {parameters['trainable']:,} of them trained"
         f"{_frozen(parameters)}\n"
-        f"  memory per worker: {_parts(plan['memory_per_worker_bytes'])}\n"
-        f"  disk: {_parts(plan['disk_bytes'])}"
+        f"  memory per worker: {_parts(plan['memory_per_worker_bytes'])}"
     )
+    if least := plan.get("least"):
+        click.echo(
+            f"  on {workers(least['workers'])}, the least: {least['accumulation_steps']} micro batches of"
+            f" {least['micro_batch_size']} sequences each; memory per worker:"
+            f" {_parts(least['memory_per_worker_bytes'])}"
+        )
+    click.echo(f"  disk: {_parts(plan['disk_bytes'])}")
     if measured := plan.get("measured"):
         click.echo(
             f"  measured here: {measured['seconds_per_step']:,.2f} s a step, {duration(measured['seconds'])}"
@@ -214,7 +220,9 @@ def run(known: dict[str, Any]) -> None:
             for name, of in known.get("perplexity", {}).items()
         ),
         ("time", phases(known.get("seconds", {}))),
+        ("ETTR", _effective(known.get("effective_training_time"))),
         ("attempts", known.get("attempts")),
+        ("workers", known.get("workers")),
         ("attention", known.get("attention")),
         ("checkpoints", ", ".join(f"step {step:,}" for step in known.get("checkpoints", ()))),
         *((name, known.get(name)) for name in ("folder", "job", "model", "report")),
@@ -222,6 +230,15 @@ def run(known: dict[str, Any]) -> None:
     for name, fact in facts:
         if fact:
             click.echo(f"  {name:<12} {fact}" if name else fact)
+
+
+def _effective(time: dict[str, float] | None) -> str:
+    """The share of a run's time that went into steps that count."""
+    from raydist.track.humanize import duration
+
+    if time is None:
+        return ""
+    return f"{time['ratio']:.1%} effective training time, of {duration(time['wall_seconds'])}"
 
 
 def _step(known: dict[str, Any]) -> str:
@@ -242,6 +259,7 @@ def _date(known: dict[str, Any]) -> str:
 def result(result: RunResult) -> None:
     """Perplexity before and after, where every token and second went, a sample, and where things are."""
     from raydist.folder import RunFolder
+    from raydist.track.ettr import effective_time
     from raydist.track.humanize import phases
     from raydist.track.records import evaluations, phase_seconds, read_metrics, supersede
 
@@ -266,6 +284,8 @@ def result(result: RunResult) -> None:
             click.echo(f"  in addition, {audit['n_repeated']:,} tokens were trained again in later epochs")
     if spent := phase_seconds(written):
         click.echo(f"time  {phases(spent)}")
+    if effective := effective_time(written):
+        click.echo(f"ETTR  {_effective(effective.to_json())}")
     if sample := data.get("sample"):
         click.echo(f"prompt        {sample['prompt']!r}\ncontinuation  {sample['continuation']!r}")
     click.echo(f"model   {shown(folder.model)}\nreport  {shown(folder.report)}")

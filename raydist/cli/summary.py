@@ -7,6 +7,7 @@ from typing import Any
 from raydist.folder import RunFolder
 from raydist.places import shown
 from raydist.redact import redact
+from raydist.track.ettr import effective_time
 from raydist.track.records import evaluations, gained_and_forgotten, phase_seconds, read_metrics, supersede
 from raydist.track.silence import silence_now
 
@@ -17,6 +18,7 @@ def summary(folder: RunFolder) -> dict[str, Any]:
     records = supersede(recorded)
     step = next((r for r in reversed(records) if r["kind"] == "train"), {})
     begun = [r for r in recorded if r["kind"] in ("start", "resume")]
+    effective = effective_time(recorded)
     return {
         "name": folder.path.resolve().name,
         "state": folder.state(),
@@ -36,7 +38,9 @@ def summary(folder: RunFolder) -> dict[str, Any]:
         "tokens_per_second": step.get("tokens_per_second"),
         "mfu": step.get("mfu"),
         "seconds": phase_seconds(recorded),
+        "effective_training_time": effective.to_json() if effective else None,
         "attempts": len(begun),
+        "workers": begun[-1].get("world_size") if begun else None,
         "attention": begun[-1].get("attention") if begun else None,
         "checkpoints": folder.committed_steps(),
         "folder": shown(folder.path),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raydist.cluster.resources import workers_by_node
+from raydist.cluster.resources import room, workers_by_node
 from raydist.errors import ClusterError
 from raydist.job.schema import Job
 from raydist.places import shown, uri_of
@@ -149,21 +149,24 @@ def is_path(name: str) -> bool:
 
 def resources(job: Job, nodes: list[dict[str, float]], may_grow_to: float = 0) -> Finding:
     """Each worker must fit on one node; Ray Data needs one more CPU. may_grow_to: CPUs, by autoscaling."""
-    workers, asked = job.scaling.num_workers, job.scaling.cpus_per_worker
+    scaling, workers, asked = job.scaling, job.scaling.least, job.scaling.cpus_per_worker
     each = 1 if asked == "auto" else asked
     cpus, gpus = ([int(node.get(kind, 0)) for node in nodes] for kind in ("CPU", "GPU"))
-    room, on_gpus = sum(workers_by_node(job, nodes)), job.scaling.on_gpus(sum(gpus))
+    on_gpus = scaling.on_gpus(sum(gpus))
+    there = room(job, nodes) if scaling.elastic else sum(workers_by_node(job, nodes))
     least = f"{each} CPUs" + " or more" * (asked == "auto")
-    needs = f"{workers} workers of {least}{' and a GPU' * on_gpus}, and 1 CPU for the data"
+    up_to = f" to {scaling.most}" * scaling.elastic
+    needs = f"{workers}{up_to} workers of {least}{' and a GPU' * on_gpus}, and 1 CPU for the data"
     has = f"nodes of {cpus} CPUs" + f" and {gpus} GPUs" * on_gpus
-    if room >= workers and sum(cpus) > workers * each:
-        return Finding(True, f"{needs}, fit on {has}")
+    if there >= workers and sum(cpus) > workers * each:
+        return Finding(True, f"{needs}, fit on {has}" + f": {there} now" * scaling.elastic)
     if may_grow_to > max(sum(cpus), workers * each):
         return Finding(True, f"{needs}: the cluster, of {has}, may grow to {may_grow_to:g} CPUs")
     return Finding(
         False,
         f"the job does not fit: {needs}, on {has}",
         "scaling",
-        f"there is room for {room} workers" if room < workers else "no CPU is left for the data",
-        f"add nodes, or set scaling.num_workers to {max(1, min(room, (sum(cpus) - 1) // each))} or less",
+        f"there is room for {there} workers" if there < workers else "no CPU is left for the data",
+        f"add nodes, or set {'the least of ' * scaling.elastic}scaling.num_workers to"
+        f" {max(1, min(there, (sum(cpus) - 1) // each))} or less",
     )

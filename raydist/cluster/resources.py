@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raydist.errors import ClusterError
+from raydist.job.plan import sized
 from raydist.job.schema import Job
 
 if TYPE_CHECKING:
@@ -18,11 +20,45 @@ if TYPE_CHECKING:
 Resources = dict[str, float]
 CORES = "cores"
 """Resource of an embedded Ray's node: the CPUs it really has, since it may promise more."""
+FREE = "free "
+"""In front of CPU and GPU: what of it nobody else has reserved. Where it is missing, all counts as free."""
+ASKED_AT_ONCE = 32
 
 
 def node_resources() -> list[Resources]:
     """What each living node of the cluster has, busy or not."""
     return _resources(living_nodes())
+
+
+def free_resources(ours: Collection[str]) -> list[Resources]:
+    """The same of each living node that answers, with what is free there.
+
+    ours: ids of placement groups, in hexadecimal digits; what they hold counts as free. A node that was lost
+    a moment ago is still alive for Ray, for a minute or so where it was cut off.
+    """
+    from ray._private.state import available_resources_per_node
+    from ray.util.placement_group import placement_group_table
+
+    from raydist.cluster.session import Session
+
+    nodes = living_nodes()
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        answering = list(pool.map(_answers, nodes))
+    free = Session().do(available_resources_per_node, "free resources")
+    groups = Session().do(placement_group_table, "placement groups")
+    own = [group for name, group in groups.items() if name in ours and group["state"] != "REMOVED"]
+    held = [(group["bundles_to_node_id"], group["bundles"]) for group in own]
+    found = []
+    for node, answers in zip(nodes, answering, strict=True):
+        if answers:
+            known = free.get(node["NodeID"], {})
+            bundles = [b[n] for places, b in held for n, place in places.items() if place == node["NodeID"]]
+            each = {
+                FREE + name: known.get(name, 0) + sum(bundle.get(name, 0) for bundle in bundles)
+                for name in ("CPU", "GPU")
+            }
+            found.append({**node["Resources"], **each})
+    return found
 
 
 def gpus() -> float:
@@ -50,13 +86,18 @@ def cpus_per_worker(job: Job, nodes: Sequence[Resources]) -> int:
         return asked
     if job.scaling.on_gpus(sum(node.get("GPU", 0) for node in nodes)):
         return 1
-    cpus = [int(min(node.get("CPU", 0), node.get(CORES, math.inf))) for node in nodes]
-    cpus = [n - 1 if n > 2 else n for n in cpus]
+    cpus = [_shared_cpus(node) for node in nodes]
     fitting = (
         each for each in range(max(cpus, default=1), 1, -1)
-        if sum(n // each for n in cpus) >= job.scaling.num_workers
+        if sum(n // each for n in cpus) >= job.scaling.most
     )  # fmt: skip
     return next(fitting, 1)
+
+
+def _shared_cpus(node: Resources) -> int:
+    """CPUs of a node that `auto` shares over the workers."""
+    there = int(min(node.get("CPU", 0), node.get(CORES, math.inf)))
+    return int(min(there - 1 if there > 2 else there, node.get(FREE + "CPU", math.inf)))
 
 
 def cpus_per_worker_here(job: Job) -> int:
@@ -64,17 +105,43 @@ def cpus_per_worker_here(job: Job) -> int:
     return cpus_per_worker(job, [{"CPU": cores() if job.tune is None else 1}])
 
 
+def sized_here(job: Job) -> Job:
+    """The job with the number of workers that an embedded Ray of this machine has room for."""
+    return sized(job, room(job, [{"CPU": cores(), CORES: cores()}]))
+
+
+def room(job: Job, nodes: Sequence[Resources]) -> int:
+    """How many workers of `job` these nodes hold, of its range at most the most.
+
+    An embedded Ray holds the least in any case: it promises the CPUs for them. Any other may hold fewer.
+    """
+    scaling = job.scaling
+    on_gpus = scaling.on_gpus(sum(node.get("GPU", 0) for node in nodes))
+    if scaling.cpus_per_worker == "auto" and not on_gpus:
+        fitting = sum(_shared_cpus(node) for node in nodes)
+    else:
+        there = [{**node, "CPU": min(node.get("CPU", 0), node.get(CORES, math.inf))} for node in nodes]
+        fitting = sum(workers_by_node(job, there))
+    if any(CORES in node for node in nodes):
+        fitting = max(fitting, scaling.least)
+    return min(fitting, scaling.most)
+
+
 def workers_by_node(job: Job, nodes: Sequence[Resources]) -> list[int]:
     """How many workers of `job` fit on each of these nodes, if nothing else runs there."""
     each, on_gpus = cpus_per_worker(job, nodes), job.scaling.on_gpus(sum(n.get("GPU", 0) for n in nodes))
-    by_cpu = [int(node.get("CPU", 0) // each) for node in nodes]
-    by_gpu = [int(node.get("GPU", 0)) for node in nodes]
+    by_cpu = [int(_free(node, "CPU") // each) for node in nodes]
+    by_gpu = [int(_free(node, "GPU")) for node in nodes]
     return [min(pair) for pair in zip(by_cpu, by_gpu, strict=True)] if on_gpus else by_cpu
+
+
+def _free(node: Resources, name: str) -> float:
+    return min(node.get(name, 0), node.get(FREE + name, math.inf))
 
 
 def require_room(job: Job, what: str) -> int:
     """How many runs of `job` fit at a time. Raises ClusterError, with the numbers, if not even one does."""
-    wanted = job.scaling.num_workers
+    wanted = job.scaling.least
     fitting = sum(workers_by_node(job, node_resources()))
     if fitting >= wanted:
         return fitting // wanted
@@ -91,20 +158,22 @@ def spare(job: Job) -> Share | None:
     """What training leaves free for preparing meanwhile: whole nodes, else CPUs; None if nothing is left."""
     from raydist.corpus.pipeline import Share
 
-    nodes, scaling = living_nodes(), job.scaling
+    nodes = living_nodes()
+    job = sized(job, max(job.scaling.least, room(job, _resources(nodes))))
+    wanted = job.scaling.most
     cpus = [float(node["Resources"].get("CPU", 0)) for node in nodes]
     if len(nodes) == 1:  # an embedded Ray may promise more than this machine has
         cpus = [min(cpus[0], os.cpu_count() or 1)]
     each = cpus_per_worker(job, _resources(nodes))
     by_node = zip(workers_by_node(job, _resources(nodes)), cpus, nodes, strict=True)
-    left, free = scaling.num_workers, {}
+    left, free = wanted, {}
     for workers, n_cpus, node in sorted(by_node, key=lambda entry: entry[0], reverse=True):
         if left <= 0 and n_cpus:
             free[str(node["NodeID"])] = n_cpus
         left -= workers
     if free:
         return Share(sum(free.values()), tuple(free))
-    rest = sum(cpus) - scaling.num_workers * each
+    rest = sum(cpus) - wanted * each
     # On nodes with training workers, one-CPU tasks could occupy CPUs that a larger worker needs together.
     return Share(rest) if rest >= 1 and (each == 1 or len(nodes) == 1) else None
 
@@ -119,6 +188,12 @@ def living_nodes() -> list[dict[str, Any]]:
     from raydist.cluster.session import Session
 
     return [node for node in Session().do(ray.nodes, "nodes") if node["Alive"]]
+
+
+def _answers(node: dict[str, Any]) -> bool:
+    from raydist.cluster.session import answers
+
+    return answers(f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}")
 
 
 def _resources(nodes: Sequence[dict[str, Any]]) -> list[Resources]:

@@ -119,7 +119,7 @@ class Session:
         if now - self._asked < ASK_SECONDS:
             return ""
         self._asked = now
-        if _answers(address):
+        if answers(address):
             self._silent_since = 0.0
             return ""
         self._silent_since = self._silent_since or now
@@ -141,7 +141,8 @@ def _no_other_ray() -> Iterator[None]:
         auto_init_hook.enable_auto_connect = before
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Whether something listens at host:port. A host that was cut off is waited for, ASK_SECONDS."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ASK_SECONDS).close()

@@ -35,16 +35,20 @@ NODES_BACK_SECONDS = 600
 """How long a run that had room for its workers once waits for nodes to come back."""
 
 
-def run_attempt(spec: AttemptSpec, say: Callable[[str], None] = lambda text: None) -> TrainResult:
+def run_attempt(
+    spec: AttemptSpec, say: Callable[[str], None] = lambda text: None, *, patient: bool = True
+) -> TrainResult:
     """Train `spec` on the Ray that this process is connected to, until it ends or stops.
 
     Raises WorkerLost when a worker process, its node or Ray Train's controller went away, so that another
     attempt can go on from the last checkpoint; ClusterError when there was no room for the workers, in a
-    later attempt only after a wait for nodes, which `say` announces; what the training function raised, if
-    it is a RaydistError, else TrainingError with the worker's traceback.
+    later attempt only after a wait for nodes, which `say` announces, and which one that is not patient leaves
+    out; what the training function raised, if it is a RaydistError, else TrainingError with the worker's
+    traceback.
     """
-    deadline = time.monotonic() + (NODES_BACK_SECONDS if spec.attempt > 1 else 0)
-    if spec.attempt > 1 and (missing := _missing(spec)):
+    waits = patient and spec.attempt > 1
+    deadline = time.monotonic() + (NODES_BACK_SECONDS if waits else 0)
+    if waits and (missing := _missing(spec)):
         say(f"waiting up to {NODES_BACK_SECONDS // 60} minutes for nodes: {missing}")
     while True:
         try:

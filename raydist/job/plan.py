@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from raydist.errors import JobError
+from raydist.job.rules import DEFAULT_GLOBAL_BATCH_SIZE
 from raydist.job.schema import Job
 
 CPU_MICRO_BATCH_TOKENS = 4096
 """`micro_batch_size: auto` on CPU: enough to keep a core busy, and it fits its caches and 8 GB of memory."""
 GPU_MICRO_BATCH_TOKENS = 65_536
 """The same on a GPU where nothing is tried: enough to keep it busy, and halved when memory runs out."""
-
-DEFAULT_GLOBAL_BATCH_SIZE = 32
 
 
 class Stretch(NamedTuple):
@@ -149,6 +148,13 @@ def samples_per_step(job: Job, block_size: int) -> int:
     if tokens is not None:
         return tokens // block_size
     return job.train.global_batch_size or DEFAULT_GLOBAL_BATCH_SIZE
+
+
+def sized(job: Job, workers: int) -> Job:
+    """The job with that number of workers, where it leaves a range; else the job itself."""
+    if not job.scaling.elastic:
+        return job
+    return job.model_copy(update={"scaling": job.scaling.model_copy(update={"num_workers": workers})})
 
 
 def tokens_after(job: Job, steps: int) -> int:

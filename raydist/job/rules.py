@@ -27,6 +27,9 @@ ALL, EACH = "*", "<each>"
 Rule = Callable[..., str]
 Named = Mapping[Any, Any] | None
 
+DEFAULT_GLOBAL_BATCH_SIZE = 32
+"""Sequences, where a job gives neither them nor tokens."""
+
 LENGTHS = ("train.max_steps", "train.max_tokens", "train.epochs")
 
 
@@ -259,6 +262,38 @@ def _embeddings_are_trained(rate: float | None, adapter: Any) -> str:
     return ""
 
 
+# --- workers
+
+WORKERS = "scaling.num_workers"
+Range = int | tuple[int, int]
+
+
+def _every_worker_has_a_sequence(
+    workers: Range, size: int | None, tokens: int | None, block_size: int, stages: Named
+) -> str:
+    """A run of a fixed number may have idle workers; one that grows would restart to get them."""
+    if isinstance(workers, int):
+        return ""
+    longest = max([*(stages or {}).values()] or [block_size])
+    batch = tokens // longest if tokens is not None else size or DEFAULT_GLOBAL_BATCH_SIZE
+    if workers[1] <= batch:
+        return ""
+    given = f"{tokens:,} tokens in blocks of {longest:,}" if tokens is not None else "train.global_batch_size"
+    return (
+        f"{list(workers)} goes up to {workers[1]} workers, and a step has {batch} sequences ({given}):"
+        f" {workers[1] - batch} workers would have none; take at most {batch}, or a larger global batch"
+    )
+
+
+def _trials_have_a_number(workers: Range, tune: Any) -> str:
+    if tune is not None and not isinstance(workers, int):
+        return (
+            f"a sweep's trials have a number of workers, not a range as {list(workers)}: how many trials have"
+            " room at a time is worked out once, and those that run would take each other's room"
+        )
+    return ""
+
+
 # --- a sweep
 
 NOT_SEARCHED = {
@@ -390,6 +425,14 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("train.compile", "strategy.name"), _can_be_compiled),
     (("train.optimizer.betas", "train.optimizer.name"), partial(_adafactor_has_no, "betas")),
     (("train.optimizer.eps", "train.optimizer.name"), partial(_adafactor_has_no, "eps")),
+    (
+        (
+            *(WORKERS, "train.global_batch_size", "train.global_batch_tokens", "packing.block_size"),
+            "stages.*.block_size",
+        ),
+        _every_worker_has_a_sequence,
+    ),
+    ((WORKERS, "tune"), _trials_have_a_number),
     (("tune.search.<each>",), _one_distribution),
     (("tune.search.<each>",), _range_has_width),
     (("tune.search.<each>",), _positive_on_a_log_scale),

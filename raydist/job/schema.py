@@ -345,8 +345,35 @@ class Strategy(Section):
         return self.name == "fsdp" or self.stage == 3
 
 
+def _read_workers(given: Any) -> Any:
+    """A number as it is. A range is checked here, where what is wrong with it can be said."""
+    if not isinstance(given, list | tuple):
+        return given
+    if len(given) != 2 or any(type(n) is not int for n in given):
+        raise ValueError(f"a number of workers, or [least, most], not {list(given)!r}")
+    least, most = given
+    if least < 1 or max(given) > 2**20:
+        raise ValueError(f"the range {list(given)!r} leaves 1 to {2**20:,} workers")
+    if least > most:
+        raise ValueError(f"the range {list(given)!r} is inverted: {least} is more than {most}")
+    return least if least == most else (least, most)
+
+
+Workers = Annotated[Width | tuple[Width, Width], BeforeValidator(_read_workers)]
+
+
 class Scaling(Section):
-    num_workers: Width = Field(1, description="training processes; with GPUs, one per GPU")
+    num_workers: Workers = Field(
+        1,
+        description="training processes; with GPUs, one per GPU. [least, most]: as many as the cluster has"
+        " room for when an attempt begins; a lost node shrinks the run, room for more lets it grow",
+    )
+    grow_after: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto",
+        description="seconds that a run with fewer workers than its most trains at least before it makes a"
+        " checkpoint and starts again with more; auto: 20 times what its last start took, and only if so much"
+        " is left to train that it ends sooner",
+    )
     cpus_per_worker: Width | Literal["auto"] = Field(
         "auto",
         description="CPUs reserved for each worker, and its number of threads. auto: on CPU the workers share"
@@ -354,7 +381,7 @@ class Scaling(Section):
         " threads; on GPUs 1",
     )
     use_gpu: bool | Literal["auto"] = Field(
-        "auto", description="auto: if the cluster has a GPU for each worker"
+        "auto", description="auto: if the cluster has a GPU for each worker, of a range for the least"
     )
     max_failures: Annotated[int, Field(ge=0, le=2**48)] = Field(
         3, description="lost workers, and Rays, that one submission survives"
@@ -365,9 +392,23 @@ class Scaling(Section):
         " and the run goes on from its last checkpoint, as when one was lost; null: never",
     )
 
+    @property
+    def least(self) -> int:
+        """Workers without which an attempt does not begin."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @property
+    def elastic(self) -> bool:
+        """Whether attempts may have different numbers of workers."""
+        return self.least < self.most
+
     def on_gpus(self, gpus: float) -> bool:
         """Whether each worker takes a GPU, on a cluster with so many GPUs."""
-        return gpus >= self.num_workers if self.use_gpu == "auto" else self.use_gpu
+        return gpus >= self.least if self.use_gpu == "auto" else self.use_gpu
 
 
 class Checkpoint(Section):

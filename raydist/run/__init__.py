@@ -12,6 +12,7 @@
     preflight     checks before anything is prepared or trained
     dataset       the tokenizer and the token logs: made where missing, pinned, opened
     attempts      the plan of each attempt, and attempts until one ends by itself
+    elastic       how many workers each attempt has, where the job gives a range; when it grows
     hang          an attempt that makes no progress: said, and ended in the end
     notice        a node will be taken away: a checkpoint before that
     describe      the data in figures, for the report and `raydist prepare`

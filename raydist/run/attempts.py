@@ -2,7 +2,8 @@
 
     the cluster's nodes ──> plan_attempt ──> AttemptSpec ──> Ray Train ──> finished, or stopped on request
           ▲                                                      │
-          └──── a worker was lost, or a micro batch did not fit ─┘
+          └──── a worker was lost, a micro batch did not fit, ───┘
+                or there is room for more workers
 
 An exception in the training function would only come again, so it ends the run.
 """
@@ -12,17 +13,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raydist.background import in_background
-from raydist.cluster.resources import Resources, cpus_per_worker, node_resources
-from raydist.errors import ClusterLost, OutOfMemory, RaydistError, StorageError, WorkerLost
+from raydist.cluster.resources import Resources, cpus_per_worker
+from raydist.errors import ClusterError, ClusterLost, OutOfMemory, RaydistError, StorageError, WorkerLost
 from raydist.folder import RunFolder
 from raydist.job.functions import module_folders, named_functions
 from raydist.job.plan import CPU_MICRO_BATCH_TOKENS, GPU_MICRO_BATCH_TOKENS, Plan, make_plan
 from raydist.job.schema import Job
 from raydist.run.dataset import Prepared, Rest
+from raydist.run.elastic import Growth, Workers
 from raydist.run.hang import HangWatch
 from raydist.run.lifecycle import Life
 from raydist.run.notice import NoticeWatch
@@ -72,13 +75,13 @@ def train(
     life.training()
     life.listener.history(read_metrics(folder))
     start: int | None = None
-    why = life.why
+    why, choice = life.why, Workers(job, folder)
     while True:
         life.phases.begin("start")
         life.require_held()
         try:
             life.ray.require()
-            nodes = node_resources()
+            job, nodes = choice.of_next_attempt()
         except ClusterLost as error:
             if not life.ray.can_restart:
                 raise
@@ -87,11 +90,11 @@ def train(
             if rest is not None:
                 rest.go_on()
             continue
-        known = remembered(folder, device_type(job, nodes))
+        known = remembered(job, folder, device_type(job, nodes), job.scaling.most)
         plan = plan_attempt(job, samples_per_epoch, nodes, known or start)
         cpus = cpus_per_worker(job, nodes)
         spec = attempt_spec(
-            prepared,
+            replace(prepared, job=prepared.job.model_copy(update={"scaling": job.scaling})),
             folder,
             plan,
             folder.next_attempt(),
@@ -99,11 +102,15 @@ def train(
             profile=profile,
             driver_seconds=life.phases.take(),
             why=why,
+            workers_before=workers_of_last(folder),
             cpus=cpus,
             threads=threads_of(job, folder, cpus),
         )
         try:
-            return _watch(spec, life, rest)
+            result = _watch(spec, life, rest)
+            if not result.resized or folder.stop_flag.exists():
+                return result
+            why = "there is room for more workers"
         except OutOfMemory as error:
             tokens = halved(job, folder, plan, spec.attempt, error)
             smaller = plan_attempt(job, samples_per_epoch, nodes, tokens).micro_batches
@@ -114,7 +121,13 @@ def train(
                 continue  # to where Ray is required
             why = survived(error, "a worker")
             # a GPU node that is gone now may be back before the next attempt's workers start
-            start = remembered(folder, device_type(job, nodes)) or start or starting_tokens(job, nodes)
+            known = remembered(job, folder, device_type(job, nodes), plan.world_size)
+            start = known or start or starting_tokens(job, nodes)
+        except ClusterError as error:
+            if not choice.take_fewer(plan.world_size):
+                raise
+            why = f"there was no room for {workers(plan.world_size)}"
+            life.listener.message(f"{error.what}; going on with fewer")
 
 
 def plan_attempt(
@@ -125,7 +138,7 @@ def plan_attempt(
     found: tokens of a micro batch that earlier attempts know to fit, for `micro_batch_size: auto`.
     """
     tokens = found or starting_tokens(job, nodes)
-    return make_plan(job, job.scaling.num_workers, samples_per_epoch, tokens)
+    return make_plan(job, job.scaling.most, samples_per_epoch, tokens)
 
 
 def device_type(job: Job, nodes: Sequence[Resources]) -> str:
@@ -142,15 +155,24 @@ def first_micro_batch_tokens(device_type: str) -> int:
     return GPU_MICRO_BATCH_TOKENS if device_type == "cuda" else CPU_MICRO_BATCH_TOKENS
 
 
-def remembered(folder: RunFolder, device_type: str) -> int | None:
-    """Tokens of a micro batch that the run knows to fit: found by trying on such a device, or by halving."""
+def remembered(job: Job, folder: RunFolder, device_type: str, workers: int) -> int | None:
+    """Tokens of a micro batch that the run knows to fit: found by trying on such a device, or by halving.
+
+    workers: of the attempt that asks. What as many found comes first. What was halved holds for other numbers
+    too, but where the model is sharded not for more: then each has a smaller part of it.
+    """
     tried = [
-        record["micro_batch_tokens"]
+        record
         for record in read_metrics(folder)
         if record.get("device") == device_type and "micro_batch_tokens" in record
     ]
-    halved = folder.data().get("micro_batch_tokens")
-    return min([*tried[-1:], *([halved] if halved else [])], default=None)
+    as_many = [record for record in tried if record.get("world_size") == workers]
+    found = [record["micro_batch_tokens"] for record in as_many or tried][-1:]
+    by_workers = folder.data().get("micro_batch_halved", {})
+    sharded = job.strategy.name != "ddp"
+    halved = [tokens for n, tokens in by_workers.items() if not sharded or workers <= int(n)]
+    of_old = folder.data().get("micro_batch_tokens")
+    return min([*found, *halved, *([of_old] if of_old else [])], default=None)
 
 
 def halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMemory) -> int:
@@ -172,7 +194,8 @@ def halved(job: Job, folder: RunFolder, plan: Plan, attempt: int, error: OutOfMe
     if job.train.micro_batch_size != "auto" or not above_one or begun is None:
         raise error
     tokens = max(above_one) // 2
-    folder.add_data(micro_batch_tokens=tokens)
+    by_workers = folder.data().get("micro_batch_halved", {})
+    folder.add_data(micro_batch_halved={**by_workers, str(plan.world_size): tokens})
     return tokens
 
 
@@ -186,6 +209,7 @@ def attempt_spec(
     profile: Path | None = None,
     driver_seconds: dict[str, float] | None = None,
     why: str = "",
+    workers_before: int | None = None,
     cpus: int = 1,
     threads: int | None = None,
 ) -> AttemptSpec:
@@ -215,19 +239,26 @@ def attempt_spec(
         driver_seconds=driver_seconds or {},
         sent=time.time(),
         why=why,
+        workers_before=workers_before,
         cpus=cpus,
         threads=threads,
         bos=prepared.bos,
     )
 
 
+def workers_of_last(folder: RunFolder) -> int | None:
+    """Workers of the newest attempt that began to train; None before the first."""
+    begun = (r.get("world_size") for r in reversed(read_metrics(folder)) if r["kind"] in ("start", "resume"))
+    return next(begun, None)
+
+
 def threads_of(job: Job, folder: RunFolder, cpus: int) -> int:
     """Threads of each worker, which the folder keeps: sums on CPU may differ in their last bits by them.
 
     cpus: reserved for each worker. A run goes on with the threads that it began with, on any machine, unless
-    the job names another number.
+    the job names another number. With another number of workers it takes the CPUs that each has then.
     """
-    workers = job.scaling.num_workers
+    workers = job.scaling.most
     kept = folder.threads(workers) if job.scaling.cpus_per_worker == "auto" else None
     folder.keep_threads(workers, kept or cpus)
     return kept or cpus
@@ -272,25 +303,30 @@ def _watch(spec: AttemptSpec, life: Life, rest: Rest | None) -> TrainResult:
     listener = life.listener
     watch = HangWatch(life.folder, spec.attempt, life.job.scaling.hang_timeout, listener.message)
     notices = NoticeWatch(life.folder, spec.attempt, listener.message)
+    growth = Growth(life.job, life.folder, spec, listener.message)
 
     def heard(record: Record) -> None:
         watch.record(record)
         notices.record(record)
+        growth.record(record)
 
     follower = Follower(spec, life.folder, listener, heard)
-    attempt = in_background(lambda: run_attempt(spec, listener.message), "attempt")
+    patient = spec.plan.world_size == life.job.scaling.least
+    attempt = in_background(lambda: run_attempt(spec, listener.message, patient=patient), "attempt")
     done = False
     while not done:
         done = attempt.done()  # before the poll, so that the last records are not missed
         follower.poll(last=done)
         making = [rest.making] if rest is not None else []
         if not done or (rest is not None and rest.failed):
-            life.ray.require(attempt, *making)
+            life.ray.require(attempt, *making, *growth.looking)
         if rest is not None and rest.failed:
             rest.result()
         if not done:
             watch.look()
             notices.look()
+            if rest is None or rest.done:
+                growth.look()
             time.sleep(POLL_SECONDS)
     try:
         return attempt.result()

@@ -18,7 +18,7 @@ from torch import Tensor
 from raydist.cluster.resources import cpus_per_worker_here
 from raydist.corpus.tokenizer import planned_tokenizer, resolve_tokenizer
 from raydist.errors import JobError
-from raydist.job.plan import Plan
+from raydist.job.plan import Plan, sized
 from raydist.job.schema import Job, Strategy
 from raydist.model.build import build_model
 from raydist.model.loss import to_device
@@ -49,7 +49,7 @@ def measure(job: Job, plan: Plan, listener: Listener | None = None) -> dict[str,
     cuda = job.scaling.on_gpus(torch.cuda.device_count())
     world = World(device=torch.device("cuda" if cuda else "cpu"))
     threads = torch.get_num_threads()
-    torch.set_num_threads(cpus_per_worker_here(job))
+    torch.set_num_threads(cpus_per_worker_here(sized(job, plan.world_size)))
     try:
         listener.phase("loading the model")
         alone = job.model_copy(update={"strategy": Strategy()})

@@ -56,6 +56,8 @@ def _tokens(steps: dict[str, Any]) -> int:
 def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = False) -> dict[str, Any]:
     """Data, steps, parameters, memory per worker by part and disk, all in bytes or counts.
 
+    Of a range of workers with the most; `least` has what differs with the least.
+
     measured: two steps are made here, for the time that the run takes and the memory of a worker.
     """
     listener = listener or Listener()
@@ -75,9 +77,10 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
     listener.phase("counting the model")
     on_gpus = job.scaling.on_gpus(torch.cuda.device_count())
     device_type = "cuda" if on_gpus else "cpu"
-    found = remembered(folder_of(job), device_type)
+    scaling, folder = job.scaling, folder_of(job)
+    found = remembered(job, folder, device_type, scaling.most)
     micro = found or first_micro_batch_tokens(device_type)
-    plan = make_plan(job, job.scaling.num_workers, known, micro)
+    plan = make_plan(job, scaling.most, known, micro)
     _add_epochs(sources, job, plan, around)
     config = load_config(job, tokenizer.vocab_size if tokenizer else _new_vocabulary(job))
     check_fits(config, job)
@@ -109,7 +112,21 @@ def plan_job(job: Job, listener: Listener | None = None, *, measured: bool = Fal
             "without_adapter": sizes.without_adapter,
         },
         "memory_per_worker_bytes": worker_memory(job, plan, sizes, on_cpu=not on_gpus),
+        **({"least": _least(job, plan, sizes, device_type)} if scaling.elastic else {}),
         "disk_bytes": _disk(job, sizes, int(tokens), getattr(config.dtype, "itemsize", FP32)),
+    }
+
+
+def _least(job: Job, plan: Plan, sizes: Sizes, device_type: str) -> dict[str, Any]:
+    """The same with the least workers of a range, as far as it differs. plan: with the most."""
+    workers = job.scaling.least
+    tokens = remembered(job, folder_of(job), device_type, workers) or first_micro_batch_tokens(device_type)
+    least = make_plan(job, workers, plan.samples_per_epoch, tokens)
+    return {
+        "workers": workers,
+        "micro_batch_size": least.micro_batch_size,
+        "accumulation_steps": least.accumulation_steps,
+        "memory_per_worker_bytes": worker_memory(job, least, sizes, on_cpu=device_type == "cpu"),
     }
 
 

@@ -22,7 +22,7 @@ from raydist import files
 from raydist.bucket.check import check_bucket
 from raydist.cluster.connect import ray_session
 from raydist.cluster.ray_output import ray_output_to
-from raydist.cluster.resources import cpus_per_worker_here
+from raydist.cluster.resources import cpus_per_worker_here, sized_here
 from raydist.cluster.session import Session
 from raydist.errors import JobError, RunChanged, Stopped
 from raydist.folder import Kind, RunFolder
@@ -107,12 +107,12 @@ class Life:
     @contextmanager
     def on_ray(self, address: str | None) -> Iterator[None]:
         """On the cluster at `address`, or on a Ray of this process's own with room for the job's workers."""
-        scaling = self.job.scaling
+        job = sized_here(self.job) if address is None else self.job
         self.phases.begin("start")
         self.listener.phase("joining the cluster" if address else "starting Ray")
         with (
             ray_output_to(self.folder.ray_output),
-            ray_session(scaling.num_workers, cpus_per_worker_here(self.job), address) as self.ray,
+            ray_session(job.scaling.most, cpus_per_worker_here(job), address) as self.ray,
             self._stop_signals(),  # again: joining a cluster puts Ray's own handlers in place
         ):
             yield
@@ -174,7 +174,7 @@ class Life:
             return
         by_ray = any(self.folder.ray.glob("attempt-*/*"))  # torchrun sets the threads of its ranks itself
         if by_ray and isinstance(self._old.cpus_per_worker, int):
-            self.folder.keep_threads(self._old.num_workers, self._old.cpus_per_worker)
+            self.folder.keep_threads(self._old.most, self._old.cpus_per_worker)
 
     # --- how it ends -------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from raydist.errors import TrainingError
+from raydist.errors import JobError, TrainingError
 from raydist.folder import RunFolder
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
@@ -27,6 +27,7 @@ from raydist.run.attempts import (
     attempt_spec,
     first_micro_batch_tokens,
     remembered,
+    workers_of_last,
 )
 from raydist.run.dataset import find_prepared
 from raydist.run.lifecycle import Life, keep_collator
@@ -47,7 +48,8 @@ def train_prepared(job: Job, *, profile: Path | None = None) -> None:
     """Train `job` as the rank that RANK and WORLD_SIZE name, or alone where they are not set.
 
     Its token logs must be complete: `raydist prepare` makes them. The number of workers is the world size,
-    whatever scaling.num_workers says. Raises a RaydistError on rank 0; the others end with it.
+    whatever number scaling.num_workers says; a range must hold it. Raises a RaydistError on rank 0; the
+    others end with it.
     """
     with torchrun_world() as world:
         if world.is_main:
@@ -76,6 +78,7 @@ class _Lead:
                     self._share = FINISHED
                     self.life.listener.message(f"run {self.job.name} is finished already; nothing to do")
                     return
+                self._check_size()
                 with self.life.begun():
                     check_job(self.job)
                     keep_collator(self.job, self.life.folder)
@@ -84,6 +87,15 @@ class _Lead:
             if self._share is not None:
                 _from_main(self._share, self.world)
 
+    def _check_size(self) -> None:
+        scaling, size = self.job.scaling, self.world.world_size
+        if scaling.elastic and not scaling.least <= size <= scaling.most:
+            raise JobError(
+                f"{size} ranks were started, and the job takes {scaling.least} to {scaling.most} workers",
+                where="scaling.num_workers",
+                fix="start as many ranks as the range allows, or change it",
+            )
+
     def _train(self) -> None:
         life, folder = self.life, self.life.folder
         prepared = find_prepared(self.job, folder.data().get("pins"))
@@ -91,13 +103,13 @@ class _Lead:
         feed = prepared.feed(life.listener)
         write_data(folder, prepared, feed)
         device_type = self.world.device.type
-        known = remembered(folder, device_type)
+        size = self.world.world_size
+        known = remembered(self.job, folder, device_type, size)
         tokens = known or first_micro_batch_tokens(device_type)
-        plan = make_plan(self.job, self.world.world_size, feed.samples_per_epoch, tokens)
+        plan = make_plan(self.job, size, feed.samples_per_epoch, tokens)
         number = folder.next_attempt()
         folder.attempt(number).mkdir(parents=True)
         spent = life.phases.take()
-        size = self.world.world_size
         threads = folder.threads(size) or torch.get_num_threads()  # torchrun, or OMP_NUM_THREADS, sets them
         folder.keep_threads(size, threads)
         spec = attempt_spec(
@@ -109,6 +121,7 @@ class _Lead:
             profile=self.profile,
             driver_seconds=spent,
             why=life.why,
+            workers_before=workers_of_last(folder),
             threads=threads,
         )
         self._share = None

@@ -79,7 +79,7 @@ def _prepare_and_search(life: Life) -> None:
     life.training()
     asked = job.tune.n_trials if job.tune.concurrency == "auto" else job.tune.concurrency
     at_a_time = min(room, asked, job.tune.n_trials)
-    all_workers = _scaled(job, num_workers=at_a_time * job.scaling.num_workers)
+    all_workers = _scaled(job, num_workers=at_a_time * job.scaling.most)
     cpus = life.prepare(lambda: cpus_per_worker(all_workers, node_resources()))
     life.listener.phase("searching", f"{job.tune.n_trials} trials, {at_a_time} at a time")
     with _concluded(life) as parent:

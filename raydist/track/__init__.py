@@ -9,6 +9,7 @@
     listener      what may hear of a run while it goes on
     progress      what a person sees of it in a terminal or a text file
     records       reads the records: as they are written, and as one history of all attempts
+    ettr          how much of a run's time went into steps that count
     silence       whether a run makes no progress, and for how long
     tracker       follows a run for a tracker, in a thread; start: those that a job asks for
     mlflow, tensorboard, wandb    where a tracker sends records

@@ -95,6 +95,8 @@ class View(Listener):
             self._evaluation(record["step"], record["source"], record["perplexity"])
         elif kind == "incident":
             self.message(f"incident: {record.get('what', '')}")
+        elif kind == "resize":
+            self.message(f"workers: {record['from']} before, {record['to']} now")
         elif kind == "resume":
             self._seconds.clear()
             why = f": {record['why']}" if record.get("why") else ""

@@ -43,7 +43,7 @@ class EvalRecord(TypedDict):
     forgetting: NotRequired[float]
 
 
-HISTORY = frozenset({"start", "resume", "stage", "incident"})
+HISTORY = frozenset({"start", "resume", "resize", "stage", "incident"})
 """Kinds of records that are kept even when their steps are trained again."""
 
 _NUMBERS = frozenset(
@@ -150,7 +150,10 @@ def phase_seconds(written: Iterable[Record]) -> dict[str, float]:
 
 
 def figures(record: Record) -> dict[str, float]:
-    """The metrics of a step or an evaluation: loss, eval/<source>/perplexity, ...; {} for other kinds."""
+    """The metrics of a step or an evaluation: loss, eval/<source>/perplexity, ...; of an attempt's start its
+    workers; {} for other kinds."""
+    if record["kind"] in ("start", "resume") and "world_size" in record:
+        return {"workers": float(record["world_size"])}
     if record["kind"] not in ("train", "eval"):
         return {}
     prefix = f"eval/{record['source']}/" if record["kind"] == "eval" else ""

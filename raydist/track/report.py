@@ -14,6 +14,7 @@ import yaml
 from raydist import files
 from raydist.folder import RunFolder
 from raydist.redact import redact
+from raydist.track.ettr import effective_time
 from raydist.track.humanize import date, duration, number, short, shown, size, tried, workers
 from raydist.track.plots import Curve, draw, smoothed
 from raydist.track.records import (
@@ -79,10 +80,11 @@ def render(run: RunFolder, *, state: str = "", error: str = "") -> str:
         mfu=statistics.median([r["mfu"] for r in train if r.get("mfu") is not None] or [0]),
         phases=phase_seconds(written),
         seconds=wall_seconds(written) if written else None,
+        effective=effective_time(written),
         about=_about(run, next((r for r in reversed(records) if r["kind"] in ("start", "resume")), {})),
         evaluations=evaluations(records),
         gained=gained_and_forgotten(records),
-        plots=_plots(train, evaluations(records)),
+        plots=[*_plots(train, evaluations(records)), _workers(records)],
         history=[record for record in records if record["kind"] in HISTORY],
         data=dict.fromkeys(("sources", "packing", "sample", "audit", "parameters")) | run.data(),
     )
@@ -186,6 +188,19 @@ def _plots(train: Sequence[Record], evaluated: dict[str, list[Record]]) -> list[
         draw("Learning rate", "", [_curve(train, "learning_rate")], "step", zero=True),
         draw("Gradient norm", "before clipping", smoothed(_curve(train, "grad_norm")), "step", zero=True),
     ]
+
+
+def _workers(records: Sequence[Record]) -> str:
+    """Workers by step; "" for a run whose number of them never changed."""
+    begun = [r for r in records if r["kind"] in ("start", "resume") and "world_size" in r]
+    if len({r["world_size"] for r in begun}) < 2:
+        return ""
+    steps, counts = list[int](), list[float | None]()
+    last = max(r.get("step", 0) for r in records)
+    for record, end in zip(begun, [*(r["step"] for r in begun[1:]), last], strict=True):
+        steps += [record["step"], end]
+        counts += [record["world_size"]] * 2
+    return draw("Workers", "", [Curve("workers", steps, counts)], "step", zero=True)
 
 
 def _curve(records: Sequence[Record], key: str, name: str = "") -> Curve:

@@ -20,9 +20,9 @@ class AttemptSpec:
     profile: a folder for a trace of a few steps; None for none.  modules: folders of the modules whose
     functions the job names, by `module_folders`.  driver_seconds: what the driver spent until then, by phase.
     sent: when it gave the attempt away, as UNIX time; None where nobody waited.
-    why: why the attempt is made, for people.  cpus: reserved for each worker.  threads: of each worker,
-    which decide the last bits of its sums on CPU; None: as torch has it.  bos: the id that each document
-    begins with; None for none.
+    why: why the attempt is made, for people.  workers_before: of the attempt before; None for the first.
+    cpus: reserved for each worker.  threads: of each worker, which decide the last bits of its sums on CPU;
+    None: as torch has it.  bos: the id that each document begins with; None for none.
     """
 
     job: Job
@@ -39,6 +39,7 @@ class AttemptSpec:
     driver_seconds: dict[str, float] = field(default_factory=dict)
     sent: float | None = None
     why: str = ""
+    workers_before: int | None = None
     cpus: int = 1
     threads: int | None = None
     bos: int | None = None
@@ -58,10 +59,14 @@ class AttemptSpec:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """stopped: on request, after a checkpoint and before the last step.  evals: the last, by source."""
+    """stopped: on request, after a checkpoint and before the last step.  evals: the last, by source.
+
+    resized: stopped so that the run goes on with more workers.
+    """
 
     stopped: bool
     step: int
     samples: int
     tokens_seen: int
     evals: dict[str, dict[str, Any]]
+    resized: bool = False

@@ -17,7 +17,8 @@ def ask_for_commit(folder: RunFolder, attempt: int) -> None:
 
 def asked(folder: RunFolder, attempt: int) -> str:
     """The text; empty where nobody asked."""
+    path = folder.attempt(attempt) / FILE
     try:
-        return (folder.attempt(attempt) / FILE).read_text()
+        return path.read_text() if folder.look(path) else ""
     except OSError:
         return ""

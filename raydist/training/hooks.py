@@ -131,6 +131,17 @@ class CommitOnRequest(Hook):
             attempt.want_commit()
 
 
+class ResizeOnRequest(Hook):
+    """Asks for a checkpoint and an end where the driver has room for more workers."""
+
+    def on_step(self, attempt: Attempt, result: StepResult) -> None:
+        folder = attempt.folder
+        asked = attempt.world.is_main and folder.look(folder.resize_flag(attempt.spec.attempt))
+        if asked and not attempt.stopping:
+            attempt.resizing = True
+            attempt.request_stop()
+
+
 class KeepBest(Hook):
     """With load_best_model_at_end: a better evaluation is committed also between the regular checkpoints."""
 

@@ -40,6 +40,7 @@ from raydist.training.hooks import (
     Hook,
     KeepBest,
     MemoryFigures,
+    ResizeOnRequest,
     StepResult,
     StopOnRequest,
     load_hooks,
@@ -105,7 +106,9 @@ def train(
             attempt.checkpoints.close()
             attempt.record("phases", seconds={name: round(spent, 3) for name, spent in phases.take().items()})
         at = attempt.position
-        return TrainResult(stopped, at.step, at.samples, at.seen.tokens, at.evals)
+        return TrainResult(
+            stopped, at.step, at.samples, at.seen.tokens, at.evals, stopped and attempt.resizing
+        )
 
 
 class Attempt:
@@ -138,12 +141,13 @@ class Attempt:
         resumed = self.checkpoints.resume(lambda what: self.record("incident", what=what))
         self.resumed = resumed is not None
         self.position = resumed or self.position
+        requests = [StopOnRequest(), ResizeOnRequest(), CommitOnRequest()]
         best = [KeepBest()] if self.job.checkpoint.load_best_model_at_end else []
         own = load_hooks(self.job.train.hooks)
         own += [Profile(spec.profile)] if spec.profile else []
-        around = [StopOnRequest(), CommitOnRequest(), WriteBehind(), *best, MemoryFigures(), *own, Records()]
+        around = [*requests, WriteBehind(), *best, MemoryFigures(), *own, Records()]
         self.hooks: list[Hook] = [*around, *hooks]
-        self.stopping = self._commit_asked = self._commit_wanted = False
+        self.stopping = self.resizing = self._commit_asked = self._commit_wanted = False
 
     @property
     def step(self) -> int:

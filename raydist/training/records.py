@@ -53,6 +53,9 @@ class Records(Hook):
             **attempt.fitted.to_json(),
             **(attempt.micro_batch_found.to_json() if attempt.micro_batch_found else {}),
         )
+        before, now = attempt.spec.workers_before, attempt.world.world_size
+        if before not in (None, now):
+            attempt.record("resize", **{"from": before, "to": now}, why=attempt.spec.why)
         if not attempt.data.feed.complete:
             attempt.record(
                 "incident", what="the token logs are still growing; evaluations begin when they are whole"

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raydist.cluster.resources import free_resources
 from raydist.cluster.trainer import run_attempt
 from raydist.errors import CheckpointError, WorkerLost
 from raydist.files import read_json
@@ -72,3 +73,26 @@ def test_an_exception_arrives_with_its_type(tmp_path: Path) -> None:
     other_data = make_spec(tmp_path, train={"max_steps": 5}, attempt=2, seed=8)
     with pytest.raises(CheckpointError, match="other data"):
         run_attempt(other_data)
+
+
+@pytest.mark.slow
+def test_what_the_run_itself_holds_counts_as_free(tmp_path: Path) -> None:
+    import ray
+    from ray.util.placement_group import placement_group, placement_group_table
+
+    def free(*ours: str) -> float:
+        (node,) = free_resources(ours)
+        return node["free CPU"]
+
+    def wait_for(cpus: float) -> None:
+        while free() != cpus:  # Ray tells it a moment later
+            time.sleep(0.05)
+
+    before = free()
+    group = placement_group([{"CPU": 1}, {"CPU": 1}])
+    ray.get(group.ready())
+    wait_for(before - 2)
+    assert free(group.id.hex()) == before
+    ray.util.remove_placement_group(group)
+    wait_for(before)
+    assert placement_group_table(group)["state"] == "REMOVED" and free(group.id.hex()) == before

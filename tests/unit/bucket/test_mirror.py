@@ -181,10 +181,10 @@ def test_a_stop_is_seen_on_another_node(storage: Path) -> None:
     here, there = RunFolder(storage / "run"), RunFolder(other_node(storage / "run"))
     assert not there.stop_asked()
     here.ask_to_stop()
-    there._looked = 0.0
+    there._looked.clear()
     assert there.stop_asked()
     there.take_back_stop()
-    here._looked = 0.0
+    here._looked.clear()
     assert not here.stop_asked()
 
 

@@ -64,6 +64,10 @@ def test_the_node_that_does_not_share_the_drivers_storage_is_named(
         ({"num_workers": 2, "use_gpu": "auto"}, [8, 8], [0, 0], 0, ""),
         ({"num_workers": 8}, [2], [], 16, ""),
         ({"num_workers": 16}, [2], [], 16, "room for 2 workers"),
+        ({"num_workers": [3, 8]}, [2, 2], [], 0, ""),
+        ({"num_workers": [4, 8]}, [2, 2], [], 0, "no CPU is left for the data"),
+        ({"num_workers": [5, 8]}, [2, 2], [], 0, "room for 4 workers"),
+        ({"num_workers": [1, 8], "use_gpu": True}, [8, 8], [1, 0], 0, ""),
     ],
 )
 def test_a_job_fits_or_does_not(

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from raydist.cluster.resources import cpus_per_worker, workers_by_node
+from raydist.cluster.resources import cpus_per_worker, room, workers_by_node
+from raydist.job.plan import sized
 from tests.unit.cluster.test_checks import job
 
 
@@ -49,3 +50,30 @@ def test_auto_shares_the_cpus_over_the_workers(
     scaling: dict[str, Any], nodes: list[dict[str, float]], each: int
 ) -> None:
     assert cpus_per_worker(job(**scaling), nodes) == each
+
+
+NODE = {"CPU": 4.0, "free CPU": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "nodes", "fitting"),
+    [
+        ({"cpus_per_worker": 2}, [{"CPU": 3.0}, {"CPU": 3.0}, {"CPU": 1.0}], 2),  # not split over nodes
+        ({"cpus_per_worker": 1}, [{"CPU": 9.0}, {"CPU": 9.0}], 8),  # the most
+        ({}, [{"CPU": 4.0}, {"CPU": 1.0}], 4),  # auto leaves one of four for the data
+        ({}, [NODE, {"CPU": 4.0, "free CPU": 1.0}], 4),  # others hold the rest
+        ({"cpus_per_worker": 2}, [NODE, {"CPU": 4.0, "free CPU": 1.0}], 2),
+        ({}, [{"CPU": 16.0, "GPU": 4.0}, {"CPU": 2.0, "GPU": 4.0}], 6),
+        ({}, [{"CPU": 16.0, "GPU": 4.0, "free CPU": 16.0, "free GPU": 3.0}], 3),
+        ({}, [{"CPU": 3.0, "cores": 2.0}], 2),  # an embedded Ray: what the machine has
+        ({}, [{"CPU": 3.0, "cores": 1.0}], 2),  # and the least in any case
+        ({}, [], 0),
+    ],
+)
+def test_a_range_takes_what_there_is_room_for(
+    scaling: dict[str, Any], nodes: list[dict[str, float]], fitting: int
+) -> None:
+    asked = job(**{"num_workers": [2, 8], **scaling})
+    assert room(asked, nodes) == fitting
+    if fitting >= 2:
+        assert sum(workers_by_node(sized(asked, fitting), nodes)) >= fitting

@@ -134,6 +134,14 @@ CASES: list[tuple[tuple[str, ...], str]] = [
         ("train.optimizer=adafactor", "train.optimizer.eps=1e-6"),
         "--set train.optimizer.eps: train.optimizer.eps: adafactor has no eps",
     ),
+    (
+        ("scaling.num_workers=[1, 33]",),
+        "--set scaling.num_workers: scaling.num_workers: [1, 33] goes up to 33 workers, and a step has",
+    ),
+    (
+        ("scaling.num_workers=[1, 2]", GRID),
+        "--set scaling.num_workers: scaling.num_workers: a sweep's trials have a number of work",
+    ),
     ((searched("train.lr", "{choice: [1], grid: [1]}"),), f"{SEARCH}train.lr: give exactly one of"),
     (
         (searched("train.lr", "{uniform: [1, 1]}"),),
@@ -320,6 +328,44 @@ def test_an_optimizer_may_be_given_by_its_name_alone(tmp_path: Path) -> None:
     assert told.startswith(
         "--set train.optimizer.betas: train.optimizer.betas.1: Input should be less than 1"
     )
+
+
+# --- workers
+
+
+@pytest.mark.parametrize(
+    ("workers", "train", "said"),
+    [
+        ("[3, 2]", "max_tokens: 1000", "the range [3, 2] is inverted: 3 is more than 2"),
+        ("[0, 2]", "max_tokens: 1000", "the range [0, 2] leaves 1 to 1,048,576 workers"),
+        ("[1, 2, 3]", "max_tokens: 1000", "a number of workers, or [least, most], not [1, 2, 3]"),
+        ("[1, two]", "max_tokens: 1000", "a number of workers, or [least, most], not [1, 'two']"),
+        ("[2, 40]", "max_tokens: 1000", "a step has 32 sequences (train.global_batch_size): 8 workers would"),
+        ("[2, 9]", "max_steps: 1, global_batch_size: 8", "take at most 8, or a larger global batch"),
+        (
+            "[2, 9]",
+            "max_steps: 1, global_batch_tokens: 8192",
+            "8 sequences (8,192 tokens in blocks of 1,024)",
+        ),
+    ],
+)
+def test_a_range_that_cannot_work_is_refused_with_its_numbers(
+    tmp_path: Path, workers: str, train: str, said: str
+) -> None:
+    text = f"{MINIMAL.replace('max_tokens: 1000', train)}scaling:\n  num_workers: {workers}\n"
+    (told,) = problems(write(tmp_path, text))
+    line = text.splitlines().index(f"  num_workers: {workers}") + 1
+    assert told.startswith(f"job.yaml:{line}: scaling.num_workers: ") and said in told
+
+
+def test_a_range_is_kept_as_it_is_written(tmp_path: Path) -> None:
+    job = load_job(write(tmp_path, MINIMAL), ("scaling.num_workers=[2, 8]",))
+    assert (job.scaling.least, job.scaling.most, job.scaling.elastic) == (2, 8, True)
+    assert build_job(yaml.safe_load(job_yaml(job))) == job
+    for fixed in ("3", "[3, 3]"):
+        job = load_job(write(tmp_path, MINIMAL), (f"scaling.num_workers={fixed}",))
+        assert (job.scaling.num_workers, job.scaling.elastic) == (3, False)
+    assert load_job(write(tmp_path, MINIMAL), ("scaling.num_workers=99",)).scaling.most == 99, "as ever"
 
 
 # --- from Python

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from raydist.cli import show
 from raydist.errors import ModelError
 from raydist.job.plan import make_plan
 from raydist.job.schema import Job
@@ -112,6 +113,26 @@ def test_epochs_are_said_for_each_source_and_time_if_it_is_measured(
     found = measure(job, make_plan(job, 2, None))
     assert found["seconds"] == pytest.approx(9 * found["seconds_per_step"]) and found["seconds"] > 0
     assert found["memory_bytes"] > 10**8
+
+
+def test_a_range_of_workers_is_planned_at_both_ends(
+    tmp_path: Path, corpus: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, train = {"tokenizer": str(tmp_path / "words")}, {"global_batch_size": 8, "micro_batch_size": 2}
+    sections = {"model": model, "corpus": corpus, "train": train, "strategy": {"name": "fsdp"}}
+    one, four = (plan_job(make_job(tmp_path, **sections, scaling={"num_workers": n})) for n in (1, 4))
+    both = plan_job(make_job(tmp_path, **sections, scaling={"num_workers": [1, 4]}))
+    assert both.pop("least") == {
+        "workers": 1,
+        "micro_batch_size": 2,
+        "accumulation_steps": 4,
+        "memory_per_worker_bytes": one["memory_per_worker_bytes"],
+    }
+    assert both == four and "least" not in one
+    show.planned(plan_job(make_job(tmp_path, **sections, scaling={"num_workers": [1, 4]})))
+    told = capsys.readouterr().out
+    assert "on 4 workers: 1 micro batches of 2" in told
+    assert "on 1 worker, the least: 4 micro batches of 2 sequences each; memory per worker: " in told
 
 
 def test_an_adapter_takes_its_own_size_on_disk(tmp_path: Path, corpus: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from raydist.folder import RunFolder
 from raydist.track.humanize import short
+from raydist.track.records import figures
 from raydist.track.report import REWRITE_SECONDS, LiveReport, render, wall_seconds, write_report
 
 
@@ -223,6 +224,25 @@ def test_runs_that_hardly_began_have_a_page(tmp_path: Path) -> None:
     page = render(RunFolder(tmp_path))
     assert "micro batches of 4 (not tried for size: one &lt;waits&gt;)" in page
     assert page.count("<svg") == 1 and "Attempt 1 started with 1 worker" in text_of(page)
+
+
+def test_workers_that_changed_are_drawn_and_listed(run: Path) -> None:
+    folder, curves = RunFolder(run), render(RunFolder(run)).count("<svg")
+    assert "Workers at step" not in render(folder)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (resumed,) = (record for record in records if record["kind"] == "resume")
+    resumed["world_size"] = 5
+    records.append({"kind": "resize", "from": 2, "to": 5, "why": "w", "step": 30, "attempt": 2, "time": 1e9})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    page = render(folder)
+    assert page.count("<svg") == curves + 1
+    assert "Workers at step 30: 2 before, 5 now" in text_of(page)
+    assert {"workers": 5.0} in [figures(record) for record in records]
+
+
+def test_the_share_of_time_in_steps_that_count_is_shown(run: Path) -> None:
+    """30 s of attempt 1 and 30 s of attempt 2, from 1 s before the first step to 1,030 s after it."""
+    assert "ETTR 5.8 % effective training time, of 17:10" in text_of(render(RunFolder(run)))
 
 
 def test_time_between_attempts_is_not_wall_time() -> None:

@@ -15,6 +15,7 @@ import raydist
 from raydist.errors import JobError
 from raydist.files import read_jsonl
 from raydist.folder import RunFolder
+from raydist.job.plan import make_plan
 from raydist.parallel.ddp import DdpOnCpu
 from raydist.parallel.strategy import SaveHandle
 from raydist.training import checkpoint
@@ -22,7 +23,7 @@ from raydist.training.checkpoint import Commit
 from raydist.training.commit_request import ask_for_commit
 from raydist.training.hooks import Hook, StepResult, load_hooks
 from raydist.training.loop import Attempt, train
-from tests.train_parts import losses, make_spec
+from tests.train_parts import losses, make_spec, run_ranks
 from tests.weights import weight_hash
 
 EXAMPLES = Path(__file__).parents[3] / "docs" / "examples"
@@ -182,3 +183,47 @@ def test_a_checkpoint_that_is_written_late_is_committed_when_it_is_done(
         [10, 15],
         [15, 20],
     ]
+
+
+class Room(Hook):
+    """The driver asks for an end with room for more workers, at that step; then perhaps for a stop."""
+
+    def __init__(self, step: int, *, stop: bool = False) -> None:
+        self._step, self._stop = step, stop
+
+    def on_step(self, attempt: Attempt, result: StepResult) -> None:
+        if attempt.step == self._step:
+            flag = attempt.folder.resize_flag(attempt.spec.attempt)
+            flag.parent.mkdir(parents=True, exist_ok=True)
+            flag.touch()
+            if self._stop:
+                attempt.folder.stop_flag.touch()
+
+
+def test_a_run_grows_from_a_checkpoint_just_before_and_loses_no_step(tmp_path: Path) -> None:
+    whole = make_spec(tmp_path, run="whole", train={"max_steps": 12})
+    train(whole)
+    first = replace(whole, run=tmp_path / "grown")
+    result = train(first, hooks=[Room(6)])
+    assert (result.stopped, result.resized, result.step) == (True, True, 8)
+    plan = make_plan(whole.job, 2, None)
+    second = replace(first, plan=plan, attempt=2, workers_before=1, why="there is room for more workers")
+    run_ranks(second)
+    records = read_jsonl(first.run / "metrics.jsonl")
+    assert [(r["step"], r["world_size"]) for r in records if r["kind"] in ("start", "resume")] == [
+        (0, 1),
+        (8, 2),
+    ]
+    (resized,) = (r for r in records if r["kind"] == "resize")
+    assert (resized["from"], resized["to"], resized["why"]) == (1, 2, second.why)
+    assert [r["step"] for r in records if r["kind"] == "train"] == [*range(1, 13)], "none twice"
+    assert losses(first.run) == pytest.approx(losses(whole.run), rel=1e-5)
+
+
+def test_a_stop_comes_before_a_resize_and_the_last_step_before_both(tmp_path: Path) -> None:
+    spec = make_spec(tmp_path, train={"max_steps": 6})
+    stopped = train(spec, hooks=[Room(2, stop=True)])
+    assert (stopped.stopped, stopped.resized, stopped.step) == (True, False, 4)
+    RunFolder(spec.run).stop_flag.unlink()
+    ended = train(replace(spec, attempt=2), hooks=[Room(5)])
+    assert (ended.stopped, ended.resized, ended.step) == (False, False, 6)

@@ -1,0 +1,106 @@
+"""How much of a run's time went into steps that count: its effective training time ratio (ETTR).
+
+    from the first attempt's plan ──── steps ──── lost steps ── restart ── steps ── evaluation ── steps ──▶
+                                       counted                            counted                 counted
+
+docs/design.md defines it and names where the term comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from raydist.track.records import Record
+
+
+@dataclass(frozen=True)
+class EffectiveTime:
+    """step_seconds: of steps that were not trained again.  wall_seconds: while a driver was alive."""
+
+    step_seconds: float
+    wall_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        return min(1.0, self.step_seconds / self.wall_seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "ratio": self.ratio,
+            "step_seconds": self.step_seconds,
+            "wall_seconds": self.wall_seconds,
+        }
+
+
+def effective_time(written: Iterable[Record]) -> EffectiveTime | None:
+    """Of all records of a run; None before its first step."""
+    records = sorted(written, key=lambda record: record.get("attempt", 0))
+    seconds = sum(stretch.seconds for stretch in _counted(records))
+    wall = sum(_wall(session) for session in _sessions(records))
+    return EffectiveTime(seconds, wall) if seconds > 0 and wall > 0 else None
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    """Steps after `start` up to `end`, which took so long each."""
+
+    start: int
+    end: int
+    each: float
+
+    @property
+    def seconds(self) -> float:
+        return (self.end - self.start) * self.each
+
+
+def _counted(records: list[Record]) -> list[_Stretch]:
+    """Stretches of steps, each step in one, without those that were trained again.
+
+    A record tells the mean of the steps since the one before. Steps that a checkpoint holds and no record
+    does took as long as those before them.
+    """
+    counted, at = list[_Stretch](), 0
+    for record in records:
+        kind, step = record["kind"], int(record.get("step") or 0)
+        goes_back = kind == "train" and step <= at
+        if kind in ("start", "resume") or goes_back:
+            begin = step - 1 if goes_back else step
+            if begin > at and counted:
+                counted.append(_Stretch(at, begin, counted[-1].each))
+            counted, at = _up_to(counted, begin), begin
+        if kind == "train" and record.get("step_seconds"):
+            counted.append(_Stretch(at, step, record["step_seconds"]))
+            at = step
+    return counted
+
+
+def _up_to(stretches: list[_Stretch], step: int) -> list[_Stretch]:
+    return [_Stretch(s.start, min(s.end, step), s.each) for s in stretches if s.start < step]
+
+
+# --- the time that there was
+
+
+def _sessions(records: list[Record]) -> Iterator[list[Record]]:
+    """The records of each driver's attempts. Only the first attempt of a driver has its planning."""
+    session = list[Record]()
+    for record in records:
+        if record["kind"] in ("start", "resume") and "plan" in record.get("seconds", {}) and session:
+            yield session
+            session = []
+        session.append(record)
+    if session:
+        yield session
+
+
+def _wall(session: list[Record]) -> float:
+    """From the driver's begin to the last record. The preparation of a run that has not begun is left out."""
+    timed = [record for record in session if record.get("time") is not None]
+    begun = next((record for record in timed if record["kind"] in ("start", "resume")), None)
+    if begun is None:
+        return 0.0
+    left_out = ("plan", "prepare") if begun["kind"] == "start" else ()
+    before = [float(spent) for name, spent in begun.get("seconds", {}).items() if name not in left_out]
+    return float(max(record["time"] for record in timed) - begun["time"]) + sum(before)
