@@ -44,6 +44,10 @@ chaos: install  ## faults of every kind at random moments, each ending in the un
 	$(BIN)/python -m tests.chaos.saves
 	$(BIN)/python -m tests.chaos.fuzz $(FUZZ)
 
+.PHONY: chaos-ettr
+chaos-ettr: install  ## the share of time in steps that count: a real run with kills, and 54 simulated days (about 15 minutes)
+	$(BIN)/python -m tests.chaos.ettr $(ARGS)
+
 .PHONY: test
 test: install  ## the tests (about 8 minutes on 2 cores)
 	$(BIN)/python -m pytest $(TWO) -m "not slow and not real and not gpu" $(ARGS)

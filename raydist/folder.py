@@ -401,7 +401,7 @@ class RunFolder:
     # --- what one process asks of another ----------------------------------------------------------
 
     def look(self, path: Path) -> bool:
-        """Whether a file of the run is there that another process may write; in a bucket, a few seconds ago."""
+        """Whether a file is there that another process may write; in a bucket, whether it was seconds ago."""
         if self.remote and time.monotonic() - self._looked.get(path, -LOOK_SECONDS) >= LOOK_SECONDS:
             with contextlib.suppress(StorageError):  # the next look may succeed
                 mirror.pull_file(path)

@@ -26,6 +26,7 @@ from raydist.cluster import checks
 from raydist.cluster.checks import SHARED_MEMORY, Finding
 from raydist.cluster.connect import ENVIRONMENT, SAFE_PATH, connection_error, ray_session
 from raydist.cluster.remote import READY_SECONDS, ask_until_answered, connect, run_async, send
+from raydist.cluster.resources import may_grow_to
 from raydist.errors import ClusterError, StorageError
 from raydist.job.load import job_yaml
 from raydist.job.schema import Job
@@ -140,7 +141,7 @@ def _examine_here(job: Job | None) -> list[Finding]:
         findings += checks.storage(_own_storage(job), nodes, driver)
         findings += checks.models(_models(job), nodes)
     if job:
-        findings.append(checks.resources(job, [node["Resources"] for node in alive], _may_grow_to()))
+        findings.append(checks.resources(job, [node["Resources"] for node in alive], may_grow_to()))
     return findings
 
 
@@ -217,13 +218,6 @@ def _object_store(key: str) -> int:
     from ray._private.state import available_resources_per_node
 
     return int(available_resources_per_node().get(key, {}).get("object_store_memory", 0))
-
-
-def _may_grow_to() -> float:
-    """CPUs of the cluster at most if Ray's autoscaler adds nodes; 0 without an autoscaler."""
-    from ray._private.state import state
-
-    return float((state.get_max_resources_from_cluster_config() or {}).get("CPU", 0))
 
 
 # --- on a node ------------------------------------------------------------------------------------

@@ -44,6 +44,30 @@ def groups_of(run: RunFolder) -> set[str]:
     return groups
 
 
+class Wishes:
+    """A placement group for each worker that a run lacks to its most: an autoscaler adds nodes for them.
+
+    What they hold is the run's. They end with this driver at the latest.
+    """
+
+    def __init__(self) -> None:
+        self._groups: list[PlacementGroup] = []
+
+    @property
+    def ids(self) -> set[str]:
+        """In hexadecimal digits."""
+        return {group.id.hex() for group in self._groups}
+
+    def make(self, count: int, each: dict[str, float]) -> None:
+        """each: what a worker takes. Groups of one, so that some of them may come true."""
+        self._groups += [ray.util.placement_group([each]) for _ in range(count)]
+
+    def withdraw(self) -> None:
+        for group in self.ids:
+            remove_group(group)
+        self._groups.clear()
+
+
 class Unclaimed:
     """Groups of workers that no run has written down: their controller died while they started."""
 

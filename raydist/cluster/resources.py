@@ -61,6 +61,13 @@ def free_resources(ours: Collection[str]) -> list[Resources]:
     return found
 
 
+def may_grow_to() -> float:
+    """CPUs of the cluster at most if Ray's autoscaler adds nodes; 0 without an autoscaler."""
+    from ray._private.state import state
+
+    return float((state.get_max_resources_from_cluster_config() or {}).get("CPU", 0))
+
+
 def gpus() -> float:
     """Number of GPUs in the cluster, busy or not."""
     return sum(node.get("GPU", 0) for node in node_resources())

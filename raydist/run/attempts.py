@@ -328,6 +328,8 @@ def _watch(spec: AttemptSpec, life: Life, rest: Rest | None) -> TrainResult:
             if rest is None or rest.done:
                 growth.look()
             time.sleep(POLL_SECONDS)
+    if not life.ray.lost():
+        growth.close()
     try:
         return attempt.result()
     except RaydistError as error:

@@ -13,12 +13,20 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
+from typing import Any
 
 from raydist import files
 from raydist.background import in_background
-from raydist.cluster.groups import groups_of
-from raydist.cluster.resources import FREE, Resources, free_resources, node_resources, room
+from raydist.cluster.groups import Wishes, groups_of
+from raydist.cluster.resources import (
+    FREE,
+    Resources,
+    free_resources,
+    may_grow_to,
+    node_resources,
+    room,
+)
 from raydist.errors import RaydistError
 from raydist.folder import RunFolder
 from raydist.job.plan import sized
@@ -109,18 +117,20 @@ class Growth:
         scaling = job.scaling.model_copy(update={"use_gpu": spec.job.scaling.use_gpu})
         self._job, self._folder, self._say = job.model_copy(update={"scaling": scaling}), folder, say
         self._spec, self._size = spec, spec.plan.world_size
-        self._count, self._clock = count or self._room, clock
+        self._count, self._clock, self._asks_ray = count or self._room, clock, count is None
+        self._on_gpus = spec.job.scaling.use_gpu is True
         self._done = self._size >= job.scaling.most
         self._began: float | None = None
         self._restart_seconds, self._step, self._steps = 0.0, 0, spec.plan.steps
         self._step_seconds: deque[float] = deque(maxlen=RECENT_STEPS)
         self._next_look, self._found = 0.0, list[int]()
         self._looking: Future[int] | None = None
+        self._wishes, self._wishing = Wishes(), list[Future[None]]()
 
     @property
-    def looking(self) -> list[Future[int]]:
-        """What a thread does on Ray."""
-        return [self._looking] if self._looking is not None else []
+    def looking(self) -> list[Future[Any]]:
+        """What threads do on Ray."""
+        return [*self._wishing, *([self._looking] if self._looking is not None else [])]
 
     def record(self, record: Record) -> None:
         """A record of the attempt, as it is written."""
@@ -137,6 +147,8 @@ class Growth:
         """To be called again and again; looks every LOOK_SECONDS, in a thread, once the attempt is due."""
         if self._done or self._began is None:
             return
+        if self._asks_ray and not self._wishing:  # early, since nodes take minutes to come
+            self._wishing.append(in_background(self._wish, "wish"))
         now = self._clock()
         if self._looking is None:
             if now >= self._next_look and self._is_due(now - self._began):
@@ -149,9 +161,20 @@ class Growth:
             if len(self._found) >= LOOKS and self.is_worth(min(self._found)):
                 self._ask(min(self._found))
 
+    def close(self) -> None:
+        """The attempt has ended. Not to be called where Ray is lost."""
+        if self._wishes.ids:
+            wait([in_background(self._wishes.withdraw, "wishes")], SETTLE_SECONDS)
+
+    def _wish(self) -> None:
+        """Ask for nodes where an autoscaler could add some."""
+        if may_grow_to() > sum(node.get("CPU", 0) for node in node_resources()):
+            each = {"CPU": float(self._spec.cpus), **({"GPU": 1.0} if self._on_gpus else {})}
+            self._wishes.make(self._job.scaling.most - self._size, each)
+
     def _room(self) -> int:
         try:
-            return room(self._job, free_resources(groups_of(self._folder)))
+            return room(self._job, free_resources(groups_of(self._folder) | self._wishes.ids))
         except RaydistError:
             return 0  # Ray is lost, which the driver sees by itself
 

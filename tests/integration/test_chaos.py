@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+PARTS = ("real", "simulated")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_kills_cost_what_the_simulated_clock_says(repository: Path, tmp_path: Path) -> None:
+    """A short form of `make chaos-ettr`. Its aim is for a machine that does nothing else."""
+    command = [sys.executable, "-m", "tests.chaos.ettr", "--faults", "2", "--interval", "1"]
+    done = subprocess.run(
+        [*command, "--storage", str(tmp_path)], cwd=repository, capture_output=True, text=True, check=False
+    )
+    real, simulated = (re.search(rf"^{part}: .* ETTR ([\d.]+)%", done.stdout, re.M) for part in PARTS)
+    assert real and simulated and not list(tmp_path.iterdir()), done.stdout + done.stderr
+    foreseen = re.search(r"simulated with these kills: ([\d.]+)%", done.stdout)
+    assert foreseen and float(foreseen[1]) == pytest.approx(float(real[1]), abs=10), done.stdout
+    assert float(simulated[1]) > 90
 
 
 @pytest.mark.slow

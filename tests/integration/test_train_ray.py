@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from raydist.cluster.groups import Wishes
 from raydist.cluster.resources import free_resources
 from raydist.cluster.trainer import run_attempt
 from raydist.errors import CheckpointError, WorkerLost
@@ -77,8 +78,7 @@ def test_an_exception_arrives_with_its_type(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_what_the_run_itself_holds_counts_as_free(tmp_path: Path) -> None:
-    import ray
-    from ray.util.placement_group import placement_group, placement_group_table
+    """Groups of its workers, and those that stand for workers that it wishes to have."""
 
     def free(*ours: str) -> float:
         (node,) = free_resources(ours)
@@ -88,11 +88,11 @@ def test_what_the_run_itself_holds_counts_as_free(tmp_path: Path) -> None:
         while free() != cpus:  # Ray tells it a moment later
             time.sleep(0.05)
 
-    before = free()
-    group = placement_group([{"CPU": 1}, {"CPU": 1}])
-    ray.get(group.ready())
-    wait_for(before - 2)
-    assert free(group.id.hex()) == before
-    ray.util.remove_placement_group(group)
+    wishes, before = Wishes(), free()
+    wishes.make(5, {"CPU": 1.0})  # of a Ray of three CPUs
+    held = wishes.ids
+    wait_for(0)
+    assert len(held) == 5 and free(*held) == before == 3
+    wishes.withdraw()
     wait_for(before)
-    assert placement_group_table(group)["state"] == "REMOVED" and free(group.id.hex()) == before
+    assert free(*held) == before and not wishes.ids
