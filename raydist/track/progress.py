@@ -96,7 +96,7 @@ class View(Listener):
         elif kind == "incident":
             self.message(f"incident: {record.get('what', '')}")
         elif kind == "resize":
-            self.message(f"workers: {record['from']} before, {record['to']} now")
+            self.message(f"workers: {record.get('from')} before, {record.get('to')} now")
         elif kind == "resume":
             self._seconds.clear()
             why = f": {record['why']}" if record.get("why") else ""

@@ -14,7 +14,7 @@ from raydist.track.ettr import effective_time
 from raydist.track.records import Record, read_metrics
 from tests.hosts import Hosts, can_run
 from tests.integration.test_hosts import STEPS, Submitted, check_unbroken, training
-from tests.whole_run import whole_job, write_corpus
+from tests.whole_run import finish, folder_of, start, wait_for_step, whole_job, workers, write_corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(can_run()), reason=can_run())]
 
@@ -116,3 +116,18 @@ def test_a_run_shrinks_from_three_workers_to_one_and_grows_to_two(
     assert effective is not None and 0 < effective.ratio < 1
     with capsys.disabled():
         print(f" [{begun(run.folder)}, ETTR {effective.ratio:.1%}]", end="")
+
+
+def test_a_lost_process_on_a_living_node_changes_nothing(tmp_path: Path) -> None:
+    """Its room is still there. On an embedded Ray, which has as many workers as the machine has cores."""
+    write_corpus(tmp_path / "text.jsonl")
+    job = whole_job(tmp_path / "text.jsonl", tmp_path / "runs")
+    job["scaling"] = {"num_workers": [2, 3], "cpus_per_worker": 1}
+    process = start(job)
+    wait_for_step(folder_of(job), 10, process)
+    workers(process)[1].kill()
+    code, output = finish(process)
+    assert code == 0, output
+    (first, second) = begun(folder_of(job))
+    assert second[1] == first[1] >= 2 and second[0] >= 8
+    assert not of_kind(folder_of(job), "resize")

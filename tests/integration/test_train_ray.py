@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+import ray
+from ray.util.placement_group import placement_group
 
 from raydist.cluster.groups import Wishes
 from raydist.cluster.resources import free_resources
@@ -19,10 +21,11 @@ from raydist.cluster.trainer import run_attempt
 from raydist.errors import CheckpointError, WorkerLost
 from raydist.files import read_json
 from raydist.folder import RunFolder
+from raydist.run.elastic import Workers
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.checkpoint import newest_valid
 from raydist.training.loop import train
-from tests.train_parts import losses, make_spec, run_ranks
+from tests.train_parts import losses, make_job, make_spec, run_ranks
 from tests.weights import weight_hash
 
 pytestmark = pytest.mark.usefixtures("ray_local")
@@ -96,3 +99,26 @@ def test_what_the_run_itself_holds_counts_as_free(tmp_path: Path) -> None:
     wishes.withdraw()
     wait_for(before)
     assert free(*held) == before and not wishes.ids
+
+
+@pytest.mark.slow
+def test_an_attempt_takes_what_others_leave_and_fewer_where_ray_finds_no_room(tmp_path: Path) -> None:
+    """On a Ray of three CPUs, of which a job with explicit CPUs per worker may take all."""
+    scaling = {"num_workers": [1, 3], "cpus_per_worker": 1}
+    workers = Workers(make_job(tmp_path, scaling=scaling), RunFolder(tmp_path / "run"))
+
+    def of_next() -> int:
+        job, _ = workers.of_next_attempt()
+        assert job.scaling.least == job.scaling.most
+        return job.scaling.most
+
+    assert of_next() == 3
+    others = placement_group([{"CPU": 1}, {"CPU": 1}])
+    ray.get(others.ready())
+    assert of_next() == 1
+    ray.util.remove_placement_group(others)
+    assert of_next() == 3
+    assert workers.take_fewer(3) and of_next() == 2 and of_next() == 3, "once"
+    assert workers.take_fewer(2) and not workers.take_fewer(1)
+    fixed = make_job(tmp_path, scaling={"num_workers": 9})
+    assert Workers(fixed, RunFolder(tmp_path / "run")).of_next_attempt()[0] is fixed
