@@ -71,6 +71,7 @@ check: install  ## style, types, and who imports whom
 bench: install  ## raydist against bare programs and Hugging Face's Trainer on the same work
 	$(BIN)/python benchmarks/train_loop.py $(ARGS)
 	$(BIN)/python benchmarks/prepare.py $(ARGS)
+	$(BIN)/python benchmarks/checkpoint.py
 
 .PHONY: bench-gpu
 bench-gpu: install  ## raydist, the Trainer and a bare compiled loop on a GPU (ARGS=--quick: four minutes)

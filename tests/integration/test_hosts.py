@@ -6,6 +6,7 @@ shared file system do.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import threading
 import time
@@ -25,7 +26,7 @@ from raydist.run.attempts import attempt_spec
 from raydist.run.dataset import find_prepared
 from raydist.track.records import read_metrics
 from raydist.training.loop import train
-from tests.hosts import Host, Hosts, can_run
+from tests.hosts import GCS_PORT, Host, Hosts, can_run
 from tests.whole_run import losses, reached, whole_job, write_corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(can_run()), reason=can_run())]
@@ -209,3 +210,27 @@ def ensure_all(hosts: Hosts) -> None:
         if hosts[name].address not in hosts.alive() or not hosts[name].pids():
             hosts.start_worker(hosts[name], num_cpus=1)
     hosts.wait_for_nodes(3)
+
+
+def test_a_notice_leads_to_a_checkpoint_and_the_run_goes_on_elsewhere(
+    hosts: Hosts, job: dict[str, Any]
+) -> None:
+    """A node that Ray drains for preemption is gone at its deadline; regular checkpoints are far away."""
+    ensure_all(hosts)
+    job["train"]["max_steps"], job["checkpoint"]["save_steps"] = 300, 1000
+    run = Submitted(hosts, job)
+    run.wait_for_step(5)
+    lost = victim(hosts)
+    nodes = {node["nodeManagerAddress"]: node["nodeId"] for node in hosts.nodes() or ()}
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    until = ["--deadline-remaining-seconds", "20"]
+    gcs = f"{hosts.head.address}:{GCS_PORT}"
+    asked = lost.run("ray", "drain-node", "--address", gcs, "--node-id", nodes[lost.address], *why, *until)
+    assert asked.returncode == 0, asked.stdout
+    output = run.finish(400)
+    assert re.search(r"will be taken away in \d+ s: a checkpoint is made now", output), output
+    commits = [r for r in read_metrics(run.folder) if r["kind"] == "commit"]
+    first = [r["step"] for r in commits if r["attempt"] == 1]
+    assert first and "s after it was asked for" in output
+    assert f"resumed at step {first[-1]} with 2 workers" in output
+    assert commits[-1]["step"] == 300 and [*losses(run.folder)] == [*range(1, 301)]

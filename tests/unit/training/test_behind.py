@@ -222,7 +222,7 @@ facts: Sequence[tuple[str, int, int, int]] = ()
     [
         ([("a", 10**9, 0, 3 * 10**9)] * 2 + [("b", 10**9, 0, 11 * 10**8)], ""),
         ([("a", 10**9, 0, 2 * 10**9)] * 2, "a has 2 GB of memory free, .* of its 2 workers take 2 GB$"),
-        ([("a", 10**9, 5 * 10**8, 15 * 10**8)], "take 1 GB, besides 0.5 GB that steps take now and then"),
+        ([("a", 10**9, 5 * 10**8, 15 * 10**8)], "take 1 GB, besides 0.5 GB for steps and model/"),
     ],
 )  # fmt: skip
 def test_the_workers_of_a_host_share_its_memory(
