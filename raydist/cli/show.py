@@ -99,6 +99,8 @@ def _frozen(parameters: dict[str, Any]) -> str:
 def sample(shown: Sample) -> None:
     """A line for the sample and for each of its documents, and their text."""
     click.secho(f"sample {shown.number:,}", bold=True)
+    if shown.bad:
+        click.secho(shown.bad, fg="red")
     for seen in shown.pieces:
         piece = seen.piece
         parts = [f"{piece.source}: {piece.file}, row {piece.row:,}", f"{piece.length:,} tokens"]
@@ -278,6 +280,7 @@ def result(result: RunResult) -> None:
             f"tokens in {audit['n_in']:,} = trained {audit['n_trained']:,}"
             f" + held out {audit['n_held_out']:,}"
             + (f" + duplicate {audit['n_duplicate']:,}" if audit["n_duplicate"] else "")
+            + (f" + skipped {audit['n_skipped']:,}" if audit.get("n_skipped") else "")
             + f" + left {audit['n_left']:,}"
         )
         if audit["n_repeated"]:

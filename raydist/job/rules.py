@@ -294,6 +294,55 @@ def _trials_have_a_number(workers: Range, tune: Any) -> str:
     return ""
 
 
+# --- guards
+
+LEAST_THRESHOLD, MOST_THRESHOLD = 3.0, 100.0
+LEAST_SCORED = 20
+
+
+def scored_from(window: int) -> int:
+    """Steps that must be in a window before another step is compared with it: half of it, and at least 20."""
+    return max(LEAST_SCORED, window // 2)
+
+
+def _spikes_are_rare(threshold: float) -> str:
+    if threshold < LEAST_THRESHOLD:
+        share = math.erfc(threshold / math.sqrt(2))  # two figures, each above it with half of this chance
+        return (
+            f"at {threshold:g} deviations about {share:.2%} of all good steps would be skipped, by chance"
+            f" alone; take {LEAST_THRESHOLD:g} or more"
+        )
+    return ""
+
+
+def _spikes_can_be_found(threshold: float) -> str:
+    if threshold > MOST_THRESHOLD:
+        return (
+            f"nothing would ever be a spike: where losses vary by 1%, one would have to be"
+            f" {1 + threshold / 100:,.4g} times their median; take {MOST_THRESHOLD:g} or less"
+        )
+    return ""
+
+
+def _window_fills_up(
+    window: int,
+    mode: str,
+    steps: int | None,
+    tokens: float | None,
+    batch: int | None,
+    batch_tokens: int | None,
+    block_size: int,
+    stages: Named,
+) -> str:
+    if tokens is not None and not stages:
+        steps = math.ceil(tokens / (batch_tokens or (batch or DEFAULT_GLOBAL_BATCH_SIZE) * block_size))
+    if mode == "on" and steps is not None and steps <= scored_from(window):
+        why = f"window: {window} needs {scored_from(window)} steps before the first can be a spike"
+        fix = f"take {2 * (steps // 3)} or less, or mode: record" if steps > 30 else "take mode: record"
+        return f"no spike would be found: {why}, and the run has {steps}; {fix}"
+    return ""
+
+
 # --- a sweep
 
 NOT_SEARCHED = {
@@ -433,6 +482,16 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
         _every_worker_has_a_sequence,
     ),
     ((WORKERS, "tune"), _trials_have_a_number),
+    (("guards.threshold",), _spikes_are_rare),
+    (("guards.threshold",), _spikes_can_be_found),
+    (
+        (
+            *("guards.window", "guards.mode", "train.max_steps", "train.max_tokens"),
+            *("train.global_batch_size", "train.global_batch_tokens", "packing.block_size"),
+            "stages.*.max_tokens",
+        ),
+        _window_fills_up,
+    ),
     (("tune.search.<each>",), _one_distribution),
     (("tune.search.<each>",), _range_has_width),
     (("tune.search.<each>",), _positive_on_a_log_scale),

@@ -426,6 +426,32 @@ class Checkpoint(Section):
     )
 
 
+class Guards(Section):
+    mode: Literal["off", "record", "on"] = Field(
+        "record",
+        description="of steps whose loss or gradient norm is no number, or a spike. on: no worker takes them,"
+        " and their samples count as skipped (each step waits for the GPU); record: spikes"
+        " are recorded with their documents, and a norm that is no number ends the run; off: only the latter",
+    )
+    window: Annotated[int, Field(ge=20, le=2**16)] = Field(
+        128,
+        description="steps before it that a step is compared with; none is before half of them were taken",
+    )
+    threshold: Annotated[float, Field(gt=0)] = Field(
+        6.0,
+        description="a spike is a loss or gradient norm so many standard deviations (by the median absolute"
+        " deviation) above the window's median",
+    )
+    max_skipped: Count = Field(
+        20,
+        description="skipped steps in a row, after which weights and optimizer go back to the last good"
+        " checkpoint, and the samples since then are skipped",
+    )
+    max_rollbacks: Annotated[int, Field(ge=0, le=2**48)] = Field(
+        3, description="such returns in the whole run; where another one would follow, the run ends"
+    )
+
+
 class Eval(Section):
     eval_steps: Count | Literal["epoch"] = Field(
         100,
@@ -487,6 +513,7 @@ class Fields(Section):
     strategy: Strategy = Strategy()
     scaling: Scaling = Scaling()
     checkpoint: Checkpoint = Checkpoint()
+    guards: Guards = Guards()
     eval: Eval = Eval()
     tracking: Tracking = Tracking()
     cluster: Cluster = Cluster()

@@ -18,12 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from raydist.feed.packing import IGNORED
 from raydist.model.cross_entropy import loss_and_gradient, summed_cross_entropy
 from raydist.model.layers import bare_of, text_config
 from raydist.model.router import router_of
 
 LABELS = "raydist_labels"
 """Given to the forward pass of a model that `use_chunked_head` has seen: it returns the summed loss then."""
+BY_TOKEN = "raydist_by_token"  # noqa: S105 - a name, no secret
+"""Next to LABELS, and without gradient: the loss of each label, not their sum."""
 WORTH_ELEMENTS = 2**26
 """Up to this number (256 MiB in fp32) logits are made whole and kept: that is quicker."""
 CHUNKS = 12
@@ -123,13 +126,24 @@ def use_chunked_head(model: nn.Module, head: Head) -> None:
     make_logits = linear.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        labels = kwargs.pop(LABELS, None)
+        labels, by_token = kwargs.pop(LABELS, None), kwargs.pop(BY_TOKEN, False)
         if labels is None:
             return own(*args, **kwargs)
         output = model.base_model(*args, **kwargs)  # type: ignore[operator]
+        if by_token:
+            return losses_of_hidden(output.last_hidden_state, labels)
         loss = loss_of_hidden(output.last_hidden_state, labels)
         router = router_of(model) if model.training else None
         return loss if router is None else loss + router.term(router.balance(output.router_logits), labels)
+
+    def losses_of_hidden(hidden: Tensor, labels: Tensor) -> Tensor:
+        last = model.get_output_embeddings()  # type: ignore[operator]
+        parts, flat = hidden.flatten(0, 1), labels.flatten()
+        losses = [
+            losses_by_token(head(last(parts[rows])), flat[rows])
+            for rows in _chunks(len(parts), last.out_features)
+        ]
+        return torch.cat(losses).view_as(labels)
 
     def loss_of_hidden(hidden: Tensor, labels: Tensor) -> Any:
         last = model.get_output_embeddings()  # type: ignore[operator]
@@ -146,6 +160,16 @@ def use_chunked_head(model: nn.Module, head: Head) -> None:
 
     model.forward, linear.forward = forward, loss_or_logits
     model.__dict__[_HEAD] = linear
+
+
+def losses_by_token(logits: Tensor, labels: Tensor) -> Tensor:
+    """(..., V), (...) -> (...) fp32, 0 where labels are -100. A row of a batch at a time."""
+    with torch.autocast(labels.device.type, enabled=False):
+        rows = zip(logits.unbind(), labels.unbind(), strict=True) if labels.ndim > 1 else [(logits, labels)]
+        losses = [
+            F.cross_entropy(each.float(), of, ignore_index=IGNORED, reduction="none") for each, of in rows
+        ]
+    return torch.stack(losses) if labels.ndim > 1 else losses[0]
 
 
 def has_chunked_head(model: nn.Module, n_rows: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from raydist.model.cross_entropy import summed_cross_entropy
-from raydist.model.head import LABELS, has_chunked_head
+from raydist.model.head import BY_TOKEN, LABELS, has_chunked_head, losses_by_token
 from raydist.model.precision import DTYPES
 from raydist.model.router import ROUTED, router_of
 
@@ -56,6 +56,15 @@ def _inputs(batch: dict[str, Tensor]) -> dict[str, Any]:
     if DOCUMENTS in batch:
         inputs[DOCUMENTS] = [row[row > 0].tolist() for row in batch[DOCUMENTS]]
     return {**inputs, "use_cache": False}
+
+
+def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Of each label, (B, T) fp32, 0 where it is -100. Without gradient; in the memory of an evaluation."""
+    labels, inputs = batch["labels"], _inputs(batch)
+    if batch.keys() <= _KNOWN and has_chunked_head(model, labels.numel()):
+        losses: Tensor = model(**inputs, **{LABELS: labels, BY_TOKEN: True})
+        return losses
+    return losses_by_token(model(**inputs).logits, labels)
 
 
 def loss_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -18,6 +18,7 @@ from raydist.job.schema import Job
 from raydist.model.loss import autocast, loss_of
 from raydist.parallel.optimizer import gradient_norm
 from raydist.parallel.own_optimizer import OwnOptimizer
+from raydist.parallel.strategy import Take
 from raydist.parallel.world import World
 
 
@@ -45,8 +46,8 @@ class DdpOnCpu(Ddp):
             self.world.sum_(self._flat)
         return loss.detach()
 
-    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
-        norm = self._step(lr, max_grad_norm, [self._flat], gradient_norm([self._flat]))
+    def update(self, lr: float, max_grad_norm: float | None, take: Take | None = None) -> Tensor:
+        norm = self._step(lr, max_grad_norm, [self._flat], gradient_norm([self._flat]), take)
         self._flat.zero_()
         return norm
 
@@ -67,8 +68,8 @@ class DdpOnGpu(Ddp):
             self._scaled(loss * self.world.world_size).backward()
         return loss.detach()
 
-    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
+    def update(self, lr: float, max_grad_norm: float | None, take: Take | None = None) -> Tensor:
         gradients = [p.grad for p in self.trainable.values() if p.grad is not None]
-        norm = self._step(lr, max_grad_norm, gradients, gradient_norm(gradients))
+        norm = self._step(lr, max_grad_norm, gradients, gradient_norm(gradients), take)
         self.optimizer.zero_grad()
         return norm

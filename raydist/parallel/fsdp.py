@@ -9,6 +9,8 @@ memory that sharding saves. A quantized layer is sharded too, as bytes that go b
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -22,6 +24,7 @@ from raydist.model.precision import DTYPES
 from raydist.model.quantized import Quantized
 from raydist.parallel.optimizer import gradient_norm
 from raydist.parallel.own_optimizer import OwnOptimizer
+from raydist.parallel.strategy import Take
 from raydist.parallel.weights import broadcast_weights, materialize
 from raydist.parallel.world import World
 
@@ -52,15 +55,22 @@ class Fsdp(OwnOptimizer):
         self._scaled(loss).backward()
         return loss.detach()
 
-    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
+    def update(self, lr: float, max_grad_norm: float | None, take: Take | None = None) -> Tensor:
         gradients = [_local(p.grad) for p in self.trainable.values() if p.grad is not None]
-        norm = self._step(lr, max_grad_norm, gradients, self._norm(gradients))
+        norm = self._step(lr, max_grad_norm, gradients, self._norm(gradients), take)
         self.optimizer.zero_grad()
         return norm
 
     def _norm(self, gradients: list[Tensor]) -> Tensor:
         """Of the whole gradient, of which each rank has a part."""
         return self.world.sum_(gradient_norm(gradients).square_()).sqrt_()
+
+    def load(self, folder: Path, step: int | None) -> None:
+        """A forward pass may have left weights gathered, which the next one would use in place of these."""
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        super().load(folder, step)
 
     def gather_full(self, parameter: nn.Parameter) -> Tensor:
         return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

@@ -17,7 +17,7 @@ from raydist.parallel.optimizer import clip_, make_optimizer, set_learning_rate
 from raydist.parallel.saver import Saver
 from raydist.parallel.share import Piece, share_of
 from raydist.parallel.state import load_state, state_by_name
-from raydist.parallel.strategy import SaveHandle
+from raydist.parallel.strategy import SaveHandle, Take
 from raydist.parallel.world import World
 
 
@@ -36,14 +36,18 @@ class OwnOptimizer:
         """What the backward pass begins with."""
         return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
-    def _step(self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: Tensor) -> Tensor:
-        """gradients, norm: as the backward passes left them, scaled. Only fp16 waits for the norm."""
+    def _step(
+        self, lr: float, max_grad_norm: float | None, gradients: list[Tensor], norm: Tensor, take: Take | None
+    ) -> Tensor:
+        """gradients, norm: as the backward passes left them, scaled. fp16 and `take` wait for the norm."""
         if self.loss_scale is not None:
             scale = self.loss_scale.scale
             norm = norm / scale
             if not self.loss_scale.accepts(norm.item()):
                 return norm
             torch._foreach_mul_(gradients, 1 / scale)
+        if take is not None and not take(norm.item()):
+            return norm
         clip_(gradients, norm, max_grad_norm)
         set_learning_rate(self.optimizer, lr)
         self._saver.settle()
@@ -68,7 +72,6 @@ class OwnOptimizer:
         self._saver.settle()
         if self.loss_scale is not None and step is not None:
             self.loss_scale.load(folder)
-            step -= self.loss_scale.skipped
         load_state(folder, self.trainable, self.optimizer, step)
 
     def gather_full(self, parameter: nn.Parameter) -> Tensor:

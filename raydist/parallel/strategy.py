@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from raydist.parallel.loss_scale import LossScale
+
+Take = Callable[[float], bool]
+"""Whether to take the step with this global gradient norm, before clipping. It may sum over the ranks."""
 
 
 class SaveHandle(Protocol):
@@ -42,11 +46,13 @@ class Strategy(Protocol):
         last: the step's last micro batch on this rank.
         """
 
-    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
+    def update(self, lr: float, max_grad_norm: float | None, take: Take | None = None) -> Tensor:
         """Clip and take the optimizer step; scalar fp64: the global gradient norm before clipping.
 
-        On a GPU nothing waits for the norm, so a step is taken also where it is not finite: the caller reads
-        it in time and ends the attempt before the weights are used. In fp16 such a step is not taken.
+        take: asked before the step; where it says no, the gradients are dropped, and weights and optimizer
+        state stay as they are. A GPU is waited for. Without it nothing waits for the norm, so a step is taken
+        also where it is not finite: the caller reads it in time and ends the attempt before the weights are
+        used. In fp16 such a step is never taken, and `take` is not asked about it.
         Raises TrainingError for too many of these in a row; the attempt must then end.
         """
 
@@ -63,9 +69,10 @@ class Strategy(Protocol):
         """What is being written is left unfinished: the attempt ends."""
 
     def load(self, folder: Path, step: int | None) -> None:
-        """Take back what any strategy saved at `step`, at any number of ranks; None: the weights alone.
+        """Take back what any strategy saved, at any number of ranks, also in place of steps taken since.
 
-        Raises CheckpointError when it does not fit the model.
+        step: those that the optimizer had taken; None: the weights alone. Raises CheckpointError when it does
+        not fit the model.
         """
 
     def gather_full(self, parameter: nn.Parameter) -> Tensor:

@@ -7,9 +7,10 @@ number of ranks. Ours are made with its functions to read and write sharded stat
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from raydist.parallel.optimizer import make_optimizer, set_learning_rate
 from raydist.parallel.saver import Saver
 from raydist.parallel.share import Piece, shared_out
 from raydist.parallel.state import check_fits, chunks, fresh_state, read_state, slots_of
-from raydist.parallel.strategy import SaveHandle
+from raydist.parallel.strategy import SaveHandle, Take
 from raydist.parallel.weights import materialize
 from raydist.parallel.world import World
 
@@ -65,6 +66,43 @@ class Zero:
             # DeepSpeed's own scaler for autocast clips by the scaled norm, and is updated once for each group
             self.engine.optimizer.torch_autocast_gradscaler = None
             self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
+        self._take: Take | None = None
+        self._refused: float | None = None
+        self._ask_before_steps()
+
+    def _ask_before_steps(self) -> None:
+        """DeepSpeed skips a step whose norm is infinite: what its optimizer computes of the gradients is
+        replaced by infinity where `take` says no.
+        """
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        optimizer = self.engine.optimizer
+        if self.sharded:
+            norms_of_groups = optimizer._get_norm_groups
+
+            def norms_or_infinity() -> list[Any]:
+                norms: list[Any] = norms_of_groups()
+                return norms if self._takes(lambda: combine_grad_norm_groups(norms)) else [math.inf]
+
+            optimizer._get_norm_groups = norms_or_infinity
+            return
+        norm_of_all = optimizer.scaled_global_norm
+
+        def norm_or_infinity(*args: Any, **kwargs: Any) -> Any:
+            norm = norm_of_all(*args, **kwargs)
+            return norm if self._takes(lambda: norm) else math.inf
+
+        optimizer.scaled_global_norm = norm_or_infinity
+
+    def _takes(self, scaled_norm: Callable[[], Any]) -> bool:
+        """In fp16 an infinite norm is the loss scale's alone."""
+        if self._take is None:
+            return True
+        norm = float(scaled_norm()) / (1.0 if self.loss_scale is None else self.loss_scale.scale)
+        if (self.loss_scale is not None and not math.isfinite(norm)) or self._take(norm):
+            return True
+        self._refused = norm
+        return False
 
     def _partition(self, deepspeed: Any, config: dict[str, Any]) -> None:
         """One parameter at a time; `initialize` alone would first move the whole model to the device."""
@@ -82,12 +120,13 @@ class Zero:
             self.engine.step()  # counts the micro batch
         return loss.detach()
 
-    def update(self, lr: float, max_grad_norm: float | None) -> Tensor:
+    def update(self, lr: float, max_grad_norm: float | None, take: Take | None = None) -> Tensor:
         """DeepSpeed unscales and clips within its step, reads the norm, and skips the step when it is bad."""
         set_learning_rate(self.engine.optimizer, lr)
         self._saver.settle()
+        self._take, self._refused = take, None
         self.engine.step()
-        norm = float(self.engine.get_global_grad_norm())
+        norm = float(self.engine.get_global_grad_norm()) if self._refused is None else self._refused
         if self.loss_scale is not None:
             self.loss_scale.accepts(norm)
             self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
@@ -142,7 +181,6 @@ class Zero:
         if self.loss_scale is not None and step is not None:
             self.loss_scale.load(folder)
             self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
-            step -= self.loss_scale.skipped
         if step is not None:
             self.engine.optimizer.optimizer.state.clear()
             self._fill_state(step)

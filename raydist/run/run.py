@@ -151,7 +151,7 @@ def account(life: Life, prepared: Prepared, feed: Feed) -> None:
     folder, sample = life.folder, None
     life.listener.phase("accounting for every token")
     newest = next(commits(folder), None)
-    counted = audit(feed, newest.samples if newest else 0)
+    counted = audit(feed, newest.samples, newest.skipped.ranges) if newest else audit(feed, 0)
     if folder.model.exists():
         life.listener.phase("sampling", "a text of the trained model")
         sample = text_sample(prepared, folder)

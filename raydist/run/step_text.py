@@ -17,6 +17,8 @@ from raydist.job.plan import make_plan
 from raydist.model.build import load_tokenizer
 from raydist.run.dataset import find_prepared
 from raydist.run.lifecycle import began_with
+from raydist.track.records import effective
+from raydist.training.checkpoint import commits
 from raydist.training.collate import make_collator
 
 
@@ -34,15 +36,19 @@ class Seen:
 
 @dataclass(frozen=True)
 class Sample:
-    """number: in the run.  n_padding: inputs behind the last piece."""
+    """number: in the run.  n_padding: inputs behind the last piece.
+
+    bad: that its step was skipped or found bad, and why; empty for any other.
+    """
 
     number: int
     pieces: list[Seen]
     n_padding: int
+    bad: str = ""
 
     def to_json(self) -> dict[str, Any]:
         seen = [each.to_json() for each in self.pieces]
-        return {"sample": self.number, "pieces": seen, "n_padding": self.n_padding}
+        return {"sample": self.number, "pieces": seen, "n_padding": self.n_padding, "bad": self.bad}
 
 
 def samples_of_step(folder: RunFolder, step: int) -> Iterator[Sample]:
@@ -59,6 +65,7 @@ def samples_of_step(folder: RunFolder, step: int) -> Iterator[Sample]:
     starts, sizes = [stage.start for stage in feed.stages], [stage.global_batch_size for stage in plan.stages]
     batches = global_batches(starts, 0, plan.samples, sizes)
     _, first, end = next(batch for number, batch in enumerate(batches, 1) if number == step)
+    bad = _bad(folder, step, first, end)
     tokenizer, collate = load_tokenizer(prepared.tokenizer.folder), make_collator(job.train.collator)
     for g in range(first, end):
         batch = {name: torch.from_numpy(array) for name, array in feed.batch([g]).items()}
@@ -70,4 +77,21 @@ def samples_of_step(folder: RunFolder, step: int) -> Iterator[Sample]:
             inputs = slice(piece.first, filled)
             text = str(tokenizer.decode(ids[inputs].tolist()))
             seen.append(Seen(piece, text, int((labels[inputs] != IGNORED).sum())))
-        yield Sample(g, seen, len(ids) - filled)
+        yield Sample(g, seen, len(ids) - filled, bad)
+
+
+def _bad(folder: RunFolder, step: int, first: int, end: int) -> str:
+    """By the newest checkpoint, and by the records of the steps since then."""
+    records = [record for record in effective(folder) if record["kind"] == "skip"]
+    own = next((record for record in records if record["step"] == step), None)
+    back = [
+        r for r in records if r.get("back_to") is not None and r["skipped_from"] <= first < r["end_sample"]
+    ]
+    newest = next(commits(folder), None)
+    if own is not None:
+        became = "trained, though bad" if own["action"] == "recorded" else "skipped"
+        return f"step {step} was {became}: {own['reason']}"
+    if back:
+        when, to = back[0]["step"], back[0]["back_to"]
+        return f"step {step} was skipped: at step {when} the run went back to step {to}"
+    return f"step {step} was skipped" if newest is not None and newest.skipped.holds(first, end) else ""

@@ -53,6 +53,21 @@ def phases(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {spent:,.1f} s" for name, spent in seconds.items())
 
 
+def skip(record: Mapping[str, Any]) -> str:
+    """A bad step, what became of it, and the first of its documents."""
+    became = {"recorded": "is bad, and was trained"}.get(record["action"], "was skipped")
+    documents, more = record["documents"], record.get("more_documents") or 0
+    named = [f"{each.get('source')}: {each.get('file')}, row {each.get('row')}" for each in documents[:1]]
+    others = len(documents) - len(named) + more
+    named += [f"and {others:,} more documents"] if others else []
+    back = record.get("back_to")
+    return (
+        f"step {record['step']:,} {became}: {record['reason']}"
+        + (f" ({' '.join(named)})" if named else "")
+        + (f"; the run goes back to step {back:,} and skips all samples since" if back is not None else "")
+    )
+
+
 def tried(record: Mapping[str, Any]) -> str:
     """Of an attempt's start: which micro batches were tried to find the largest that fits, or why none was.
 

@@ -19,7 +19,7 @@ from rich import progress
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from raydist.track.humanize import clean, duration, number, tried, workers
+from raydist.track.humanize import clean, duration, number, skip, tried, workers
 from raydist.track.listener import Listener
 from raydist.track.records import Record, evaluations, supersede
 
@@ -93,6 +93,8 @@ class View(Listener):
             self._train(record)
         elif kind == "eval":
             self._evaluation(record["step"], record["source"], record["perplexity"])
+        elif kind == "skip":
+            self.message(skip(record))
         elif kind == "incident":
             self.message(f"incident: {record.get('what', '')}")
         elif kind == "resize":

@@ -64,7 +64,13 @@ _NUMBERS = frozenset(
 )
 """Values that readers take for numbers, or null."""
 
-_NEEDED = {"train": ("step",), "eval": ("step", "source", "perplexity"), "phases": ("seconds",)}
+_OF_A_SKIP = ("step", "action", "reason", "first_sample", "end_sample", "documents")
+_NEEDED = {
+    "train": ("step",),
+    "eval": ("step", "source", "perplexity"),
+    "phases": ("seconds",),
+    "skip": _OF_A_SKIP,
+}
 """Values that readers of this kind of record take for granted."""
 
 NOT_FIGURES = frozenset({"step", "attempt", "time"})

@@ -85,6 +85,7 @@ def render(run: RunFolder, *, state: str = "", error: str = "") -> str:
         evaluations=evaluations(records),
         gained=gained_and_forgotten(records),
         plots=[*_plots(train, evaluations(records)), _workers(records)],
+        skips=[record for record in records if record["kind"] == "skip"],
         history=[record for record in records if record["kind"] in HISTORY],
         data=dict.fromkeys(("sources", "packing", "sample", "audit", "parameters")) | run.data(),
     )

@@ -12,6 +12,7 @@ COMMIT.json carries its own checksum, those of the state's files, and a copy of 
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
@@ -24,6 +25,7 @@ from raydist.background import in_background
 from raydist.bucket import mirror
 from raydist.errors import CheckpointError
 from raydist.folder import COMMIT, RunFolder, taken_by_another
+from raydist.parallel import loss_scale
 from raydist.parallel.world import World
 from raydist.places import uri_of
 from raydist.sealed import read_sealed, sealed
@@ -56,17 +58,63 @@ class Counts:
         return {name: n for name, n in asdict(self).items() if n or name != "bos"}
 
 
+@dataclass(frozen=True)
+class Skipped:
+    """Steps that changed nothing, since the run began: how many.
+
+    ranges: their samples, [start, stop) each, in order and apart.  tokens: document tokens in these.
+    """
+
+    steps: int = 0
+    ranges: tuple[tuple[int, int], ...] = ()
+    tokens: int = 0
+
+    @property
+    def samples(self) -> int:
+        return sum(stop - start for start, stop in self.ranges)
+
+    def holds(self, start: int, stop: int) -> bool:
+        """Whether one of the samples [start, stop) is skipped."""
+        return any(lo < stop and start < hi for lo, hi in self.ranges)
+
+    def add(self, start: int, stop: int, *, steps: int, tokens: int) -> Skipped:
+        """With samples [start, stop), which lie behind all that are skipped so far."""
+        *before, (first, end) = self.ranges or ((start, start),)
+        ranges = (*before, (first, stop)) if end == start else (*self.ranges, (start, stop))
+        return Skipped(self.steps + steps, ranges, self.tokens + tokens)
+
+    def counts(self) -> dict[str, int]:
+        """As the ledger has them."""
+        return {"samples": self.samples, "tokens": self.tokens}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"steps": self.steps, "samples": self.ranges, "tokens": self.tokens}
+
+    @classmethod
+    def from_json(cls, given: dict[str, Any]) -> Skipped:
+        return cls(given["steps"], tuple((lo, hi) for lo, hi in given["samples"]), given["tokens"])
+
+
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """How far a run is. step: optimizer steps made.  samples: the data position.
+    """How far a run is. step: steps made, with those that were skipped.  samples: the data position.
 
-    seen: counts since the start of the run.  evals: results of this very step by source, if there are any.
+    seen: counts of what was trained since the start of the run; skipped: what was not.  evals: results of
+    this very step by source, if there are any.  guards: what the guard of the steps remembers, as
+    `Guard.to_json` gives it; None where there is none.
     """
 
     step: int = 0
     samples: int = 0
     seen: Counts = Counts()
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)
+    skipped: Skipped = Skipped()
+    guards: dict[str, Any] | None = None
+
+    @property
+    def updates(self) -> int:
+        """Steps that the optimizer took."""
+        return self.step - self.skipped.steps
 
     @property
     def eval_loss(self) -> float | None:
@@ -134,7 +182,7 @@ class Checkpoints:
         self.last = found or read_commit(self.folder.checkpoint(step))
         have(self.last)
         check_same_data(self.last, self.feed)
-        self.strategy.load(self.last.state, step)
+        self.strategy.load(self.last.state, self.last.updates)
         self.resumed_from = step
         return self.last
 
@@ -173,6 +221,17 @@ class Checkpoints:
         """The attempt has ended. What is being written is given up; what is being removed is gone then."""
         self.strategy.close()
         wait(self._removing)
+
+    def go_back(self, step: int) -> Commit | None:
+        """Load the newest good checkpoint up to `step`, in place; None where there is none."""
+        found = _good(self.folder, step) if self.world.is_main else None
+        at = self.world.from_main(found.step if found else -1)
+        if at < 0:
+            return None
+        found = found or read_commit(self.folder.refresh().checkpoint(at))
+        have(found)
+        self.strategy.load(found.state, found.updates)
+        return found
 
     def load_weights(self, step: int) -> Commit:
         """Those of an earlier commit, without its optimizer state."""
@@ -220,6 +279,16 @@ class Checkpoints:
         return made
 
 
+def _good(folder: RunFolder, step: int) -> Commit | None:
+    """The newest commit up to `step` that verifies, and after which no skipped steps were under way."""
+    for found in commits(folder):
+        if found.step <= step and not (found.guards or {}).get("in_a_row"):
+            with contextlib.suppress(CheckpointError):
+                verify(found)
+                return found
+    return None
+
+
 def begin(folder: Path) -> None:
     """An empty folder. One writer at a time; rank 0 alone calls this, or one rank of each node."""
     shutil.rmtree(folder, ignore_errors=True)
@@ -242,7 +311,7 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
                 why=f"rank 0 sees no such file of {file['size']} bytes, so nobody could resume from it",
                 fix="let storage be a bucket, or a folder that all nodes share, at the same path",
             )
-    values = {
+    values: dict[str, Any] = {
         "id": done.ledger,
         "previous": since.ledger if since else None,
         "attempt": done.attempt,
@@ -252,13 +321,21 @@ def commit(folder: RunFolder, made: Commit, resumed_from: int, since: Commit | N
         "samples": [since.samples if since else 0, done.samples],
         **(done.seen - since.seen if since else done.seen).to_json(),
     }
+    if done.skipped != (before := since.skipped if since else Skipped()):
+        values["skipped"] = {name: n - before.counts()[name] for name, n in done.skipped.counts().items()}
     folder.flush()
     done = replace(done, line=ledger.append(folder, values))
-    record = {**asdict(done), "seen": done.seen.to_json()}
     with taken_by_another(done.path / COMMIT):
-        files.create_json(done.path / COMMIT, sealed({k: v for k, v in record.items() if k != "path"}))
+        files.create_json(done.path / COMMIT, sealed(_record(done)))
     files.flush_to_disk(folder.checkpoints)
     return done
+
+
+def _record(done: Commit) -> dict[str, Any]:
+    """The content of COMMIT.json; without what there is none of, as in those of older versions."""
+    record = {**asdict(done), "seen": done.seen.to_json(), "skipped": done.skipped.to_json()}
+    left_out = {"path", *["skipped"] * (done.skipped == Skipped()), *["guards"] * (done.guards is None)}
+    return {name: value for name, value in record.items() if name not in left_out}
 
 
 def _size(path: Path) -> int | None:
@@ -282,8 +359,9 @@ def read_commit(path: Path) -> Commit:
     file = path / COMMIT
     try:
         raw = read_sealed(file, CheckpointError, GO_ON)
-        found = Commit(**{**raw, "path": path, "seen": Counts(**raw["seen"])})
-    except (FileNotFoundError, KeyError, TypeError) as error:
+        known = {"path": path, "seen": Counts(**raw["seen"]), "skipped": _skipped(path, raw)}
+        found = Commit(**{**raw, **known})
+    except (FileNotFoundError, KeyError, TypeError, ValueError) as error:
         why = f"it does not hold what raydist writes there: {error}"
         raise CheckpointError(f"{COMMIT} is damaged", where=str(file), why=why, fix=GO_ON) from error
     if path.name != f"step-{found.step:08d}":
@@ -300,6 +378,14 @@ def have(found: Commit) -> None:
     """The state's files on this node, where the run is in a bucket."""
     for name, expected in (found.files or {}).items():
         mirror.fetch(found.state / name, expected)
+
+
+def _skipped(path: Path, raw: dict[str, Any]) -> Skipped:
+    """Older versions counted steps that fp16 skipped in a file of their own, and their samples as trained."""
+    if "skipped" in raw:
+        return Skipped.from_json(raw["skipped"])
+    of_scale = path / loss_scale.FILE
+    return Skipped(steps=files.read_json(of_scale)["skipped"] if of_scale.exists() else 0)
 
 
 def verify(found: Commit) -> None:
@@ -348,7 +434,8 @@ def newest_valid(
 
 def disagreement(folder: RunFolder, found: Commit) -> CheckpointError | None:
     """What is wrong where the ledger does not lead to this commit."""
-    why = ledger.contradiction(folder, found.ledger, found.step, found.samples, asdict(found.seen))
+    counts = asdict(found.seen), found.skipped.counts()
+    why = ledger.contradiction(folder, found.ledger, found.step, found.samples, *counts)
     if why is None:
         return None
     return CheckpointError(
@@ -407,9 +494,14 @@ def tidy(folder: RunFolder, resumed: Commit | None) -> None:
 def retain(
     folder: RunFolder, save_total_limit: int, remove: Callable[[Path], object] = files.remove_folder
 ) -> None:
-    """Keep the newest `save_total_limit` and the best; the others no longer count, and are removed."""
+    """Keep the newest `save_total_limit`, the best, and the one that skipped steps would lead back to.
+
+    The others no longer count, and are removed.
+    """
     found = list(commits(folder))
     kept = {c.path for c in found[:save_total_limit]} | {c.path for c in [best(folder)] if c is not None}
+    back_to = (found[0].guards or {}).get("back_to") if found else None
+    kept |= {c.path for c in found if c.step == back_to}
     for old in found:
         if old.path not in kept:
             files.remove(old.path / COMMIT)  # first: half a folder must not look like a checkpoint

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class StepResult:
-    """An optimizer step that was taken. The attempt's step and samples are already those after it.
+    """A step. The attempt's step and samples are already those after it.
 
     loss: mean over the labels of the global batch, in nats; None but at the steps that are recorded (every
     `logging_steps`, and the attempt's first), since reading it makes a GPU wait.  grad_norm: before clipping;
     None as the loss is, and not finite where fp16 skipped the step.  learning_rate: of this step.
+    taken: whether it changed the weights; fp16 and guards skip steps.
     counts: inputs of the global batch.  wait_seconds: for its data, here.
     flops: what this rank's part of the batch takes to compute (raydist/model/work.py).
     figures: what else the record of the step holds; hooks may add numbers by names of their own.
@@ -45,6 +46,7 @@ class StepResult:
     counts: Counts
     wait_seconds: float
     flops: float = 0.0
+    taken: bool = True
     figures: dict[str, Any] = field(default_factory=dict)
 
 

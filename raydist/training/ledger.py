@@ -85,12 +85,18 @@ def damage(folder: RunFolder, newest: str) -> CheckpointError | None:
 
 
 def contradiction(
-    folder: RunFolder, ledger: str, step: int, samples: int, tokens: Mapping[str, int]
+    folder: RunFolder,
+    ledger: str,
+    step: int,
+    samples: int,
+    tokens: Mapping[str, int],
+    skipped: Mapping[str, int],
 ) -> str | None:
     """Why the ledger does not lead to a commit; None if it does.
 
-    ledger: the id of the commit's line.  tokens: {tokens, eos, padding, bos} of the run up to it. The lines
-    from the first to this one must follow each other and add up; one without bos has 0 of them.
+    ledger: the id of the commit's line.  tokens: {tokens, eos, padding, bos} of the run up to it.  skipped:
+    its {samples, tokens} that were not trained. The lines from the first to this one must follow each other
+    and add up; one without bos or skipped has 0 of them.
     """
     lines = [_parsed(text) for text in read_lines(folder)]
     wanted: str | None = ledger
@@ -104,10 +110,16 @@ def contradiction(
             step, samples, wanted = line["steps"][0], line["samples"][0], line["previous"]
             line = {"bos": 0, **line}
             tokens = {name: n - line[name] for name, n in tokens.items()}
+            of_line = line.get("skipped", dict.fromkeys(skipped, 0))
+            skipped = {name: n - of_line[name] for name, n in skipped.items()}
         except (KeyError, IndexError, TypeError):
             return f"line {wanted} is not one that raydist writes"
         if wanted is None:
-            return "its lines do not add up" if any((step, samples, *tokens.values())) else None
+            return (
+                "its lines do not add up"
+                if any((step, samples, *tokens.values(), *skipped.values()))
+                else None
+            )
     return None if lines[:1] == [LOST] else f"it has no line {wanted}"
 
 

@@ -6,6 +6,7 @@ import contextlib
 import struct
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -55,6 +56,7 @@ from raydist.training.records import Records
 from raydist.training.room import Room
 from raydist.training.schedule import learning_rate
 from raydist.training.shard_check import ShardCheck
+from raydist.training.skips import Skips
 
 if TYPE_CHECKING:
     from raydist.corpus.log import Shard
@@ -127,7 +129,8 @@ class Attempt:
         self.work, self.router = work_of(model), router_of(model)
         self.state_bytes = self.n_trainable * FP32 + state_bytes(model, self.job.train)
         self.strategy = make_strategy(model, self.job, world, self.plan.accumulation_steps)
-        self.position, self.norms = Position(), Norms(self.folder, world)
+        self.position, self.skips = Position(), Skips(self)
+        self.norms = Norms(self.folder, world, self.skips.look if self.job.guards.mode == "record" else None)
         self.checkpoints = Checkpoints(
             self.folder,
             world,
@@ -141,6 +144,7 @@ class Attempt:
         resumed = self.checkpoints.resume(lambda what: self.record("incident", what=what))
         self.resumed = resumed is not None
         self.position = resumed or self.position
+        self.skips.resume(resumed)
         requests = [StopOnRequest(), ResizeOnRequest(), CommitOnRequest()]
         best = [KeepBest()] if self.job.checkpoint.load_best_model_at_end else []
         own = load_hooks(self.job.train.hooks)
@@ -151,7 +155,7 @@ class Attempt:
 
     @property
     def step(self) -> int:
-        """Optimizer steps made since the run began."""
+        """Steps made since the run began, with those that were skipped."""
         return self.position.step
 
     @property
@@ -175,10 +179,11 @@ class Attempt:
             n_labels, counts, stop = self._agree(batch)
             lr = learning_rate(self.step, self.plan.steps, self.job.train)
             loss = self._forward_backward(batch, n_labels)
-            norm = self._update(loss, lr)
-            self._advance(batch, counts)
+            norm, taken = self._update(batch, loss, lr)
+            self._advance(batch, counts, taken=taken)
+            self.skips.act(lambda: self._commit_written(wait=True))
             flops = self.work.flops(batch.n_tokens + batch.n_eos + batch.n_bos, batch.documents)
-            result = StepResult(*self._read(loss, norm), lr, counts, batch.wait_seconds, flops)
+            result = StepResult(*self._read(loss, norm), lr, counts, batch.wait_seconds, flops, taken)
             if result.loss is not None and self.router is not None:
                 balance = self.world.sum_floats([self.router.sum_seen()])[0] / n_labels
                 result.figures["router_aux_loss"] = balance
@@ -265,19 +270,26 @@ class Attempt:
             loss += self.strategy.forward_backward(micro_batch, n_labels, last=last)
         return loss
 
-    def _update(self, loss: Tensor, lr: float) -> Tensor:
-        """The gradient norm, scalar, not read yet."""
-        taken = Taken(self.step + 1, self.samples, loss)
+    def _update(self, batch: Step, loss: Tensor, lr: float) -> tuple[Tensor, bool]:
+        """The gradient norm, scalar, not read yet unless guards ask for it; whether the step was taken."""
+        step = Taken(self.step + 1, self.samples, loss, batch)
         try:
-            norm = self.strategy.update(lr, self.job.train.max_grad_norm)
+            norm = self.strategy.update(lr, self.job.train.max_grad_norm, self.skips.gate(step))
         except TrainingError as error:
-            raise self.norms.located(error, taken) from error
-        if self.strategy.loss_scale is None:
-            self.norms.add(norm, taken)
-        return norm
+            raise self.norms.located(error, step) from error
+        if self.strategy.loss_scale is not None and self.strategy.loss_scale.bad:
+            return norm, False
+        if self.job.guards.mode != "on":
+            self.norms.add(norm, step)
+        return norm, not self.skips.refused
 
-    def _advance(self, batch: Step, counts: Counts) -> None:
-        self.position = Position(step=self.step + 1, samples=batch.stop, seen=self.seen + counts)
+    def _advance(self, batch: Step, counts: Counts, *, taken: bool) -> None:
+        skipped, seen = self.position.skipped, self.seen
+        if taken:
+            seen += counts
+        else:
+            skipped = skipped.add(batch.start, batch.stop, steps=1, tokens=counts.tokens)
+        self.position = Position(step=self.step + 1, samples=batch.stop, seen=seen, skipped=skipped)
 
     def _read(self, loss: Tensor, norm: Tensor) -> tuple[float | None, float | None]:
         """The step's loss over all ranks and its gradient norm, where they are recorded. A GPU waits then."""
@@ -309,7 +321,7 @@ class Attempt:
                 self.phases.at,
             )
             evals = {result.source: result.to_json() for result in results}
-            self.position = Position(step=self.step, samples=self.samples, seen=self.seen, evals=evals)
+            self.position = replace(self.position, evals=evals)
             for hook in self.hooks:
                 hook.on_evaluate(self, evals)
 
@@ -340,7 +352,8 @@ class Attempt:
         self.norms.check()
         with self.phases.during("checkpoint"):
             self._commit_written(wait=True)
-            self.checkpoints.save(self.position, self.shard_check.so_far())
+            position = self.skips.remembered(due=self._due(self.job.checkpoint.save_steps))
+            self.checkpoints.save(position, self.shard_check.so_far())
             self._commit_asked = False
             if not self.checkpoints.behind:
                 self._commit_written(wait=True)

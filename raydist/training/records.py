@@ -66,8 +66,11 @@ class Records(Hook):
     def on_step(self, attempt: Attempt, result: StepResult) -> None:
         self._steps, self._tokens = self._steps + 1, self._tokens + result.counts.tokens
         self._wait_seconds, self._flops = self._wait_seconds + result.wait_seconds, self._flops + result.flops
-        if (scale := attempt.strategy.loss_scale) is not None:
-            result.figures.update(loss_scale=scale.scale, skipped_steps=scale.skipped)
+        scale, skipped = attempt.strategy.loss_scale, attempt.position.skipped
+        if scale is not None or attempt.job.guards.mode == "on":
+            result.figures.update(skipped_steps=skipped.steps, skipped_samples=skipped.samples)
+        if scale is not None:
+            result.figures.update(loss_scale=scale.scale)
             if scale.bad:
                 attempt.record(
                     "incident",

@@ -142,6 +142,18 @@ CASES: list[tuple[tuple[str, ...], str]] = [
         ("scaling.num_workers=[1, 2]", GRID),
         "--set scaling.num_workers: scaling.num_workers: a sweep's trials have a number of work",
     ),
+    (
+        ("guards.threshold=2",),
+        "--set guards.threshold: guards.threshold: at 2 deviations about 4.55% of all good steps would be",
+    ),
+    (
+        ("guards.threshold=101",),
+        "--set guards.threshold: guards.threshold: nothing would ever be a spike: where losses vary by 1%",
+    ),
+    (
+        ("guards.mode=on",),
+        "--set guards.mode: guards.mode: no spike would be found: window: 128 needs 64 steps before the",
+    ),
     ((searched("train.lr", "{choice: [1], grid: [1]}"),), f"{SEARCH}train.lr: give exactly one of"),
     (
         (searched("train.lr", "{uniform: [1, 1]}"),),

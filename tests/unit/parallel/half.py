@@ -25,11 +25,11 @@ class Hurried(LossScale):
         return taken
 
 
-def past_the_refusal() -> None:
-    """In this process fp16 runs on CPU, and the first steps overflow."""
+def past_the_refusal(scale: type[LossScale] = Hurried, first: float = 2.0**40) -> None:
+    """In this process fp16 runs on CPU; by default its first steps overflow."""
     build.check_precision = lambda *_, **__: None
     for module in (own_optimizer, zero):
-        module.loss_scale_for = lambda precision: Hurried(2.0**40) if precision == "fp16" else None
+        module.loss_scale_for = lambda precision: scale(first) if precision == "fp16" else None
 
 
 def run_half(folder: Path, cases: list[tuple[str, str, str]]) -> None:
