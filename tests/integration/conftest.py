@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from raydist.cli import main
 from raydist.folder import RunFolder
 from tests.whole_run import folder_of, submit, whole_job, write_corpus
+
+Command = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def command(capfd: pytest.CaptureFixture[str]) -> Command:
+    """The command line in this process: command(*arguments) -> (exit status, output)."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main(arguments)
+        assert isinstance(ended.value.code, int)
+        return ended.value.code, "".join(capfd.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -68,20 +68,6 @@ def here(ray_local: None, capfd: pytest.CaptureFixture[str]) -> Here:
     return submit_here
 
 
-@pytest.fixture
-def command(capfd: pytest.CaptureFixture[str]) -> Command:
-    """The command line in this process: command(*arguments) -> (exit status, output)."""
-
-    def run(*arguments: str) -> tuple[int, str]:
-        capfd.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main(arguments)
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, "".join(capfd.readouterr())
-
-    return run
-
-
 def test_a_run_from_raw_files_to_a_model(undisturbed: tuple[RunFolder, str]) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

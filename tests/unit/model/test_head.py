@@ -24,7 +24,7 @@ from raydist.model.attention.choose import set_attention
 from raydist.model.build import quietly
 from raydist.model.cross_entropy import summed_cross_entropy
 from raydist.model.head import Head, find_head, has_chunked_head, rows_at_once, use_chunked_head
-from raydist.model.loss import autocast, logits_of, loss_of
+from raydist.model.loss import autocast, logits_of, loss_of, token_losses
 from raydist.training.attempt_spec import AttemptSpec
 from raydist.training.loop import train
 from raydist.training.torchrun import torchrun_world, train_rank
@@ -108,6 +108,14 @@ def test_what_follows_the_head_is_found_and_the_gradients_are_those_of_whole_log
         assert (gradient - expected[name]).abs().max() <= limit, name
     with torch.no_grad():
         torch.testing.assert_close(loss_of(model.eval(), batch), expected_loss, rtol=1e-5, atol=0)
+        assert_losses_by_token(model, batch)
+
+
+def assert_losses_by_token(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> None:
+    logits, labels = logits_of(model, batch).float().flatten(0, 1), batch["labels"]
+    each = F.cross_entropy(logits, labels.flatten(), reduction="none").view_as(labels)
+    torch.testing.assert_close(token_losses(model, batch), each, rtol=1e-5, atol=1e-5)
+    assert (each[labels < 0] == 0).all() and (labels < 0).any()
 
 
 def test_a_head_that_does_something_else_is_left_alone() -> None:
@@ -142,6 +150,8 @@ def test_under_lora(tied: bool, target: str | list[str]) -> None:
                 parameter.normal_(std=0.1)
     expected = gradients(adapted, whole_loss(adapted, batch))
     ours = gradients(adapted, loss_of(adapted, batch))
+    with torch.no_grad():
+        assert_losses_by_token(adapted, batch)
     assert ours.keys() == expected.keys() and any("lora_A" in name for name in ours)
     for name, gradient in ours.items():
         torch.testing.assert_close(

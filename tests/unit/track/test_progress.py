@@ -78,6 +78,23 @@ def test_the_end_is_expected_by_recent_steps_and_again_after_a_resume() -> None:
     assert lines[32].endswith("ETA 13:10")
 
 
+def test_bad_steps_and_what_became_of_them_are_lines() -> None:
+    said: list[str] = []
+    view = Lines(said.append)
+    documents = [{"source": "web", "file": "a.txt", "row": 7}, {"source": "web", "file": "a.txt", "row": 8}]
+    skip = {"kind": "skip", "step": 12, "reason": "the loss is nan", "documents": documents}
+    skip |= {"first_sample": 88, "end_sample": 96, "more_documents": 3}
+    view.record({**skip, "action": "skipped"})
+    view.record({**skip, "action": "recorded", "documents": []})
+    view.record({**skip, "action": "rolled back", "back_to": 10, "skipped_from": 80})
+    first = "the loss is nan (web: a.txt, row 7 and 4 more documents)"
+    assert said == [
+        f"step 12 was skipped: {first}",
+        "step 12 is bad, and was trained: the loss is nan (and 3 more documents)",
+        f"step 12 was skipped: {first}; the run goes back to step 10 and skips all samples since",
+    ]
+
+
 def test_what_was_tried_for_micro_batches_is_shown() -> None:
     stream = io.StringIO()
     tries = [{"sequences": n, "block_size": 2048, "bytes": peak} for n, peak in ((24, 61e9), (48, None))]

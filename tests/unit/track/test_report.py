@@ -129,6 +129,36 @@ def test_the_page_tells_the_whole_run(run: Path) -> None:
     assert page.count("<svg") == 6
 
 
+SKIP = {
+    "kind": "skip",
+    "step": 12,
+    "attempt": 1,
+    "time": 1e9 + 1012,
+    "action": "skipped",
+    "reason": "the loss 9.1 is 12.0 deviations above 3, the median of 128 steps",
+    "loss": 9.1,
+    "first_sample": 88,
+    "end_sample": 96,
+    "documents": [{"source": "web", "file": f"{n}.txt", "row": n, "loss": 9.5} for n in range(7)],
+    "more_documents": 1000,
+    "stand_out": True,
+}
+
+
+def test_the_page_lists_bad_steps_and_their_documents(run: Path) -> None:
+    assert "Bad steps" not in text_of(write_report(RunFolder(run)).read_text())
+    back = {"step": 13, "action": "rolled back", "back_to": 10, "skipped_from": 80, "stand_out": False}
+    with (run / "metrics.jsonl").open("a") as stream:
+        for record in (SKIP, SKIP | back | {"documents": SKIP["documents"][:1], "more_documents": 0}):
+            stream.write(json.dumps(record) + "\n")
+    (run / "data.json").write_text(json.dumps(DATA | {"audit": DATA["audit"] | {"n_skipped": 500}}))
+    told = text_of(write_report(RunFolder(run)).read_text())
+    assert "Bad steps 2" in told and "500 skipped, 0.2 %" in told
+    assert "12 88 to 95 skipped the loss 9.1 is 12.0 deviations above 3" in told
+    assert "web: 0.txt, row 0; web: 1.txt, row 1;" in told and "; and 1,002 more" in told
+    assert "rolled back to step 10" in told and "none; all of the batch: web: 0.txt, row 0" in told
+
+
 def test_the_page_names_what_was_trained_and_on_what(run: Path) -> None:
     (run / "raydist-job.yaml").write_text(
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,16 +13,23 @@ from raydist.errors import CheckpointError
 from raydist.files import measure, read_json, read_jsonl, write_json
 from raydist.folder import RunFolder
 from raydist.training import checkpoint
-from raydist.training.checkpoint import Commit, Counts
+from raydist.training.checkpoint import Commit, Counts, Skipped
 
 
-def write(run: Path, step: int, loss: float | None = None, content: bytes = b"state") -> Commit:
+def write(
+    run: Path,
+    step: int,
+    loss: float | None = None,
+    content: bytes = b"state",
+    guards: dict[str, Any] | None = None,
+) -> Commit:
     folder = RunFolder(run)
     path = folder.checkpoint(step)
     checkpoint.begin(path)
     (path / "weights.safetensors").write_bytes(content)
     evals = {} if loss is None else {"a": {"eval_loss": loss + 1}, "b": {"eval_loss": loss - 1}}
-    position = {"step": step, "samples": step * 4, "seen": Counts(step, 1, 2), "evals": evals}
+    position: dict[str, Any] = {"step": step, "samples": step * 4, "seen": Counts(step, 1, 2), "evals": evals}
+    position["guards"] = guards
     files = {"weights.safetensors": measure(path / "weights.safetensors")}
     made = Commit(
         path=path, feed="feed", attempt=1, world_size=1, ledger=f"1-{step}", files=files, **position
@@ -90,6 +98,38 @@ def test_a_folder_that_is_written_again_starts_empty(tmp_path: Path) -> None:
     done = write(tmp_path, 5)
     assert done.files is not None
     assert list(done.files) == ["weights.safetensors"]
+
+
+# --- what was skipped
+
+
+def test_ranges_that_touch_are_one() -> None:
+    skipped = Skipped().add(8, 12, steps=1, tokens=40).add(12, 16, steps=1, tokens=30)
+    skipped = skipped.add(20, 24, steps=1, tokens=1)
+    assert skipped == Skipped(3, ((8, 16), (20, 24)), 71)
+    assert (skipped.samples, skipped.holds(15, 17), skipped.holds(16, 20)) == (12, True, False)
+    assert Skipped.from_json(json.loads(json.dumps(skipped.to_json()))) == skipped
+
+
+def test_what_was_not_skipped_is_not_mentioned(tmp_path: Path) -> None:
+    done = write(tmp_path, 5)
+    (line,) = read_jsonl(tmp_path / "ledger.jsonl")
+    assert not {"skipped", "guards"} & {*read_json(done.path / "COMMIT.json"), *line}
+
+
+def test_steps_that_fp16_skipped_in_an_older_version_are_known_from_its_scale(tmp_path: Path) -> None:
+    done = write(tmp_path, 5)
+    write_json(done.path / "loss_scale.json", {"scale": 2.0, "skipped": 2, "good": 3, "bad": 0})
+    found = checkpoint.read_commit(done.path)
+    assert found.skipped == Skipped(steps=2) and found.updates == 3
+    assert checkpoint.disagreement(RunFolder(tmp_path), found) is None
+
+
+def test_the_checkpoint_that_skipped_steps_lead_back_to_is_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 15, 20):
+        write(tmp_path, step, guards={"back_to": 5 if step < 20 else 10, "in_a_row": 0})
+    checkpoint.retain(RunFolder(tmp_path), 1)
+    assert [c.step for c in checkpoint.commits(RunFolder(tmp_path))] == [20, 10]
 
 
 # --- what was altered

@@ -301,6 +301,63 @@ def test_at_the_limit_the_run_ends_at_its_last_checkpoint_and_can_go_on(poisoned
     assert train(replace(spec, job=larger, attempt=3), hooks=[stop_at(34, BEGUN)]).step == 34
 
 
+class Behind(Hook):
+    """Reads norms and losses a step later, as on a GPU."""
+
+    def on_start(self, attempt: Attempt) -> None:
+        attempt.norms.behind = 1
+
+
+def test_a_spike_that_is_read_a_step_later_is_recorded_at_its_own_step(poisoned: Poisoned) -> None:
+    spec = poisoned.going_on("behind", "record")
+    train(spec, hooks=[stop_at(33, BEGUN), Behind()])
+    found = skips(spec.run)
+    assert [(r["step"], r["first_sample"]) for r in found] == [(31, 240), (32, 248), (33, 256)]
+    assert {(d["file"], d["row"]) for r in found for d in r["documents"]} <= poisoned.planted
+    assert len((newest(spec.run).guards or {})["losses"]) == 20
+
+
+def test_guards_can_be_turned_on_for_a_run_that_began_without(poisoned: Poisoned) -> None:
+    spec = poisoned.going_on("turned-on", "off")
+    assert train(spec, hooks=[stop_at(31, BEGUN)]).step == 31
+    assert newest(spec.run).guards is None
+    job = spec.job.model_copy(update={"guards": poisoned.spec.job.guards})
+    assert train(replace(spec, job=job, attempt=3), hooks=[stop_at(32, 31)]).step == 32
+    known = newest(spec.run).guards
+    assert known is not None and (known["back_to"], len(known["losses"])) == (31, 1)
+
+
+@pytest.mark.slow
+def test_with_the_defaults_noise_costs_less_than_one_percent(tmp_path: Path) -> None:
+    """Held-out loss after 300 steps, by that of a run whose corpus has no noise."""
+    parts = [Part(900), Part(60, noise=1.0), Part(500), Part(120, noise=0.1), Part(700)]
+    tokens = tmp_path / "tokens"
+    planted = write_poisoned(tokens / "poisoned", parts)
+    write_poisoned(tokens / "clean", [Part(1 if part.noise else part.n_documents) for part in parts])
+    write_poisoned(tokens / "log", [Part(300)], seed=9)
+    write_tokenizer(tmp_path / "words")
+    ends = {}
+    for name in ("clean", "poisoned"):
+        spec = make_spec(
+            tmp_path,
+            run=f"run-{name}",
+            corpus={"holdout": 0.0},
+            train={"max_steps": 300, "global_batch_size": 8, "micro_batch_size": 8},
+            packing={"block_size": 32, "window_shards": 1},
+            eval={"eval_steps": 1000, "max_tokens": 10_000},
+            guards={"mode": "on"},
+        )
+        logs = {"random": tokens / name}
+        result = train(replace(spec, logs=logs, eval_logs={"held out": tokens / "log"}))
+        ends[name] = result.evals["held out"]["eval_loss"]
+    assert not skips(tmp_path / "run-clean")
+    found = skips(tmp_path / "run-poisoned")
+    assert {*range(113, 121)} <= {r["step"] for r in found}
+    named = {(d["file"], d["row"]) for r in found for d in r["documents"]}
+    assert named <= planted and {("part-1.txt", row) for row in range(60)} <= named
+    assert ends["poisoned"] == pytest.approx(ends["clean"], rel=0.01)
+
+
 # --- two epochs
 
 
