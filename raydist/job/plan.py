@@ -154,7 +154,8 @@ def sized(job: Job, workers: int) -> Job:
     """The job with that number of workers, where it leaves a range; else the job itself."""
     if not job.scaling.elastic:
         return job
-    return job.model_copy(update={"scaling": job.scaling.model_copy(update={"num_workers": workers})})
+    fixed = {"num_workers": workers, "grow_after": "auto"}
+    return job.model_copy(update={"scaling": job.scaling.model_copy(update=fixed)})
 
 
 def tokens_after(job: Job, steps: int) -> int:

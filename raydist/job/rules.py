@@ -285,6 +285,12 @@ def _every_worker_has_a_sequence(
     )
 
 
+def _only_a_range_grows(after: float | str, workers: Range) -> str:
+    if after != "auto" and isinstance(workers, int):
+        return f"a run of {workers} workers does not grow; grow_after is for num_workers: [least, most]"
+    return ""
+
+
 def _trials_have_a_number(workers: Range, tune: Any) -> str:
     if tune is not None and not isinstance(workers, int):
         return (
@@ -481,6 +487,7 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
         ),
         _every_worker_has_a_sequence,
     ),
+    (("scaling.grow_after", WORKERS), _only_a_range_grows),
     ((WORKERS, "tune"), _trials_have_a_number),
     (("guards.threshold",), _spikes_are_rare),
     (("guards.threshold",), _spikes_can_be_found),

@@ -103,6 +103,7 @@ def train(
             driver_seconds=life.phases.take(),
             why=why,
             workers_before=workers_of_last(folder),
+            elastic=life.job.scaling.elastic,
             cpus=cpus,
             threads=threads_of(job, folder, cpus),
         )
@@ -210,6 +211,7 @@ def attempt_spec(
     driver_seconds: dict[str, float] | None = None,
     why: str = "",
     workers_before: int | None = None,
+    elastic: bool = False,
     cpus: int = 1,
     threads: int | None = None,
 ) -> AttemptSpec:
@@ -240,6 +242,7 @@ def attempt_spec(
         sent=time.time(),
         why=why,
         workers_before=workers_before,
+        elastic=elastic,
         cpus=cpus,
         threads=threads,
         bos=prepared.bos,

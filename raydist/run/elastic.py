@@ -157,8 +157,8 @@ class Growth:
         elif self._looking.done():
             looked, self._looking = self._looking, None
             found = looked.result() if looked.exception() is None else 0
-            self._found = [*self._found, found] if found > self._size else []
-            if len(self._found) >= LOOKS and self.is_worth(min(self._found)):
+            self._found = [*self._found[1 - LOOKS :], found] if found > self._size else []
+            if len(self._found) == LOOKS and self._is_worth(min(self._found)):
                 self._ask(min(self._found))
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class Growth:
         after = self._job.scaling.grow_after
         return seconds >= (RESTARTS * self._restart_seconds if after == "auto" else after)
 
-    def is_worth(self, found: int) -> bool:
+    def _is_worth(self, found: int) -> bool:
         """Whether the rest takes less time with so many, as far as steps are faster in proportion."""
         if self._job.scaling.grow_after != "auto":
             return True

@@ -122,6 +122,7 @@ class _Lead:
             driver_seconds=spent,
             why=life.why,
             workers_before=workers_of_last(folder),
+            elastic=self.job.scaling.elastic,
             threads=threads,
         )
         self._share = None

@@ -156,10 +156,7 @@ def phase_seconds(written: Iterable[Record]) -> dict[str, float]:
 
 
 def figures(record: Record) -> dict[str, float]:
-    """The metrics of a step or an evaluation: loss, eval/<source>/perplexity, ...; of an attempt's start its
-    workers; {} for other kinds."""
-    if record["kind"] in ("start", "resume") and "world_size" in record:
-        return {"workers": float(record["world_size"])}
+    """The metrics of a step or an evaluation: loss, eval/<source>/perplexity, ...; {} for other kinds."""
     if record["kind"] not in ("train", "eval"):
         return {}
     prefix = f"eval/{record['source']}/" if record["kind"] == "eval" else ""

@@ -21,6 +21,7 @@ class AttemptSpec:
     functions the job names, by `module_folders`.  driver_seconds: what the driver spent until then, by phase.
     sent: when it gave the attempt away, as UNIX time; None where nobody waited.
     why: why the attempt is made, for people.  workers_before: of the attempt before; None for the first.
+    elastic: other attempts may have other numbers of workers.
     cpus: reserved for each worker.  threads: of each worker, which decide the last bits of its sums on CPU;
     None: as torch has it.  bos: the id that each document begins with; None for none.
     """
@@ -40,6 +41,7 @@ class AttemptSpec:
     sent: float | None = None
     why: str = ""
     workers_before: int | None = None
+    elastic: bool = False
     cpus: int = 1
     threads: int | None = None
     bos: int | None = None

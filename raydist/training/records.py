@@ -113,6 +113,7 @@ class Records(Hook):
             data_wait_seconds=self._wait_seconds / self._steps,
             step_seconds=seconds / self._steps,
             mfu=None if peak is None else flops_per_second / (peak * attempt.world.world_size),
+            **({"workers": attempt.world.world_size} if attempt.spec.elastic else {}),
             **result.figures,
         )
         self._wait_seconds, self._flops, self._steps, self._tokens = 0.0, 0.0, 0, 0

@@ -139,6 +139,10 @@ CASES: list[tuple[tuple[str, ...], str]] = [
         "--set scaling.num_workers: scaling.num_workers: [1, 33] goes up to 33 workers, and a step has",
     ),
     (
+        ("scaling.grow_after=60", "scaling.num_workers=3"),
+        "--set scaling.grow_after: scaling.grow_after: a run of 3 workers does not grow; grow_after is",
+    ),
+    (
         ("scaling.num_workers=[1, 2]", GRID),
         "--set scaling.num_workers: scaling.num_workers: a sweep's trials have a number of work",
     ),

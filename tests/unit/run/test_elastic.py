@@ -109,6 +109,12 @@ def test_a_fixed_number_of_workers_never_grows(tmp_path: Path) -> None:
     assert not growth.looking and sized(spec.job, 5) is spec.job
 
 
+def test_the_job_of_an_attempt_is_one_of_a_fixed_number(tmp_path: Path) -> None:
+    job = sized(make_job(tmp_path, scaling={"num_workers": [1, 4], "grow_after": 7}), 3)
+    assert (job.scaling.num_workers, job.scaling.elastic) == (3, False)
+    assert Job.model_validate(job.model_dump(mode="json")) == job, "rules hold for it as well"
+
+
 @pytest.mark.parametrize("size", [1, 5])
 def test_torchrun_starts_as_many_ranks_as_the_range_allows(tmp_path: Path, size: int) -> None:
     job = make_job(tmp_path, scaling={"num_workers": [2, 4]})

@@ -18,6 +18,7 @@ from raydist.folder import RunFolder
 from raydist.job.plan import make_plan
 from raydist.parallel.ddp import DdpOnCpu
 from raydist.parallel.strategy import SaveHandle
+from raydist.track.records import figures
 from raydist.training import checkpoint
 from raydist.training.checkpoint import Commit
 from raydist.training.commit_request import ask_for_commit
@@ -203,7 +204,7 @@ class Room(Hook):
 def test_a_run_grows_from_a_checkpoint_just_before_and_loses_no_step(tmp_path: Path) -> None:
     whole = make_spec(tmp_path, run="whole", train={"max_steps": 12})
     train(whole)
-    first = replace(whole, run=tmp_path / "grown")
+    first = replace(whole, run=tmp_path / "grown", elastic=True)
     result = train(first, hooks=[Room(6)])
     assert (result.stopped, result.resized, result.step) == (True, True, 8)
     plan = make_plan(whole.job, 2, None)
@@ -216,7 +217,10 @@ def test_a_run_grows_from_a_checkpoint_just_before_and_loses_no_step(tmp_path: P
     ]
     (resized,) = (r for r in records if r["kind"] == "resize")
     assert (resized["from"], resized["to"], resized["why"]) == (1, 2, second.why)
-    assert [r["step"] for r in records if r["kind"] == "train"] == [*range(1, 13)], "none twice"
+    trained = [record for record in records if record["kind"] == "train"]
+    assert [record["step"] for record in trained] == [*range(1, 13)], "none twice"
+    assert [figures(record)["workers"] for record in trained] == [1] * 8 + [2] * 4
+    assert "workers" not in read_jsonl(whole.run / "metrics.jsonl")[2], "of a run that stays as it is"
     assert losses(first.run) == pytest.approx(losses(whole.run), rel=1e-5)
 
 
