@@ -44,6 +44,14 @@ def groups_of(run: RunFolder) -> set[str]:
     return groups
 
 
+def group_of(run: RunFolder, attempt: int) -> set[str]:
+    """The id of the group of that attempt; empty where its workers have not written it down."""
+    path = run.placement_group(attempt)
+    with suppress(OSError):
+        return {path.read_text().strip()} if run.look(path) else set()
+    return set()
+
+
 class Wishes:
     """A placement group for each worker that a run lacks to its most: an autoscaler adds nodes for them.
 

@@ -31,17 +31,19 @@ def node_resources() -> list[Resources]:
 
 
 def free_resources(ours: Collection[str]) -> list[Resources]:
-    """The same of each living node that answers, with what is free there.
+    """The same of each living node that answers and stays, with what is free there.
 
     ours: ids of placement groups, in hexadecimal digits; what they hold counts as free. A node that was lost
-    a moment ago is still alive for Ray, for a minute or so where it was cut off.
+    a moment ago is still alive for Ray, for a minute or so where it was cut off. On one that it drains, Ray
+    places nothing.
     """
-    from ray._private.state import available_resources_per_node
+    from ray._private.state import available_resources_per_node, state
     from ray.util.placement_group import placement_group_table
 
     from raydist.cluster.session import Session
 
-    nodes = living_nodes()
+    going = Session().do(state.get_draining_nodes, "draining nodes")
+    nodes = [node for node in living_nodes() if node["NodeID"] not in going]
     with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
         answering = list(pool.map(_answers, nodes))
     free = Session().do(available_resources_per_node, "free resources")

@@ -109,7 +109,7 @@ def train(
         )
         try:
             result = _watch(spec, life, rest)
-            if not result.resized or folder.stop_flag.exists():
+            if not result.resized or folder.stop_asked():
                 return result
             why = "there is room for more workers"
         except OutOfMemory as error:

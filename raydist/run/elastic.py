@@ -18,7 +18,7 @@ from typing import Any
 
 from raydist import files
 from raydist.background import in_background
-from raydist.cluster.groups import Wishes, groups_of
+from raydist.cluster.groups import Wishes, group_of
 from raydist.cluster.resources import (
     FREE,
     Resources,
@@ -67,9 +67,10 @@ class Workers:
         self._decide_on_gpus()
         scaling, limit = self._job.scaling, self._limit or self._job.scaling.most
         self._limit = None
+        last = self._folder.next_attempt() - 1
         deadline = time.monotonic() + SETTLE_SECONDS
         while True:
-            nodes = free_resources(groups_of(self._folder))
+            nodes = free_resources(group_of(self._folder, last))
             found = room(self._job, nodes)
             if found >= min(limit, room(self._job, _idle(nodes))) or time.monotonic() > deadline:
                 break
@@ -174,7 +175,8 @@ class Growth:
 
     def _room(self) -> int:
         try:
-            return room(self._job, free_resources(groups_of(self._folder) | self._wishes.ids))
+            ours = group_of(self._folder, self._spec.attempt) | self._wishes.ids
+            return room(self._job, free_resources(ours))
         except RaydistError:
             return 0  # Ray is lost, which the driver sees by itself
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from raydist import files
 from raydist.folder import RunFolder
 from raydist.track.ettr import effective_time
 from raydist.track.records import Record, read_metrics
-from tests.hosts import Hosts, can_run
+from tests.hosts import GCS_PORT, Hosts, can_run
 from tests.integration.test_hosts import STEPS, Submitted, check_unbroken, training
 from tests.whole_run import finish, folder_of, start, wait_for_step, whole_job, workers, write_corpus
 
@@ -131,3 +132,51 @@ def test_a_lost_process_on_a_living_node_changes_nothing(tmp_path: Path) -> None
     (first, second) = begun(folder_of(job))
     assert second[1] == first[1] >= 2 and second[0] >= 8
     assert not of_kind(folder_of(job), "resize")
+
+
+COUNT = """
+import sys, ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from raydist.cluster.resources import free_resources, node_resources
+
+quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+ray.init(address=sys.argv[1], _node_ip_address=sys.argv[2], namespace="n", **quiet)
+
+@ray.remote(num_cpus=0.5)
+class Busy:
+    def ready(self):
+        return True
+
+for node in ray.nodes() if sys.argv[3:] else ():
+    place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    options = {"scheduling_strategy": place, "lifetime": "detached", "name": node["NodeID"]}
+    ray.get(Busy.options(**options).remote().ready.remote())
+print("counted", len(node_resources()), len(free_resources([])))
+"""
+
+
+def test_a_node_that_is_cut_off_or_to_be_taken_away_is_no_room(hosts: Hosts) -> None:
+    """Ray holds both for alive, the second for as long as something runs there. The last on these hosts."""
+    ensure(hosts, "one", "two")
+    gcs = f"{hosts['head'].address}:{GCS_PORT}"
+
+    def counted(*busy: str) -> tuple[int, int]:
+        """Nodes that are alive for Ray, and those with room. busy: let something run on each."""
+        told = hosts["head"].run("python", "-c", COUNT, gcs, hosts["head"].address, *busy)
+        found = re.search(r"counted (\d+) (\d+)", told.stdout)
+        assert found, told.stdout
+        return int(found[1]), int(found[2])
+
+    assert counted("busy") == (3, 3)
+    nodes = {node["nodeManagerAddress"]: node["nodeId"] for node in hosts.nodes() or ()}
+    why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+    drain = ["--node-id", nodes[hosts["one"].address], "--deadline-remaining-seconds", "600", *why]
+    asked = hosts["one"].run("ray", "drain-node", "--address", gcs, *drain)
+    assert asked.returncode == 0, asked.stdout
+    assert counted() == (3, 2)
+    hosts["two"].unplug()
+    alive, with_room = counted()
+    assert with_room == 1 and alive >= 2  # on a slow machine Ray may have noticed by then
+    hosts["two"].plug()
+    for name in ("one", "two"):
+        hosts[name].kill()
