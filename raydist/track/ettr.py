@@ -17,7 +17,7 @@ from raydist.track.records import Record
 
 @dataclass(frozen=True)
 class EffectiveTime:
-    """step_seconds: of steps that were not trained again.  wall_seconds: while a driver was alive."""
+    """step_seconds: of steps that count.  wall_seconds: while a driver was alive."""
 
     step_seconds: float
     wall_seconds: float
@@ -37,7 +37,7 @@ class EffectiveTime:
 def effective_time(written: Iterable[Record]) -> EffectiveTime | None:
     """Of all records of a run; None before its first step."""
     records = sorted(written, key=lambda record: record.get("attempt", 0))
-    seconds = sum(stretch.seconds for stretch in _counted(records))
+    seconds = _step_seconds(records)
     wall = sum(_wall(session) for session in _sessions(records))
     return EffectiveTime(seconds, wall) if seconds > 0 and wall > 0 else None
 
@@ -50,18 +50,22 @@ class _Stretch:
     end: int
     each: float
 
-    @property
-    def seconds(self) -> float:
-        return (self.end - self.start) * self.each
+    def up_to(self, step: int) -> _Stretch:
+        return _Stretch(self.start, min(self.end, step), self.each)
+
+    def seconds_without(self, skipped: Iterable[tuple[int, int]]) -> float:
+        """skipped: spans of steps, as `start` and `end`, none of which overlap."""
+        inside = (min(self.end, end) - max(self.start, start) for start, end in skipped)
+        return (self.end - self.start - sum(max(0, steps) for steps in inside)) * self.each
 
 
-def _counted(records: list[Record]) -> list[_Stretch]:
-    """Stretches of steps, each step in one, without those that were trained again.
+def _step_seconds(records: list[Record]) -> float:
+    """Of each step once, without those that were trained again and those whose work was thrown away.
 
     A record tells the mean of the steps since the one before. Steps that a checkpoint holds and no record
     does took as long as those before them.
     """
-    counted, at = list[_Stretch](), 0
+    counted, skipped, at = list[_Stretch](), list[tuple[int, int]](), 0
     for record in records:
         kind, step = record["kind"], int(record.get("step") or 0)
         goes_back = kind == "train" and step <= at
@@ -69,15 +73,16 @@ def _counted(records: list[Record]) -> list[_Stretch]:
             begin = step - 1 if goes_back else step
             if begin > at and counted:
                 counted.append(_Stretch(at, begin, counted[-1].each))
-            counted, at = _up_to(counted, begin), begin
+            counted = [stretch.up_to(begin) for stretch in counted if stretch.start < begin]
+            skipped, at = [span for span in skipped if span[1] <= begin], begin
         if kind == "train" and record.get("step_seconds"):
             counted.append(_Stretch(at, step, record["step_seconds"]))
             at = step
-    return counted
-
-
-def _up_to(stretches: list[_Stretch], step: int) -> list[_Stretch]:
-    return [_Stretch(s.start, min(s.end, step), s.each) for s in stretches if s.start < step]
+        if kind == "skip" and record["action"] != "recorded":
+            back_to = record.get("back_to")
+            start = step - 1 if back_to is None else int(back_to)
+            skipped = [*(span for span in skipped if span[1] <= start), (start, step)]
+    return sum(stretch.seconds_without(skipped) for stretch in counted)
 
 
 # --- the time that there was

@@ -54,6 +54,22 @@ def test_a_run_that_begins_again_has_lost_all_steps() -> None:
     assert ratio(*first, begin(20, attempt=2), trained(21, 1, 2)) == (1.0, 21.0)
 
 
+def skip(step: int, action: str, attempt: int = 1, back_to: int | None = None) -> dict[str, Any]:
+    return {"kind": "skip", "step": step, "action": action, "attempt": attempt, "back_to": back_to, "time": 1}
+
+
+def test_steps_that_changed_nothing_or_were_thrown_away_do_not_count() -> None:
+    first = [begin(0, plan=0.0), trained(5, 5), skip(7, "skipped"), trained(10, 10)]
+    assert ratio(*first) == (9.0, 10.0)
+    assert ratio(*first, skip(9, "recorded"))[0] == 9.0
+    back = [*first, skip(15, "rolled back", back_to=6), trained(20, 20)]
+    assert ratio(*back) == (6.0 + 5.0, 20.0)
+    assert ratio(*first, skip(15, "rolled back"), trained(20, 20))[0] == 18.0, "to nothing: one step"
+    again = [begin(30, step=6, attempt=2), trained(34, 10, 2)]
+    assert ratio(*back, *again) == (6.0 + 4.0, 34.0)
+    assert ratio(*back, *again[:1], skip(7, "skipped", 2), trained(34, 10, 2))[0] == 6.0 + 3.0
+
+
 @pytest.mark.parametrize("records", [[], [begin(0)], [{"kind": "incident", "what": "x", "time": 1.0}]])
 def test_before_the_first_step_nothing_is_known(records: list[dict[str, Any]]) -> None:
     assert effective_time(records) is None
