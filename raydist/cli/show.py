@@ -215,6 +215,7 @@ def run(known: dict[str, Any]) -> None:
         ("silent", known.get("silence")),
         ("step", _step(known)),
         ("tokens", f"{known['tokens']:,}" if known.get("tokens") else None),
+        ("skipped", f"{known['skipped_steps']:,} steps" if known.get("skipped_steps") else None),
         ("loss", _figure(known.get("loss"))),
         ("tokens/s", rate and f"{rate:,.0f}" + (f", MFU {100 * mfu:.0f}%" if mfu else "")),
         *(

@@ -29,6 +29,7 @@ def summary(folder: RunFolder) -> dict[str, Any]:
         "step": step.get("step"),
         "steps": begun[-1].get("steps") if begun else None,
         "tokens": step.get("tokens_seen"),
+        "skipped_steps": step.get("skipped_steps"),
         "loss": step.get("loss"),
         "perplexity": {
             name: {"first": of[0]["perplexity"], "last": of[-1]["perplexity"]}

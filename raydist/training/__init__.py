@@ -22,6 +22,9 @@ schedule       the learning rate of a step
 collate        the user's function between the feed and the model
 copies         micro batches reach a GPU ahead of their step
 norms          ends an attempt whose gradients are no numbers, without making a GPU wait
+guard          which steps are bad, by the losses and norms of those before
+skips          what an attempt does about them: skip, record, go back to a checkpoint, end
+suspects       the documents of a bad batch that stand out
 shard_check    verifies the shards that are read, in the background
 data           opens what an attempt reads
 memory         errors that mean out of memory; how much memory was taken

@@ -57,10 +57,7 @@ class Verdict:
     loss_score: float | None = None
     norm_score: float | None = None
     reason: str = ""
-
-    @property
-    def is_finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.norm)
+    is_short: bool = False
 
 
 class Guard:
@@ -77,10 +74,11 @@ class Guard:
         self.in_a_row = self.rollbacks = 0
         self.back_to: int | None = None
 
-    def judge(self, loss: float, norm: float, block_size: int) -> Verdict:
+    def judge(self, loss: float, norm: float, block_size: int, *, is_short: bool = False) -> Verdict:
         """loss: mean over the labels of the global batch.  norm: before clipping.
 
         Blocks of another size (a curriculum's next stage) have other losses, so the windows begin again.
+        is_short: the batch has fewer samples than the others, so that both vary more: they are not compared.
         """
         if block_size != self._block_size:
             self._losses.clear()
@@ -88,7 +86,7 @@ class Guard:
             self._block_size = block_size
         told, scores = [], []
         for name, value, window in (("loss", loss, self._losses), ("gradient norm", norm, self._norms)):
-            typical = self._typical(window)
+            typical = None if is_short else self._typical(window)
             score = None if typical is None or not math.isfinite(value) else typical.score(value)
             scores.append(score)
             if not math.isfinite(value):
@@ -98,13 +96,14 @@ class Guard:
                     f"the {name} {value:.4g} is {score:.1f} deviations above {typical.median:.4g}, the median"
                     f" of {len(window)} steps"
                 )
-        return Verdict(loss, norm, scores[0], scores[1], "; ".join(told))
+        return Verdict(loss, norm, scores[0], scores[1], "; ".join(told), is_short)
 
     def took(self, verdict: Verdict) -> None:
         """The step that was judged is taken."""
-        self._losses.append(verdict.loss)
-        self._norms.append(verdict.norm)
         self.in_a_row = 0
+        if math.isfinite(verdict.loss) and math.isfinite(verdict.norm) and not verdict.is_short:
+            self._losses.append(verdict.loss)
+            self._norms.append(verdict.norm)
 
     @property
     def typical_loss(self) -> Typical | None:

@@ -13,6 +13,7 @@ first_step  the attempt's first optimizer step, with the wait for its data
 steps       all others
 compile     torch.compile, in whichever phase it happens, which does not count it then
 evaluation, checkpoint    whenever they happen; a checkpoint as long as training waits for it
+skipping    what follows a step that guards refuse
 export      model/ written
 
 A new phase needs no more than `with attempt.phases.during("name")`. Seconds are those of the host: a GPU's
@@ -27,7 +28,7 @@ from contextlib import contextmanager
 
 PHASES = (
     "plan", "prepare", "start", "imports", "load", "compile", "probe", "first_step", "steps", "evaluation",
-    "checkpoint", "export",
+    "checkpoint", "skipping", "export",
 )  # fmt: skip
 """In the order in which they are shown; others follow them."""
 

@@ -9,6 +9,8 @@ gradient norm is rank 0's.
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -55,10 +57,10 @@ class Skips:
     def look(self, step: Taken, norm: float) -> None:
         """At a step that was taken. Spikes are part of what the next steps are compared with, here alone."""
         verdict = self._judge(step, norm)
-        if verdict.is_finite:
-            self.guard.took(verdict)
+        self.guard.took(verdict)
         if verdict.reason:
-            self._record(step, verdict, self._suspects(step), action="recorded")
+            with self._attempt.phases.during("skipping"):
+                self._record(step, verdict, self._suspects(step), action="recorded")
 
     def act(self, finish_commit: Callable[[], None]) -> None:
         """Record the step that was refused, if it was; after too many of them go back.
@@ -100,10 +102,12 @@ class Skips:
             self.guard.back_to = found.step
 
     def _judge(self, step: Taken, norm: float) -> Verdict:
-        assert step.batch is not None
-        world = self._attempt.world
+        batch, world, stages = _batch_of(step), self._attempt.world, self._attempt.plan.stages
         loss, norm = world.sum_floats([step.loss.item(), norm if world.is_main else 0.0])
-        return self.guard.judge(loss, norm, step.batch.micro_batches[0]["labels"].shape[1])
+        begins = [0, *itertools.accumulate(stage.samples for stage in stages[:-1])]
+        size = stages[bisect.bisect_right(begins, batch.start) - 1].global_batch_size
+        is_short = batch.stop - batch.start < size
+        return self.guard.judge(loss, norm, batch.micro_batches[0]["labels"].shape[1], is_short=is_short)
 
     def _suspects(self, step: Taken) -> Suspects | None:
         """On rank 0; None on the others."""

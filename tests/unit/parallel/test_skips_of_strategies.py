@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
@@ -11,31 +10,20 @@ import pytest
 from raydist.files import read_json, read_jsonl
 from tests.train_parts import losses
 from tests.unit.parallel.matrix import name_of
-from tests.unit.parallel.skipping import CASES, QUICK, STEPS, run_skipping
+from tests.unit.parallel.skipping import CASES, STEPS, run_skipping
 from tests.unit.parallel.test_strategies import on_ranks
 
 
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return on_ranks(tmp_path_factory.mktemp("skipping"), functools.partial(run_skipping, cases=QUICK))
+def skipping(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return on_ranks(tmp_path_factory.mktemp("skipping"), run_skipping)
 
 
-@pytest.fixture(scope="module")
-def rest(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    rest = [case for case in CASES if case not in QUICK]
-    return on_ranks(tmp_path_factory.mktemp("skipping"), functools.partial(run_skipping, cases=rest))
-
-
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # the first of them runs all
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES],
-    ids=map(name_of, CASES),
-)
-def test_refused_steps_change_nothing_and_lead_back(
-    request: pytest.FixtureRequest, quick: Path, case: tuple[str, str, str]
-) -> None:
-    folder = (quick if case in QUICK else request.getfixturevalue("rest")) / name_of(case)
+@pytest.mark.parametrize("case", CASES, ids=map(name_of, CASES))
+def test_refused_steps_change_nothing_and_lead_back(skipping: Path, case: tuple[str, str, str]) -> None:
+    folder = skipping / name_of(case)
     failed = folder / "error.txt"
     assert not failed.exists(), failed.read_text()
     ranks: list[list[dict[str, Any]]] = [read_json(folder / f"found-{rank}.json") for rank in (0, 1)]
@@ -59,7 +47,7 @@ def test_refused_steps_change_nothing_and_lead_back(
     records = read_jsonl(folder / "run" / "metrics.jsonl")
     skips = [record for record in records if record["kind"] == "skip"]
     assert [(r["step"], r["action"]) for r in skips] == [(4, "skipped"), (5, "skipped"), (6, "rolled back")]
-    with_ddp = quick / name_of(QUICK[0]) / "run"
+    with_ddp = skipping / name_of(CASES[0]) / "run"
     within = 1e-5 if case[2] == "fp32" else 5e-3
     assert losses(folder / "run") == pytest.approx(losses(with_ddp), rel=within)  # also after the way back
     of_ddp = [record for record in read_jsonl(with_ddp / "metrics.jsonl") if record["kind"] == "skip"]

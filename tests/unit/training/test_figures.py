@@ -221,7 +221,7 @@ def test_an_attempt_records_where_its_time_went(tmp_path: Path) -> None:
     train(replace(spec, driver_seconds={"prepare": 5.0, "start": 1.0}, sent=began - 3), hooks=[AddPhase()])
     (record,) = of_kind(spec.run, "phases")
     seconds, took = record["seconds"], time.time() - began
-    assert set(seconds) == {*PHASES, "thinking"} - {"plan", "imports", "compile", "probe"}
+    assert set(seconds) == {*PHASES, "thinking"} - {"plan", "imports", "compile", "probe", "skipping"}
     assert seconds["prepare"] == 5.0 and 4.0 <= seconds["start"] <= 4.0 + took
     own = sum(spent for name, spent in seconds.items() if name not in ("prepare", "start"))
     assert 0.5 * took < own <= took + 0.01

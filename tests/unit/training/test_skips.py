@@ -36,7 +36,7 @@ WHOLE = range(31, 34)
 """Steps whose batches are noise as a whole."""
 MIXED = range(47, 56)
 """Steps some of whose samples are noise."""
-TRAIN = {"max_steps": 56, "global_batch_size": 8, "micro_batch_size": 4, "lr": 3e-2}
+TRAIN = {"max_steps": 56, "global_batch_size": 8, "micro_batch_size": 8, "lr": 3e-2}
 BEGUN = 30
 
 
@@ -257,7 +257,11 @@ class Spoil(Hook):
 
 
 def test_spoiled_weights_are_healed_by_the_checkpoint(tmp_path: Path) -> None:
-    spec = make_spec(tmp_path, train={"max_steps": 25}, guards={"mode": "on", "window": 20, "max_skipped": 2})
+    spec = make_spec(
+        tmp_path,
+        train={"max_steps": 25, "micro_batch_size": 4},
+        guards={"mode": "on", "window": 20, "max_skipped": 2},
+    )
     train(spec, hooks=[Spoil()])
     first, back = skips(spec.run)
     assert (first["step"], first["action"], first["loss"]) == (14, "skipped", None)
@@ -272,7 +276,7 @@ def test_spoiled_weights_are_healed_by_the_checkpoint(tmp_path: Path) -> None:
 def test_before_the_first_checkpoint_the_weights_stay_as_they_were(tmp_path: Path) -> None:
     """Batches without a number, whatever the weights: there is nothing to go back to."""
     guards = {"mode": "on", "window": 20, "max_skipped": 2, "max_rollbacks": 1}
-    spec = make_spec(tmp_path, train={"max_steps": 25}, guards=guards)
+    spec = make_spec(tmp_path, train={"max_steps": 25, "micro_batch_size": 4}, guards=guards)
 
     class Spoiled(Spoil):
         def on_start(self, attempt: Attempt) -> None:
@@ -315,6 +319,30 @@ def test_a_spike_that_is_read_a_step_later_is_recorded_at_its_own_step(poisoned:
     assert [(r["step"], r["first_sample"]) for r in found] == [(31, 240), (32, 248), (33, 256)]
     assert {(d["file"], d["row"]) for r in found for d in r["documents"]} <= poisoned.planted
     assert len((newest(spec.run).guards or {})["losses"]) == 20
+
+
+class Short(Hook):
+    """What a guard thinks of the run's last step, which has fewer samples than the others."""
+
+    def on_step(self, attempt: Attempt, result: StepResult) -> None:
+        self.size, self.windows = result.counts, attempt.skips.guard.to_json()
+        assert (
+            attempt.step > 1
+            or attempt.skips.guard.load_windows(
+                {"losses": [1e-3] * 20, "norms": [1e-3] * 20, "block_size": 32}
+            )
+            is None
+        )
+
+
+def test_a_short_last_batch_is_no_spike(tmp_path: Path) -> None:
+    """Its mean over few labels varies more. Any other step would be one here."""
+    spec = make_spec(tmp_path, guards={"mode": "record", "window": 20})
+    (stage,) = spec.plan.stages
+    short = replace(spec.plan, stages=(replace(stage, samples=2 * stage.global_batch_size + 1),))
+    train(replace(spec, plan=short), hooks=[hook := Short()])
+    assert [r["step"] for r in skips(spec.run)] == [2]
+    assert len(hook.windows["losses"]) == 20 and hook.windows["losses"][-2:] != [1e-3] * 2
 
 
 def test_guards_can_be_turned_on_for_a_run_that_began_without(poisoned: Poisoned) -> None:
