@@ -215,9 +215,9 @@ def ensure_all(hosts: Hosts) -> None:
 def test_a_notice_leads_to_a_checkpoint_and_the_run_goes_on_elsewhere(
     hosts: Hosts, job: dict[str, Any]
 ) -> None:
-    """A node that Ray drains for preemption is gone at its deadline; regular checkpoints are far away."""
+    """Ray drains a node for preemption, which dies at the deadline; regular checkpoints are far away."""
     ensure_all(hosts)
-    job["train"]["max_steps"], job["checkpoint"]["save_steps"] = 300, 1000
+    job["train"]["max_steps"], job["checkpoint"]["save_steps"] = 400, 1000
     run = Submitted(hosts, job)
     run.wait_for_step(5)
     lost = victim(hosts)
@@ -227,10 +227,12 @@ def test_a_notice_leads_to_a_checkpoint_and_the_run_goes_on_elsewhere(
     gcs = f"{hosts.head.address}:{GCS_PORT}"
     asked = lost.run("ray", "drain-node", "--address", gcs, "--node-id", nodes[lost.address], *why, *until)
     assert asked.returncode == 0, asked.stdout
+    run.wait_until(lambda: run.told().count("s after it was asked for") == 2, "two checkpoints", 120)
+    lost.kill()
     output = run.finish(400)
     assert re.search(r"will be taken away in \d+ s: a checkpoint is made now", output), output
+    assert "is about to be taken away: one more checkpoint is made" in output
     commits = [r for r in read_metrics(run.folder) if r["kind"] == "commit"]
     first = [r["step"] for r in commits if r["attempt"] == 1]
-    assert first and "s after it was asked for" in output
-    assert f"resumed at step {first[-1]} with 2 workers" in output
-    assert commits[-1]["step"] == 300 and [*losses(run.folder)] == [*range(1, 301)]
+    assert len(first) == 2 and f"resumed at step {first[1]} with 2 workers" in output
+    assert commits[-1]["step"] == 400 and [*losses(run.folder)] == [*range(1, 401)]
