@@ -86,7 +86,7 @@ def test_the_micro_batch_that_fits_is_found(job: dict[str, Any], capfd: pytest.C
     assert began(folder) == [32, 16]
     told = "out of memory with micro batches of 32 sequences; going on with 16"
     assert told in "".join(capfd.readouterr())
-    assert folder.data()["micro_batch_tokens"] == 16 * 64
+    assert [*folder.data()["micro_batch_halved"].values()] == [16 * 64]
 
     free = build_job(change(job, train={"micro_batch_size": 4, "collator": f"{__name__}:mask"}))
     roomy = RunFolder(folder.path.with_name("roomy"))

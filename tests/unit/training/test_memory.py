@@ -138,7 +138,7 @@ def test_it_is_halved_down_to_one_and_not_where_the_job_says_how_many(tmp_path: 
         return [plan.micro_batches for plan in plans]
 
     assert found(make_job(tmp_path, train=auto)) == ["4", "2", "1"]
-    assert folder.data()["micro_batch_tokens"] == 32
+    assert folder.data()["micro_batch_halved"] == {"1": 32}
     assert found(make_job(tmp_path, train={"micro_batch_size": 4})) == ["4"]
     stages = [{"block_size": 16, "max_tokens": 100}, {"block_size": 64, "max_tokens": 100}]
     curriculum = make_job(tmp_path, train={**auto, "max_steps": None}, stages=stages)

@@ -214,7 +214,8 @@ def test_an_attempt_trains_with_the_largest_that_fits_as_if_the_job_had_named_it
     assert start["micro_batch_size"] == 3 and start["micro_batch_tokens"] == 3 * 32
     tried = {each["sequences"]: each["bytes"] for each in start["micro_batches_tried"]}
     assert tried[3] == needs[3] and tried.get(12) is None
-    assert remembered(RunFolder(spec.run), "cpu") == 96 and remembered(RunFolder(spec.run), "cuda") is None
+    folder = RunFolder(spec.run)
+    assert remembered(spec.job, folder, "cpu", 1) == 96 and remembered(spec.job, folder, "cuda", 1) is None
 
 
 def test_stages_have_as_many_tokens_each_and_the_longest_is_tried(tmp_path: Path) -> None:
@@ -258,14 +259,16 @@ def test_a_run_remembers_what_was_found_and_halves_that(tmp_path: Path) -> None:
     spec = auto_spec(tmp_path, train={"global_batch_size": 64})
     folder, error = RunFolder(spec.run), OutOfMemory("here")
     folder.path.mkdir()
-    assert remembered(folder, "cuda") is None
+    assert remembered(spec.job, folder, "cuda", 1) is None
     begin = {"kind": "start", "step": 0, "device": "cuda"}
     folder.append_metric({**begin, "attempt": 1, "micro_batch_tokens": 16 * 32})
     folder.append_metric({**begin, "attempt": 2})
-    assert remembered(folder, "cuda") == 16 * 32 and remembered(folder, "cpu") is None
+    assert (
+        remembered(spec.job, folder, "cuda", 1) == 16 * 32 and remembered(spec.job, folder, "cpu", 1) is None
+    )
     assert make_plan(spec.job, 1, None, 16 * 32).micro_batches == "16"
     assert halved(spec.job, folder, spec.plan, 1, error) == 8 * 32  # though the plan began with 64
-    assert remembered(folder, "cuda") == remembered(folder, "cpu") == 8 * 32
+    assert remembered(spec.job, folder, "cuda", 1) == remembered(spec.job, folder, "cpu", 1) == 8 * 32
     with pytest.raises(OutOfMemory):
         halved(spec.job, folder, spec.plan, 3, error)
     folder.append_metric({"kind": "try", "step": 0, "attempt": 3, "micro_batch_tokens": 32 * 32})

@@ -223,7 +223,7 @@ class Look(Hook):
     def on_step(self, attempt: Attempt, result: StepResult) -> None:
         if attempt.step == self._at:
             self.folder.mkdir()
-            attempt.strategy.save(self.folder).wait()
+            attempt.strategy.save(self.folder, behind=False)
             self.position = attempt.position
 
 
