@@ -8,7 +8,8 @@
         hosts["one"].kill()
 
 The hosts share files and process numbers, as hosts with a shared file system do; what they do not share
-is the network: each has its own loopback, ports and address. Nothing is changed outside the namespaces.
+is the network: each has its own loopback, ports and address. With `private`, a folder is another one on each
+host, by its own mounts: a disk of its own. Nothing is changed outside the namespaces.
 Needs root and iproute2: `can_run()` says what is missing.
 """
 
@@ -74,8 +75,11 @@ def ip(*arguments: str) -> str:
 class Host:
     """One namespace. `environment` is that of every process started here."""
 
-    def __init__(self, namespace: str, address: str, environment: dict[str, str]) -> None:
+    def __init__(
+        self, namespace: str, address: str, environment: dict[str, str], private: tuple[Path, Path] | None
+    ) -> None:
         self.namespace, self.address, self.environment = namespace, address, environment
+        self.private = private
 
     def command(self, *arguments: str | Path) -> list[str]:
         """Programs beside this Python go first, so that `ray` and `raydist` are this checkout's."""
@@ -84,7 +88,11 @@ class Host:
         if program in ("python", "raydist"):
             rest = ["-m", "raydist", *rest] if program == "raydist" else rest
             own = Path(sys.executable)
-        return ["ip", "netns", "exec", self.namespace, str(own) if own.exists() else program, *rest]
+        command = [str(own) if own.exists() else program, *rest]
+        if self.private is not None:  # `ip netns exec` gives a process mounts of its own
+            mount = 'mount --bind "$0" "$1" && shift && exec "$@"'
+            command = ["sh", "-c", mount, *map(str, self.private), *command]
+        return ["ip", "netns", "exec", self.namespace, *command]
 
     def popen(
         self, *arguments: str | Path, env: dict[str, str] | None = None, **more: Any
@@ -125,9 +133,13 @@ class Host:
 
 
 class Hosts:
-    """Hosts by name, on a network of their own; on leaving, their processes and namespaces are gone."""
+    """Hosts by name, on a network of their own; on leaving, their processes and namespaces are gone.
 
-    def __init__(self, *names: str) -> None:
+    private: a folder that is another one on each host.
+    """
+
+    def __init__(self, *names: str, private: Path | None = None) -> None:
+        self.private = private
         self.key = secrets.token_hex(3)
         self.subnet = f"10.{20 + secrets.randbelow(200)}.{secrets.randbelow(250)}"
         self.folder = Path(tempfile.mkdtemp(prefix="h"))  # short: a socket's path has at most 107 characters
@@ -149,7 +161,12 @@ class Hosts:
             "RAY_AUTH_TOKEN_PATH": str(self.token),
             "RAY_TMPDIR": str(self.folder / name),
         }
-        return Host(f"rd{self.key}-{name}", f"{self.subnet}.{place}", environment)
+        own = None
+        if self.private is not None:
+            own = self.folder / f"{name}-disk", self.private
+            for folder in own:
+                folder.mkdir(exist_ok=True)
+        return Host(f"rd{self.key}-{name}", f"{self.subnet}.{place}", environment, own)
 
     def __getitem__(self, name: str) -> Host:
         return self.by_name[name]

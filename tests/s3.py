@@ -18,13 +18,13 @@ from pathlib import Path
 BUCKET = "raydist-test"
 
 
-def environment(port: int, cache: Path) -> dict[str, str]:
+def environment(port: int, cache: Path, host: str = "127.0.0.1") -> dict[str, str]:
     """What a process needs to use the server."""
     return {
         "AWS_ACCESS_KEY_ID": "key",
         "AWS_SECRET_ACCESS_KEY": "secret-of-the-tests",
         "AWS_REGION": "us-east-1",
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
         "RAYDIST_CACHE": str(cache),
     }
 
@@ -41,14 +41,15 @@ def serving(host: str = "127.0.0.1") -> Iterator[int]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        _make_bucket(host, port)
+        make_bucket(host, port)
         yield port
     finally:
         server.kill()
         server.wait()
 
 
-def _make_bucket(host: str, port: int) -> None:
+def make_bucket(host: str, port: int) -> None:
+    """Once the server answers."""
     deadline = time.monotonic() + 60
     while True:
         connection = http.client.HTTPConnection(host, port, timeout=10)

@@ -281,6 +281,8 @@ def open_pretrained(name: str | Path) -> Any:
 
     Raises what AutoTokenizer does, and ModelError for a SentencePiece model that cannot be read.
     """
+    if isinstance(name, Path) or Path(name).is_absolute():
+        _is_there(Path(name))
     from transformers import AutoTokenizer
 
     stored = sentencepiece.model_in(Path(name))

@@ -71,9 +71,9 @@ def job(tmp_path: Path) -> dict[str, Any]:
 class Submitted:
     """`raydist submit` on the laptop, in the folder of the user's module."""
 
-    def __init__(self, hosts: Hosts, job: dict[str, Any]) -> None:
+    def __init__(self, hosts: Hosts, job: dict[str, Any], place: Path | None = None) -> None:
         self.folder = RunFolder(Path(job["storage"]) / job["name"])
-        self.place = Path(job["storage"]).parent
+        self.place = place or Path(job["storage"]).parent
         (self.place / "job.yaml").write_text(yaml.safe_dump(job))
         command = ["raydist", "submit", "job.yaml", "--address", hosts.dashboard]
         self.process = hosts["laptop"].popen(*command, cwd=self.place)
