@@ -91,7 +91,7 @@ def test_killed_and_resumed_it_ends_as_undisturbed(undisturbed: dict[str, Attemp
     whole = undisturbed[name]
     cut = replace(whole, run=whole.run.with_name(f"killed-{name}"))
     ranks = start_ranks(cut)
-    while 7 not in losses(cut.run):
+    while 7 not in losses(cut.run) or not RunFolder(cut.run).committed():
         time.sleep(0.002)
     for rank in ranks:
         rank.kill()
