@@ -121,6 +121,10 @@ class RunFolder:
         old = self.path / OLD_JOB
         return old if self._is_unmarked() else self.path / "raydist-job.yaml"
 
+    def __reduce__(self) -> tuple[object, ...]:
+        """A copy in another process holds no lease."""
+        return RunFolder, (self.path,)
+
     # --- in a bucket -------------------------------------------------------------------------------
 
     def refresh(self, *, exactly: bool = False) -> RunFolder:
@@ -397,6 +401,11 @@ class RunFolder:
             appended.append(self.metrics_file, sealed_line(record))
         else:
             append_sealed(self.metrics_file, record)
+
+    def append_trial(self, record: dict[str, Any]) -> None:
+        """To a sweep's trials, on disk or in the bucket when this returns. For the holder of the lease."""
+        append_sealed(self.trials_file, record, flush=True)
+        mirror.publish(self.trials_file)
 
     # --- what one process asks of another ----------------------------------------------------------
 

@@ -88,6 +88,10 @@ def start_prepare(job: dict[str, Any]) -> subprocess.Popen[str]:
     return _start("prepare", job)
 
 
+def start_tune(job: dict[str, Any]) -> subprocess.Popen[str]:
+    return _start("tune", job)
+
+
 def _start(command: str, job: dict[str, Any], *arguments: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment.pop("RAY_ADDRESS", None)

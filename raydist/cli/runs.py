@@ -17,7 +17,7 @@ from raydist.track import humanize
 if TYPE_CHECKING:
     from raydist.folder import RunFolder
 
-POLL_SECONDS = 0.5
+POLL_SECONDS, REMOTE_POLL_SECONDS = 0.5, 3.0
 
 
 @click.command(short_help="List runs: state, step, last loss.")
@@ -101,12 +101,12 @@ def _print_records(folder: RunFolder, follow: bool) -> None:
 
     lines, tail = Lines(click.echo), Tail(folder.metrics_file)
     while True:
-        live = follow and folder.state() in LIVE  # before the poll, so that the last records are not missed
+        live = follow and folder.refresh().state() in LIVE  # before the poll: the last records are not missed
         for record in tail.poll():
             lines.record(record)
         if not live:
             return
-        time.sleep(POLL_SECONDS)
+        time.sleep(REMOTE_POLL_SECONDS if folder.remote else POLL_SECONDS)
 
 
 def _logs_of_job(run: str, address: str, follow: bool) -> int:
@@ -193,11 +193,12 @@ def verify(run: str, storage: str, as_json: bool) -> None:
     from raydist.corpus.log_folder import LogFolder
     from raydist.folder import find_run
     from raydist.run.verify import verify_log, verify_run
+    from raydist.storage import Storage
 
     def say(text: str) -> None:
         click.echo(f"reading {text}", err=True)
 
-    log = LogFolder(Path(run))
+    log = LogFolder(Storage(run).path)
     found = (
         verify_log(log.path, say)
         if log.begun() or log.complete()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
-import pyarrow.fs as pafs
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError, RayError
 from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -24,7 +23,7 @@ from raydist import files
 from raydist.cluster import network
 from raydist.cluster.groups import remove_groups
 from raydist.cluster.network import BetweenHosts
-from raydist.cluster.unstored import Unstored
+from raydist.cluster.unstored import ray_storage
 from raydist.errors import ClusterError, RaydistError, Stopped, TrainingError, WorkerLost, first_line
 from raydist.folder import RunFolder
 from raydist.own_ray import is_embedded
@@ -70,7 +69,7 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         scaling_config=scaling,
         run_config=RunConfig(
             name=f"attempt-{spec.attempt}",
-            **_storage(RunFolder(spec.run)),
+            **ray_storage(RunFolder(spec.run)),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),
             checkpoint_config=CheckpointConfig(num_to_keep=spec.job.checkpoint.save_total_limit),
             logging_config=LoggingConfig(log_level="ERROR"),
@@ -86,13 +85,6 @@ def _fit(spec: AttemptSpec) -> TrainResult:
         remove_groups(RunFolder(spec.run))
         raise _explain_ray(error, spec) from error
     return TrainResult(**fitted.return_value)  # type: ignore[attr-defined]
-
-
-def _storage(folder: RunFolder) -> dict[str, Any]:
-    """Where Ray Train keeps its own files: with the run, if that is in a folder."""
-    if not folder.remote:
-        return {"storage_path": str(folder.ray)}
-    return {"storage_path": "ray", "storage_filesystem": pafs.PyFileSystem(Unstored())}
 
 
 class Trainer(TorchTrainer):

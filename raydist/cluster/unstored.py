@@ -1,4 +1,4 @@
-"""What Ray Train writes of its own where a run is in a bucket: nothing, anywhere.
+"""What Ray Train writes of its own: with the run; where that is in a bucket, nothing, anywhere.
 
 Ray Train keeps a snapshot of its state and copies of reported checkpoints. raydist resumes from neither, and
 a node's folder would not do: each worker looks for a marker of the driver's.
@@ -12,6 +12,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.fs as pafs
 from ray.train.v2._internal.constants import VALIDATE_STORAGE_MARKER_FILENAME
+
+from raydist.folder import RunFolder
+
+
+def ray_storage(folder: RunFolder) -> dict[str, Any]:
+    """Where Ray Train keeps its own files: with the run, if that is in a folder."""
+    if not folder.remote:
+        return {"storage_path": str(folder.ray)}
+    return {"storage_path": "ray", "storage_filesystem": pafs.PyFileSystem(Unstored())}
 
 
 class Unstored(pafs.FileSystemHandler):  # type: ignore[misc]

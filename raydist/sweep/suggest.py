@@ -11,10 +11,11 @@ import numpy as np
 from ray import tune
 from ray.tune.search import Searcher
 
+from raydist.bucket import mirror
 from raydist.folder import RunFolder
 from raydist.job.schema import Job
 from raydist.job.tune import Distribution
-from raydist.sealed import append_sealed, read_sealed_lines
+from raydist.sealed import read_sealed_lines
 from raydist.sweep.memory import OptunaMemory, Parameters
 
 METRIC = "bits_per_byte"
@@ -49,10 +50,11 @@ class Journal(Searcher):
             if not self._affords(parameters):
                 return None if self._running else self.FINISHED  # one that is pruned leaves tokens
             record = {"number": number, "parameters": parameters}
-            append_sealed(self._folder.trials_file, record, flush=True)
+            self._folder.append_trial(record)
             self._known.append(parameters)
             if self._optuna is not None:
                 self._optuna.begin(parameters)
+                mirror.publish(self._folder.optuna_journal)
         self._begun[trial_id] = number
         self._running.add(number)
         self._spent[number] = parameters.get("train.max_tokens", self._length)
@@ -76,6 +78,7 @@ class Journal(Searcher):
         ended = not error and outcome(result, self._folder) in ENDED
         if self._optuna is not None and ended and math.isfinite(value):
             self._optuna.tell(number, value)
+            mirror.publish(self._folder.optuna_journal)
 
     def _draw(self, number: int) -> Parameters:
         if self._optuna is not None:

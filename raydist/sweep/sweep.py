@@ -30,7 +30,7 @@ from raydist.redact import redact
 from raydist.run.dataset import Prepared, prepare_logs
 from raydist.run.lifecycle import Life, at_the_end, folder_of, state_after
 from raydist.run.preflight import check_job
-from raydist.sealed import append_sealed, read_sealed_lines
+from raydist.sealed import read_sealed_lines
 from raydist.sweep.memory import Parameters
 from raydist.sweep.suggest import ENDED, METRIC, Journal, outcome, read_parameters
 from raydist.sweep.trial import SweepSpec, TrialRun, curve
@@ -232,9 +232,7 @@ class OutcomeLog(tune.Callback):
         if number in self._spec.ended:
             return  # it was recorded when it happened
         error = redact(error)
-        append_sealed(
-            self._folder.trials_file, {"number": number, "state": state, "error": error}, flush=True
-        )
+        self._folder.append_trial({"number": number, "state": state, "error": error})
         self._listener.message(f"trial {number:03d}  {state}{': ' * bool(error)}{error}")
 
 
@@ -272,7 +270,7 @@ def _states(job: Job, folder: RunFolder) -> list[tuple[str, str]]:
 
 
 def _state(last: dict[str, Any], path: Path) -> tuple[str, str]:
-    state = RunFolder(path).status().get("state")
+    state = RunFolder(path).refresh().status().get("state")
     if state == "finished":
         return "finished", ""
     return last.get("state", "stopped" if state == "stopped" else "running"), last.get("error", "")

@@ -19,6 +19,7 @@ from raydist.job.functions import find_in
 from raydist.job.plan import tokens_after
 from raydist.job.schema import Job
 from raydist.job.search import trial_job
+from raydist.places import shown
 from raydist.run.lifecycle import folder_of
 from raydist.run.run import run_job
 from raydist.sweep.suggest import METRIC, read_parameters
@@ -48,8 +49,8 @@ class SweepSpec:
     modules: dict[str, str] = field(default_factory=dict)
 
     def trial(self, number: int) -> Job:
-        parameters = read_parameters(RunFolder(self.folder).trials_file)[number]
-        shared = {"storage": str(self.folder.parent), "scaling.cpus_per_worker": self.cpus}
+        parameters = read_parameters(RunFolder(self.folder).refresh().trials_file)[number]
+        shared = {"storage": shown(self.folder.parent), "scaling.cpus_per_worker": self.cpus}
         return trial_job(self.job, number, {**shared, **parameters})
 
 
@@ -82,7 +83,7 @@ def curve(job: Job, folder: RunFolder) -> list[Result]:
     """The results of a run so far, from its folder."""
     results: list[Result] = []
     evaluations = Evaluations(job, results.append)
-    for record in effective(folder):
+    for record in effective(folder.refresh()):
         evaluations.record(record)
     evaluations.flush()
     return results

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from raydist.bucket import mirror, objects
-from raydist.folder import RunFolder, find_run
+from raydist.folder import RunFolder, find_run, runs_in
+from raydist.sealed import read_sealed_lines
 from tests import s3
 from tests.weights import weight_hash
 from tests.whole_run import (
@@ -24,6 +25,7 @@ from tests.whole_run import (
     losses,
     start,
     start_prepare,
+    start_tune,
     submit,
     wait_for_step,
     whole_job,
@@ -137,3 +139,32 @@ def test_a_store_that_breaks_a_third_of_the_requests_changes_nothing(
     assert "requests to the bucket that were tried again" in output
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
     as_the_local_run(job, local)
+
+
+def test_a_sweep_in_a_bucket_goes_on_on_another_node(job: dict[str, Any]) -> None:
+    """Its driver and all trials are killed, the node's disk is lost; trials that ended are not repeated."""
+    job["tune"] = {
+        "search": {"train.lr": {"grid": [1e-3, 3e-3, 5e-3]}},
+        "concurrency": 1,
+        "scheduler": "none",
+    }
+    job["train"]["max_steps"], job["scaling"]["num_workers"] = 10, 1
+    process = start_tune(job)
+    folder, uri = folder_of(job), f"{job['storage']}/{job['name']}"
+    deadline = time.monotonic() + 240
+    while len(read_sealed_lines(folder.refresh().trials_file)) < 3:  # the second trial has begun
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.5)
+    kill_everything(process)
+    process.wait()
+    shutil.rmtree(os.environ["RAYDIST_CACHE"])
+    code, output = finish(start_tune(job), 300)
+    assert code == 0, output
+    shutil.rmtree(os.environ["RAYDIST_CACHE"])
+    objects.open_bucket.cache_clear()
+    found = find_run(uri)
+    assert found.state() == "finished" and found.best_file.exists()
+    states = [record["state"] for record in read_sealed_lines(found.trials_file) if "state" in record]
+    assert states == ["finished"] * 3
+    trials = [run for run in runs_in(job["storage"]) if run.path.name.startswith(f"{job['name']}-")]
+    assert [run.status()["state"] for run in trials] == ["finished"] * 3
