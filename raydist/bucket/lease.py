@@ -25,8 +25,8 @@ from raydist.bucket.mirror import Object, object_of
 from raydist.bucket.objects import Changed, Exists, Missing, Version
 from raydist.errors import RunBusy, StorageError
 
-BEAT_SECONDS = 5.0
-EXPIRES_SECONDS = 30.0
+BEAT_SECONDS = 4.0
+EXPIRES_SECONDS = 20.0
 LOOK_SECONDS = 1.0
 
 
