@@ -17,13 +17,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from raydist.folder import RunFolder
 from raydist.track.records import read_metrics
-from tests.chaos.processes import Submission
+from tests.chaos.processes import submitted
 from tests.whole_run import whole_job, write_corpus
 
 AIMS = {"worker": 15.0, "everything": 30.0}
@@ -89,12 +87,8 @@ class Run:
         job["train"] = {**job["train"], "max_steps": 100_000}
         job["scaling"] = {"num_workers": 2, "max_failures": 100}
         job["eval"] = {"eval_steps": 100_000, "max_tokens": 2000}
-        file = folder / "job.yaml"
-        file.write_text(yaml.safe_dump(job))
         self.folder = RunFolder(folder / "runs" / job["name"])
-        command = [sys.executable, "-m", "raydist", "submit", str(file)]
-        self.submission = Submission(command, folder / "log")
-        self.submission.start()
+        self.submission = submitted(job, folder)
 
     def recover(self, fault: str) -> dict[str, float]:
         """Seconds from the fault to the next trained step, in all and by phase."""

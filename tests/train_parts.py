@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import xxhash
 
-from raydist.corpus.log import Documents, SliceWriter
+from raydist.corpus.log import Documents, Ints, SliceWriter
 from raydist.corpus.log_folder import LogFolder
 from raydist.files import read_jsonl, write_json
 from raydist.job.plan import make_plan
@@ -61,18 +61,29 @@ def write_log(path: Path, n_documents: int = 120, seed: int = 0) -> Path:
     while len(ids) < lengths.sum():
         guess = (ids[-1] * 5 + 3) % (VOCABULARY - 2) + 2
         ids.append(guess if random.random() < 0.9 else int(random.integers(2, VOCABULARY)))
-    hashes = b"".join(xxhash.xxh3_128_digest(f"{seed}/{row}".encode()) for row in range(n_documents))
+    shards = write_slice(path, 0, "random.txt", ids, lengths, str(seed))
+    write_manifest(path, shards)
+    return path
+
+
+def write_slice(path: Path, number: int, file: str, ids: list[int], lengths: Ints, name: str) -> Any:
+    """The shards of a slice: documents of these lengths. name: of which, with the row, hashes are made."""
+    rows = range(len(lengths))
+    hashes = b"".join(xxhash.xxh3_128_digest(f"{name}/{row}".encode()) for row in rows)
     documents = Documents(
         tokens=np.array(ids, np.uint16),
         offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
         hashes=np.frombuffer(hashes, np.uint8).reshape(-1, 16),
         n_bytes=lengths.astype(np.int64) * 4,
-        files=np.zeros(n_documents, np.int32),
-        rows=np.arange(n_documents, dtype=np.int64),
+        files=np.zeros(len(lengths), np.int32),
+        rows=np.arange(len(lengths), dtype=np.int64),
     )
-    writer = SliceWriter(LogFolder(path), 0, ["random.txt"])
+    writer = SliceWriter(LogFolder(path), number, [file])
     writer.add(documents)
-    shards = writer.commit()["shards"]
+    return writer.commit()["shards"]
+
+
+def write_manifest(path: Path, shards: list[dict[str, Any]]) -> None:
     totals = {key: sum(shard[key] for shard in shards) for key in ("n_documents", "n_tokens", "n_bytes")}
     manifest = {
         "format": 1,
@@ -87,7 +98,6 @@ def write_log(path: Path, n_documents: int = 120, seed: int = 0) -> Path:
         **totals,
     }
     write_json(path / "manifest.json", manifest)
-    return path
 
 
 def make_job(storage: Path, **sections: Any) -> Job:

@@ -27,15 +27,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from raydist.folder import RunFolder
 from raydist.track.ettr import EffectiveTime, effective_time
 from raydist.track.humanize import duration
 from raydist.track.records import Record, read_metrics
-from tests.chaos.processes import Submission
+from tests.chaos.processes import submitted
 from tests.whole_run import whole_job, write_corpus
 
 DAYS, FAULTS, INTERVALS, HARDWARE = 54, 419, 18, 0.78
@@ -124,12 +122,8 @@ class Run:
         job["scaling"] = {"num_workers": 2, "max_failures": 1000}
         job["checkpoint"] = {"save_steps": save_steps}
         job["eval"] = {"eval_steps": 1_000_000, "max_tokens": 2000}
-        file = folder / "job.yaml"
-        file.write_text(yaml.safe_dump(job))
         self.folder = RunFolder(folder / "runs" / job["name"])
-        command = [sys.executable, "-m", "raydist", "submit", str(file)]
-        self.submission = Submission(command, folder / "log")
-        self.submission.start()
+        self.submission = submitted(job, folder)
 
     def records(self, kind: str) -> list[Record]:
         return [record for record in read_metrics(self.folder) if record["kind"] == kind]

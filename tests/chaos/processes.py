@@ -6,12 +6,15 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
+import yaml
 
 TAG = "RAYDIST_RUN_TAG"
 """In the environment of the driver and so of all that it starts: Ray's processes can outlive it."""
@@ -134,3 +137,12 @@ def _send(process: psutil.Process, number: signal.Signals) -> bool:
     except psutil.NoSuchProcess:
         return False
     return True
+
+
+def submitted(job: dict[str, Any], folder: Path) -> Submission:
+    """`raydist submit` of the job, begun, with its file and its log in the folder."""
+    file = folder / "job.yaml"
+    file.write_text(yaml.safe_dump(job))
+    submission = Submission([sys.executable, "-m", "raydist", "submit", str(file)], folder / "log")
+    submission.start()
+    return submission
