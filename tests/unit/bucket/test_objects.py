@@ -13,6 +13,8 @@ from raydist.bucket import objects
 from raydist.bucket.check import check_bucket
 from raydist.bucket.mirror import object_of, place_of
 from raydist.bucket.objects import Bucket, Changed, Exists, Missing, Version
+from raydist.cluster import checks
+from raydist.cluster.doctor import first_facts, unseen_probes
 from raydist.errors import JobError, StorageError
 from tests import s3
 
@@ -177,3 +179,17 @@ def test_a_store_without_conditions_is_refused(storage: Path, monkeypatch: pytes
 def test_a_uri_that_cannot_hold_runs_is_refused(uri: str) -> None:
     with pytest.raises(JobError, match="no place for runs"):
         place_of(uri)
+
+
+def test_the_doctor_says_of_each_node_whether_it_can_use_the_bucket(
+    storage: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes: dict[str, dict[str, object]] = {
+        name: {**first_facts(name, str(place), "probe-", []), **unseen_probes(name, str(place), "probe-", {})}
+        for name, place in {"one": storage, "two": place_of("s3://there-is-none/runs")}.items()
+    }
+    (found,) = checks.storage(str(storage), nodes, "one")
+    assert not found.ok and found.where == "two"
+    assert "there is no such bucket" in found.what and "credentials" in found.fix
+    (good,) = checks.storage(str(storage), {"one": nodes["one"]}, "one")
+    assert good.ok and good.what.startswith(f"storage s3://{s3.BUCKET}/")
