@@ -391,7 +391,13 @@ def open_bucket(uri: str) -> Bucket:
     return Bucket(uri)
 
 
-def retries() -> str:
-    """How often this process tried requests again, for people: "GET 3, PUT 1"; empty where it never did."""
-    with _count:
-        return ", ".join(f"{request} {count:,}" for request, count in sorted(retried.items()))
+def count_retries() -> Callable[[], str]:
+    """Says how often this process tried requests again since now, for people: "GET 3, PUT 1", or nothing."""
+    before = dict(retried)
+
+    def text() -> str:
+        with _count:
+            since = {request: count - before.get(request, 0) for request, count in sorted(retried.items())}
+        return ", ".join(f"{request} {count:,}" for request, count in since.items() if count)
+
+    return text

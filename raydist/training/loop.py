@@ -13,7 +13,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from raydist.bucket.objects import retries
+from raydist.bucket.objects import count_retries
 from raydist.errors import OutOfMemory, Stopped, TrainingError, WorkerLost
 from raydist.files import storage_watched
 from raydist.folder import RunFolder
@@ -77,7 +77,7 @@ def train(
     if spec.threads is not None:
         torch.set_num_threads(spec.threads)
     find_in(spec.modules)
-    folder, room = RunFolder(spec.run), Room(spec, world.device)
+    folder, room, tried_again = RunFolder(spec.run), Room(spec, world.device), count_retries()
     with contextlib.ExitStack() as stack:
         stack.enter_context(storage_watched(spec.run))
         stack.enter_context(contact(world.rank))
@@ -103,7 +103,7 @@ def train(
             raise
         finally:
             attempt.shard_check.close()
-            if again := retries():
+            if again := tried_again():
                 attempt.record("incident", what=f"requests to the bucket that were tried again: {again}")
             attempt.checkpoints.close()
             attempt.record("phases", seconds={name: round(spent, 3) for name, spent in phases.take().items()})
