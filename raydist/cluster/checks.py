@@ -123,7 +123,16 @@ def storage(folder: str, nodes: Nodes, driver: str) -> Iterator[Finding]:
             if remote
             else f"mount the same file system at {place} on every node, writable",
         )
-    if not alone:
+    unlocked = [node for node in nodes if nodes[node].get("lock_granted")]
+    for node in unlocked:
+        yield Finding(
+            False,
+            f"locks in storage {place} do not hold from node to node",
+            node,
+            "a run's lock keeps two drivers apart; there both would write into it",
+            "mount it with locks (NFS without nolock, Lustre with flock), or take a bucket",
+        )
+    if not alone and not unlocked:
         yield Finding(True, f"storage {place} is written and read by {len(nodes)} nodes")
 
 

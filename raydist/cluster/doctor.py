@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import json
 import platform
 import shutil
@@ -15,7 +16,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ if TYPE_CHECKING:
 PACKAGES = ("ray", "torch", "transformers", "deepspeed", "bitsandbytes")
 NODE_SECONDS = 30.0
 """A node that has not answered by then hangs, most often on its storage."""
+LOCK = "lock"
+"""Ends the name of the probe that the driver locks."""
 AGAIN = "repeat the command: so far the cluster was only checked"
 
 
@@ -168,13 +171,30 @@ def _node_facts(
     probe = f".raydist-probe-{uuid.uuid4().hex}-"
     first = _run_on_nodes(ids, first_facts, storage, probe, models)
     ids = {name: ids[name] for name, result in first.items() if isinstance(result, dict)}
-    second = _run_on_nodes(ids, unseen_probes, storage, probe, ids)
+    with _locked_probe(storage, probe):
+        second = _run_on_nodes(ids, unseen_probes, storage, probe, ids)
     _run_on_nodes(ids, remove_probe, storage, probe)
     nodes = {name: {**first[name], **result} for name, result in second.items() if isinstance(result, dict)}
     for name, facts in nodes.items():
         facts |= {"clock": _clock_offset(ids[name]), "object_store": _object_store(ids[name])}
     results = {**first, **second}
     return nodes, {name: result for name, result in results.items() if isinstance(result, Exception)}
+
+
+@contextlib.contextmanager
+def _locked_probe(storage: str, probe: str) -> Iterator[None]:
+    """This process holds a lock in the storage meanwhile, which nobody else must get."""
+    path = Path(storage, f"{probe}{LOCK}")
+    if not storage or uri_of(path) is not None or _write(path.parent, path.name):
+        yield
+        return
+    with path.open("r+") as stream:
+        with contextlib.suppress(OSError):
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
 
 
 def _run_on_nodes(ids: dict[str, str], function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
@@ -234,13 +254,24 @@ def first_facts(key: str, storage: str, probe: str, models: list[str]) -> dict[s
 
 
 def unseen_probes(key: str, storage: str, probe: str, ids: dict[str, str]) -> dict[str, Any]:
-    """The names of the nodes whose probe files this node does not see.
+    """The names of the nodes whose probe files this node does not see, and whether it gets the lock that the
+    driver holds.
 
     Opens each file: an NFS client may answer a listing from its cache, but not a name that it never opened.
     """
     shared = storage and uri_of(Path(storage)) is None  # what one node writes to a bucket the others see
     unseen = {name for name, other in ids.items() if shared and not _reads(Path(storage, probe + other))}
-    return {"unseen": unseen}
+    return {"unseen": unseen, "lock_granted": bool(shared) and _gets_lock(Path(storage, f"{probe}{LOCK}"))}
+
+
+def _gets_lock(path: Path) -> bool:
+    """False also where the file is not seen."""
+    try:
+        with path.open("r+") as stream:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def remove_probe(key: str, storage: str, probe: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raydist.cluster import checks
 from raydist.cluster.checks import Finding
+from raydist.cluster.doctor import _locked_probe, unseen_probes
 from raydist.job.load import build_job
 from raydist.job.schema import Job
 
@@ -51,6 +54,21 @@ def test_the_node_that_does_not_share_the_drivers_storage_is_named(
     told = list(checks.storage("/s", nodes(unseen=unseen, storage=errors), "a"))
     assert set(wrong(told)) == named and (bool(named) or "3 nodes" in told[0].what)
     assert all(error in wrong(told)[n].what for n, error in zip("abc", errors, strict=True) if error)
+
+
+def test_a_lock_that_another_node_gets_as_well_is_named(tmp_path: Path) -> None:
+    """A thread of this process, whose own opening of the file is another holder, stands for a node."""
+    asked = partial(unseen_probes, "a", str(tmp_path), "probe-", {})
+    with _locked_probe(str(tmp_path), "probe-"):
+        assert not asked()["lock_granted"]
+        (tmp_path / "probe-lock").unlink()  # as a file system does whose nodes know nothing of each other's
+        (tmp_path / "probe-lock").touch()
+        assert asked()["lock_granted"]
+    assert not list(tmp_path.iterdir()) and not asked()["lock_granted"]
+    told = list(
+        checks.storage("/s", nodes(unseen=[{}, {}], storage=["", ""], lock_granted=[False, True]), "a")
+    )
+    assert [(f.ok, f.where) for f in told] == [(False, "b")] and "locks" in told[0].what
 
 
 @pytest.mark.parametrize(
