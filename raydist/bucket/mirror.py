@@ -98,13 +98,13 @@ def publish(path: Path, source: Path | None = None) -> None:
 
 
 def create(path: Path, content: bytes) -> None:
-    """Write the object of `path`, which must not exist, and then the file. Raises Exists."""
+    """Write the object of `path`, which must not exist. Raises Exists."""
     if (place := object_of(path)) is not None:
         _versions[path] = place.bucket.create(place.key, content)
 
 
 def publish_folder(folder: Path, source: Path | None = None, last: str = "") -> None:
-    """Every file of a folder, `last` at the end; objects that it does not hold are removed before.
+    """Every file of a folder, `last` at the end; then objects that it does not hold are removed.
 
     source: where the files are; by default in `folder` itself.
     """
@@ -112,10 +112,10 @@ def publish_folder(folder: Path, source: Path | None = None, last: str = "") -> 
         return
     source = source or folder
     names = sorted(path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file())
-    there = [each.key for each in place.bucket.listed(f"{place.key}/")]
-    place.bucket.delete(*(key for key in there if key.removeprefix(f"{place.key}/") not in names))
     for name in sorted(names, key=lambda name: name == last):
         publish(folder / name, source / name)
+    there = [each.key for each in place.bucket.listed(f"{place.key}/")]
+    place.bucket.delete(*(key for key in there if key.removeprefix(f"{place.key}/") not in names))
 
 
 def remove(path: Path) -> None:
@@ -141,12 +141,6 @@ def copy(path: Path, target: Path) -> int:
         size = place.bucket.download(place.key, temporary)
         temporary.replace(target)
     return size
-
-
-def exists(path: Path) -> bool:
-    """Whether the object of a path of a mirror is there."""
-    place = object_of(path)
-    return place is not None and place.bucket.head(place.key) is not None
 
 
 # --- folders -------------------------------------------------------------------------------------

@@ -193,3 +193,17 @@ def test_the_doctor_says_of_each_node_whether_it_can_use_the_bucket(
     assert "there is no such bucket" in found.what and "credentials" in found.fix
     (good,) = checks.storage(str(storage), {"one": nodes["one"]}, "one")
     assert good.ok and good.what.startswith(f"storage s3://{s3.BUCKET}/")
+
+
+def test_credentials_come_from_the_files_of_aws_too(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.delenv(name)
+    (tmp_path / "credentials").write_text("[default]\naws_access_key_id = a\naws_secret_access_key = b\n")
+    (tmp_path / "config").write_text("[default]\nregion = us-east-1\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    bucket = Bucket(f"s3://{s3.BUCKET}")
+    bucket.put(f"{tmp_path.name}/one", b"1")
+    assert bucket.get(f"{tmp_path.name}/one")[0] == b"1"
