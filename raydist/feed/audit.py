@@ -59,7 +59,7 @@ def audit(feed: Feed, n_samples: int, skipped: Ranges = ()) -> Audit:
         whole, reads = _visits(feed, number, trained_ranges)
         passed_over = _skipped_reads(feed, number, skipped)
         for window in range(len(feed.streams[number].window_ends)):
-            for place in feed.stages[0].shards_of(number, window):
+            for place in feed.stages[-1].shards_of(number, window):
                 of_shard = reads.get(place, []), passed_over.get(place, [])
                 total += _count_shard(feed, *place, whole[window], *of_shard)
     trained, left, repeated, only_skipped = total.tolist()

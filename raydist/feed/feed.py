@@ -1,4 +1,4 @@
-"""The g-th sample of a run: a pure function of (token logs, mixture, packing, stages, seed, g)."""
+"""The g-th sample of a run: a pure function of (token logs, mixtures, packing, stages, seed, g)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from raydist.feed.pack_index import FeedSource
 from raydist.feed.packing import REVISION, Batch, Block
 from raydist.feed.selection import select
 from raydist.feed.stage import Counts, Stage
-from raydist.job.plan import Stretch, stretches
+from raydist.job.plan import Mix, Stretch, stretches
 from raydist.job.schema import Job, Packing
 
 if TYPE_CHECKING:
@@ -34,9 +34,12 @@ class Feed:
 
     holdout: share of the documents held out for evaluation.  dedup: whether documents whose text occurred
     before are left out.  stretches: how many samples of which block size follow each other, in place of
-    packing's one; the last has no end.  on_packed: called after each shard that is packed.  bos: the id that
+    packing's one; the last has no end.  mixes: where the sources and weights of the run changed: those that
+    it began with, then each change. The sources of a mix are the first ones of the next, those of the last
+    are `sources`. Not with stretches.  on_packed: called after each shard that is packed.  bos: the id that
     each document begins with; None for none.
-    Raises what Stage does.
+
+    `sources` and `streams` are those of the last stage, which has all of them. Raises what Stage does.
     """
 
     def __init__(
@@ -48,22 +51,22 @@ class Feed:
         *,
         dedup: bool = False,
         stretches: Sequence[Stretch] = (),
+        mixes: Sequence[Mix] = (),
         on_packed: Callable[[], None] = lambda: None,
         bos: int | None = None,
     ) -> None:
         self._made_of = (tuple(sources), packing, seed, holdout)
-        self._options = {"dedup": dedup, "stretches": tuple(stretches), "bos": bos}
+        self._options = {"dedup": dedup, "stretches": tuple(stretches), "mixes": tuple(mixes), "bos": bos}
         self.packing, self.seed, self.stretches, self.bos = packing, seed, tuple(stretches), bos
         self.holdout, self.dedup = holdout, dedup
         selections = select([source.log for source in sources], holdout, dedup=dedup)
-        sizes = [stage.block_size for stage in stretches] or [packing.block_size]
-        starts = [0, *accumulate(stage.samples for stage in stretches[:-1])]
         self.stages: list[Stage] = []
-        for size, start in zip(sizes, starts, strict=True):
+        for start, of_stage, size in _stages(sources, packing, stretches, mixes):
             resized = packing.model_copy(update={"block_size": size})
             before = self.stages[-1] if self.stages else None
-            self.stages.append(Stage(sources, selections, resized, seed, before, start, on_packed, bos=bos))
-        self.sources, self.streams = self.stages[0].sources, self.stages[0].streams
+            chosen = selections[: len(of_stage)]
+            self.stages.append(Stage(of_stage, chosen, resized, seed, before, start, on_packed, bos=bos))
+        self.sources, self.streams = self.stages[-1].sources, self.stages[-1].streams
 
     def __reduce__(self) -> tuple[object, ...]:
         return _made, (self._made_of, self._options)
@@ -72,7 +75,7 @@ class Feed:
     def samples_per_epoch(self) -> int | None:
         """Samples in which every document occurs once.
 
-        None for a weighted mixture, for stages, or while a token log grows.
+        None for a weighted mixture, for stages, for a run whose mixture changes, or while a token log grows.
         """
         fixed = self.complete and len(self.stages) == 1 and not self.stages[0].mixture
         return self.streams[0].n_blocks if fixed else None
@@ -91,7 +94,7 @@ class Feed:
         """Whether the token logs are long enough for the first g samples of the run."""
         if self.complete:
             return True
-        (stage,) = self.stages  # several stages wait for the whole token log
+        (stage,) = self.stages  # several stages wait for whole token logs
         growing = [not source.log.complete for source in self.sources]
         growing = growing if stage.mixture else [any(growing)]
         known = zip(stage.consumed(g), stage.streams, growing, strict=True)
@@ -121,16 +124,24 @@ class Feed:
     @property
     def fingerprint(self) -> str:
         """A hash of all that decides what the g-th sample is."""
-        mixture = self.stages[0].mixture
+        return self.fingerprint_at(None)
+
+    def fingerprint_at(self, g: int | None) -> str:
+        """A hash of all that decides what the first g samples are; None: all samples.
+
+        It does not change when the mixture changes from sample g on.
+        """
+        first, *later = self.stages
+        changes = [] if self.stretches else [stage for stage in later if g is None or stage.start < g]
         parts = {
             "revision": REVISION,
-            "logs": [source.log.fingerprint for source in self.sources],
-            "mixture": mixture.units.tolist() if mixture else None,
+            **_mixture_of(first),
             "packing": self.packing.model_dump(exclude={"add_bos_token"}),
             "seed": self.seed,
             "holdout": self.holdout,
         }
         # Left out where not used, so that the fingerprint in older checkpoints stays the same.
+        parts |= {"changes": [[stage.start, _mixture_of(stage)] for stage in changes]} if changes else {}
         parts |= {"dedup": parts["logs"]} if self.dedup else {}
         parts |= {"stages": [list(stage) for stage in self.stretches]} if self.stretches else {}
         parts |= {"bos": self.bos} if self.bos is not None else {}
@@ -212,6 +223,25 @@ class Feed:
                 yield stage, lo, hi
 
 
+def _stages(
+    sources: Sequence[FeedSource], packing: Packing, stretches: Sequence[Stretch], mixes: Sequence[Mix]
+) -> Iterator[tuple[int, Sequence[FeedSource], int]]:
+    """First sample, sources and block size of each stage."""
+    if not mixes:
+        sizes = [stage.block_size for stage in stretches] or [packing.block_size]
+        starts = [0, *accumulate(stage.samples for stage in stretches[:-1])]
+        yield from ((start, sources, size) for start, size in zip(starts, sizes, strict=True))
+        return
+    for start, weights in mixes:
+        of_stage = [replace(source, weight=weights[source.name]) for source in sources[: len(weights)]]
+        yield start, of_stage, packing.block_size
+
+
+def _mixture_of(stage: Stage) -> dict[str, Any]:
+    units = stage.mixture.units.tolist() if stage.mixture else None
+    return {"logs": [source.log.fingerprint for source in stage.sources], "mixture": units}
+
+
 def _made(made_of: tuple[Sequence[FeedSource], Packing, int, float], options: dict[str, object]) -> Feed:
     return Feed(*made_of, **options)  # type: ignore[arg-type]
 
@@ -222,9 +252,11 @@ def make_feed(
     on_packed: Callable[[], None] = lambda: None,
     *,
     bos: int | None,
+    mixes: Sequence[Mix] = (),
 ) -> Feed:
-    """The feed of a job. logs: the token log of each source, by name.  on_packed, bos: see Feed."""
-    sources = [FeedSource(name, logs[name], weight) for name, weight in job.corpus.weights.items()]
+    """The feed of a job. logs: the token log of each source, by name.  on_packed, bos, mixes: see Feed."""
+    weights = mixes[-1].weights if mixes else job.corpus.weights
+    sources = [FeedSource(name, logs[name], weight) for name, weight in weights.items()]
     dedup, lengths = job.corpus.dedup == "exact", stretches(job) if job.stages else ()
     return Feed(
         sources,
@@ -233,6 +265,7 @@ def make_feed(
         job.corpus.holdout,
         dedup=dedup,
         stretches=lengths,
+        mixes=mixes,
         on_packed=on_packed,
         bos=bos,
     )

@@ -1,8 +1,9 @@
-"""A stretch of a run with one block size: which block is its n-th sample, and what the block holds.
+"""A stretch of a run with one block size and one mixture: which block is its n-th sample, what it holds.
 
-A run has one stage, or one for each of its `stages`. A later stage first packs again, in its own block size,
-what the stage before it left unread of the windows it had open. Then it continues with the windows after
-these. So nothing is lost or repeated, whatever the block size becomes.
+A run has one stage, or one for each of its `stages`, or one for each change of its sources and weights. A
+later stage first packs again, in its own block size, what the stage before it left unread of the windows it
+had open. Then it continues with the windows after these. So nothing is lost or repeated, whatever the block
+size and the weights become. The streams of new sources begin at their first window.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Stage:
     Weighted sources are one stream each, mixed by Tijdeman's rule. Without weights the shards of all
     sources are merged into one stream, and an epoch is every document once. selections: one for each source.
     start: the sample of the run that the stage begins with; samples are numbered from the start of the run.
-    before: the stage that it follows.  on_packed: called after each shard that is packed.  bos: the id that
-    each document begins with; None for none.
+    before: the stage that it follows, whose streams are the first ones of this one.  on_packed: called after
+    each shard that is packed.  bos: the id that each document begins with; None for none.
 
     Raises EmptyCorpus if a stream has no block, LogError if the token logs do not belong together.
     """

@@ -23,6 +23,13 @@ class Stretch(NamedTuple):
     samples: int
 
 
+class Mix(NamedTuple):
+    """The share of each source from sample `start` of the run on; None for all: they are read as one."""
+
+    start: int
+    weights: dict[str, float | None]
+
+
 @dataclass(frozen=True)
 class StagePlan:
     """samples, in blocks of block_size tokens. The last step is short if they do not fill the batch."""
