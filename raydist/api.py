@@ -106,7 +106,7 @@ def blocks(job_or_run: Job | str | Path, start: int = 0, stop: int | None = None
     if start < stop and feed.stage_number(start) != feed.stage_number(stop - 1):
         raise RunError(
             f"blocks {start} to {stop} are of several stages",
-            why="their block sizes differ, and a Dataset's columns have one shape",
+            why="a stage has one block size and one mixture, and a Dataset's columns have one shape",
             fix=f"ask for one stage at a time; they begin at {[s.start for s in feed.stages]}",
         )
     tasks = max(1, -(-(stop - start) // BLOCKS_PER_TASK))

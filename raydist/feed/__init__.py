@@ -11,7 +11,7 @@
     pack_index  the blocks of a token log, under one packing and one selection
     shuffle     the order of a stream of shards: windows, and a permutation of the blocks in each
     mixture     the source of each sample, where sources have weights
-    stage       blocks of one size, in order; a later stage begins with what the one before left unread
+    stage       blocks of one size and one mixture, in order; a later one begins with what the one before left
     feed        all stages of a run: the g-th sample
     loader      a rank's part of each global batch as tensors, read ahead by a thread
     eval_set    held-out documents as batches

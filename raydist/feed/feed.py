@@ -194,7 +194,7 @@ class Feed:
 
         if not 0 <= rank < world_size:
             raise ValueError(f"rank {rank} is not in [0, {world_size})")
-        batches, micro = self._for_each_stage(global_batch_size), self._for_each_stage(micro_batch_size)
+        batches, micro = self.for_each_stage(global_batch_size), self.for_each_stage(micro_batch_size)
 
         def steps(feed: Feed) -> Iterator[Step]:
             for stage, lo, hi in global_batches([s.start for s in feed.stages], start, stop, batches):
@@ -206,7 +206,8 @@ class Feed:
 
         return prefetch(steps(self))
 
-    def _for_each_stage(self, size: int | Sequence[int]) -> Sequence[int]:
+    def for_each_stage(self, size: int | Sequence[int]) -> Sequence[int]:
+        """Of all stages, or one for each."""
         return [size] * len(self.stages) if isinstance(size, int) else size
 
     def counts(self, start: int, stop: int) -> Counts:

@@ -13,6 +13,7 @@ foreign        keys of other trainers, and what they are called in a job
 values         a job as plain mappings and lists, and key paths into them
 identity       the keys that decide the trained weights, and the differences between two jobs
 plan           arithmetic: steps, samples, micro batches
+segments       an extended run: its sources and weights from each step on, and which jobs may extend it
 search         the job of one trial of a sweep
 functions      the user's functions, named as module:function
 deepspeed      DeepSpeed's configuration, merged from the job and the user's own keys

@@ -48,9 +48,21 @@ class StagePlan:
         return self.global_batch_size * self.block_size
 
 
+class SegmentPlan(NamedTuple):
+    """steps, from first_step on, which counts from 0.
+
+    rewarm: they have a learning rate schedule of their own.  reset: the optimizer begins again.
+    """
+
+    first_step: int
+    steps: int
+    rewarm: bool = True
+    reset: bool = False
+
+
 @dataclass(frozen=True)
 class Plan:
-    """world_size: workers.  stages: in order, most often one.
+    """world_size: workers.  stages: in order, most often one.  extensions: after the first segment.
 
     Properties that belong to a single stage, such as block_size, describe stage 0.
     """
@@ -58,6 +70,34 @@ class Plan:
     world_size: int
     stages: tuple[StagePlan, ...]
     samples_per_epoch: int | None = None
+    extensions: tuple[SegmentPlan, ...] = ()
+
+    @property
+    def segments(self) -> tuple[SegmentPlan, ...]:
+        """All of the run, in order: the first one, and its extensions."""
+        first = self.extensions[0].first_step if self.extensions else self.steps
+        return SegmentPlan(0, first), *self.extensions
+
+    def segment(self, step: int) -> SegmentPlan:
+        """That of the run's step, which counts from 0."""
+        return next(each for each in reversed(self.segments) if each.first_step <= step)
+
+    @property
+    def starts(self) -> set[int]:
+        """The first step of each segment."""
+        return {each.first_step for each in self.segments}
+
+    @property
+    def batch_sizes(self) -> list[int] | int:
+        """Sequences of a step, for each stage of the feed: all stages of an extended run have the same."""
+        sizes = [stage.global_batch_size for stage in self.stages]
+        return sizes if len(sizes) > 1 else sizes[0]
+
+    @property
+    def micro_batch_sizes(self) -> list[int] | int:
+        """The same of a micro batch."""
+        sizes = [stage.micro_batch_size for stage in self.stages]
+        return sizes if len(sizes) > 1 else sizes[0]
 
     @property
     def steps(self) -> int:
@@ -110,19 +150,33 @@ def make_plan(
 
     micro_batch_tokens: what `micro_batch_size: auto` means, rounded down to whole sequences, at least one.
     """
+    extensions = _extensions(job) if job.train.extend else ()
+    more = sum(each.steps for each in extensions) * samples_per_step(job, job.packing.block_size)
     return Plan(
         world_size,
         tuple(
             StagePlan(
                 stretch.block_size,
-                stretch.samples,
+                stretch.samples + more,
                 samples_per_step(job, stretch.block_size),
                 _micro_batch_size(job, world_size, stretch.block_size, micro_batch_tokens),
             )
             for stretch in (stretches(job) if job.stages else [_stretch(job, samples_per_epoch)])
         ),
         samples_per_epoch,
+        extensions,
     )
+
+
+def _extensions(job: Job) -> tuple[SegmentPlan, ...]:
+    block = job.packing.block_size
+    batch, found = samples_per_step(job, block), list[SegmentPlan]()
+    first = _stretch(job, None).samples // batch
+    for each in job.train.extend:
+        steps = _stretch_of_tokens(job, block, each.max_tokens).samples // batch
+        found.append(SegmentPlan(first, steps, each.rewarm, each.optimizer == "reset"))
+        first += steps
+    return tuple(found)
 
 
 def stretches(job: Job) -> list[Stretch]:

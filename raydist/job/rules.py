@@ -179,6 +179,34 @@ def _whole_blocks_of_stage(_: int, block_size: int, tokens: int | None) -> str:
     return ""
 
 
+# --- extensions
+
+
+def _extends_whole_steps(extend: Any, epochs: int | None) -> str:
+    if extend and epochs is not None:
+        return "a run of epochs cannot be extended: it may end within a step"
+    return ""
+
+
+def _extends_no_stages(extend: Any, stages: Named) -> str:
+    return "a run with stages cannot be extended" if extend and stages else ""
+
+
+def _extends_no_sweep(extend: Any, tune: Any) -> str:
+    if extend and tune is not None:
+        return "a sweep's trials are new runs, and only a finished run is extended"
+    return ""
+
+
+def _goes_on_learning(extend: Any, scheduler: str, least: float) -> str:
+    if scheduler != "constant" and least == 0 and any(not each.rewarm for each in extend):
+        return (
+            f"rewarm: false keeps the learning rate at which the run ended, and {scheduler} with min_lr_ratio"
+            " 0 ended at 0, so nothing would be learned; take rewarm: true"
+        )
+    return ""
+
+
 # --- adapter and strategy
 
 
@@ -462,6 +490,10 @@ RULES: list[tuple[tuple[str, ...], Rule]] = [
     (("train.global_batch_size", "train.global_batch_tokens"), _one_batch),
     (("train.global_batch_tokens", "packing.block_size", "stages.*.max_tokens"), _whole_blocks),
     (("stages.<each>.block_size", "train.global_batch_tokens"), _whole_blocks_of_stage),
+    (("train.extend", "train.epochs"), _extends_whole_steps),
+    (("train.extend", "stages.*.max_tokens"), _extends_no_stages),
+    (("train.extend", "tune"), _extends_no_sweep),
+    (("train.extend", "train.scheduler", "train.min_lr_ratio"), _goes_on_learning),
     (("quantization", "adapter"), _quantized_needs_adapter),
     (("strategy.stage", "strategy.name"), partial(_only_for_zero, "stage")),
     (("strategy.offload", "strategy.name"), partial(_only_for_zero, "offload")),

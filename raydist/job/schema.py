@@ -218,6 +218,22 @@ def _known_recomputed(given: Any) -> Any:
 Recomputed = Annotated[bool | int | Literal["selective"], BeforeValidator(_known_recomputed)]
 
 
+class Extend(Section):
+    max_tokens: Annotated[float, Field(gt=0)] = Field(description="tokens more, rounded up to whole steps")
+    rewarm: bool = Field(
+        True,
+        description="the learning rate rises to train.lr and falls again over these steps (Ibrahim et al."
+        " 2024, arXiv:2403.08763); false: it stays where it ended",
+    )
+    optimizer: Literal["keep", "reset"] = Field(
+        "keep", description="reset: the optimizer forgets what it remembers of the steps before"
+    )
+
+
+def _read_extend(given: Any) -> Any:
+    return [given] if isinstance(given, (dict, Extend)) else given
+
+
 class Train(Section):
     max_steps: Count | None = Field(None, description="optimizer steps")
     max_tokens: Annotated[float, Field(gt=0)] | None = Field(
@@ -279,6 +295,11 @@ class Train(Section):
         None,
         description="module:function, called on each micro batch: may mask labels and add keys;"
         " a run is resumed only with the source code that it began with",
+    )
+    extend: Annotated[list[Extend], BeforeValidator(_read_extend)] = Field(
+        default_factory=list,
+        description="goes on with the finished run of this name from its last checkpoint; a list for one"
+        " after another. From then on sources may have other weights, and there may be more of them",
     )
     hooks: list[Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]] = Field(
         default_factory=list,

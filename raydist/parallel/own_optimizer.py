@@ -74,5 +74,9 @@ class OwnOptimizer:
             self.loss_scale.load(folder)
         load_state(folder, self.trainable, self.optimizer, step)
 
+    def reset_optimizer(self) -> None:
+        self._saver.settle()
+        self.optimizer.state.clear()
+
     def gather_full(self, parameter: nn.Parameter) -> Tensor:
         return parameter

@@ -75,5 +75,8 @@ class Strategy(Protocol):
         not fit the model.
         """
 
+    def reset_optimizer(self) -> None:
+        """The optimizer is as if it had taken no step."""
+
     def gather_full(self, parameter: nn.Parameter) -> Tensor:
         """The parameter gathered from all ranks, on rank 0; what it is elsewhere does not matter."""

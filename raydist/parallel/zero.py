@@ -182,9 +182,7 @@ class Zero:
             self.loss_scale.load(folder)
             self.engine.optimizer.override_loss_scale(self.loss_scale.scale)
         if step is not None:
-            self.engine.optimizer.optimizer.state.clear()
-            self._fill_state(step)
-            self._link_slots()
+            self._begin_state(step)
         for names in chunks(self.shapes, LOAD_ELEMENTS):
             keys = [(slot, name) for slot in (None, *slots) for name in names]
             stored = {f"{s}.{name}" if s else name: torch.empty(self.shapes[name]) for s, name in keys}
@@ -212,6 +210,15 @@ class Zero:
         else:
             utils.safe_set_full_fp32_param(parameter, value)
             parameter.data.copy_(value)
+
+    def reset_optimizer(self) -> None:
+        self._saver.settle()
+        self._begin_state(0)
+
+    def _begin_state(self, step: int) -> None:
+        self.engine.optimizer.optimizer.state.clear()
+        self._fill_state(step)
+        self._link_slots()
 
     def gather_full(self, parameter: nn.Parameter) -> Tensor:
         if not self.sharded:

@@ -246,6 +246,7 @@ def attempt_spec(
         cpus=cpus,
         threads=threads,
         bos=prepared.bos,
+        mixes=prepared.mixes,
     )
 
 

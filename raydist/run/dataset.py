@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +26,9 @@ from raydist.corpus.tokenizer import (
     resolve_tokenizer,
 )
 from raydist.errors import CorpusError, EmptyCorpus, LogError
+from raydist.job.plan import Mix
 from raydist.job.schema import Job, Source
+from raydist.job.segments import Segment, mixes, segments_of
 from raydist.storage import Storage
 from raydist.track.listener import Listener
 
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
 class Prepared:
     """All that training needs of the data: token logs to train on, and `eval_logs` only to evaluate on.
 
-    bos: the id that each document begins with; None for none.
+    bos: the id that each document begins with; None for none.  segments: of a run that was extended.
     """
 
     job: Job
@@ -47,6 +49,7 @@ class Prepared:
     logs: dict[str, TokenLog]
     eval_logs: dict[str, TokenLog]
     bos: int | None
+    segments: tuple[Segment, ...] = ()
 
     @property
     def complete(self) -> bool:
@@ -59,7 +62,13 @@ class Prepared:
             "logs": {name: log.fingerprint for name, log in self.logs.items()},
             "eval_logs": {name: log.fingerprint for name, log in self.eval_logs.items()},
             "bos": self.bos,
+            **({"segments": [each.to_json() for each in self.segments]} if self.segments else {}),
         }
+
+    @property
+    def mixes(self) -> tuple[Mix, ...]:
+        """Where the sources or weights of the run changed; see Feed."""
+        return mixes(self.segments)
 
     def feed(self, listener: Listener | None = None) -> Feed:
         """The packed blocks; `listener` hears of packing, which the first feed of a packing takes.
@@ -76,7 +85,7 @@ class Prepared:
             packed += 1
             listener.progress("packing", packed, shards)
 
-        feed = make_feed(self.job, self.logs, on_packed, bos=self.bos)
+        feed = make_feed(self.job, self.logs, on_packed, bos=self.bos, mixes=self.mixes)
         if empty := [source.name for source in feed.sources if source.n_blocks == 0]:
             raise EmptyCorpus(
                 f"no document is left to train on in {', '.join(empty)}",
@@ -100,16 +109,16 @@ def prepare_logs(
     pinned: what `Prepared.pins` returned when the run began.  stop: called between token logs; raises to
     end the work.
     """
-    if pinned and _complete(job, pinned):
-        prepared = _open_pinned(job, pinned)
-        _say_what_changed(prepared, listener)
-        return prepared
-    listener.phase("planning")
 
     def made(name: str, plan: LogPlan) -> TokenLog:
         stop()
         return _make(name, plan, job.corpus.on_error, listener, verify)
 
+    if pinned and _complete(job, pinned):
+        prepared = _open_pinned(job, pinned, made)
+        _say_what_changed(prepared, listener)
+        return prepared
+    listener.phase("planning")
     return _of_plans(job, _tokenizer(job, pinned), made, pinned)
 
 
@@ -195,14 +204,18 @@ def find_prepared(job: Job, pinned: dict[str, Any] | None = None) -> Prepared:
 
     Raises LogError where one is not complete. pinned: a run's pins, which win over the source files.
     """
+
+    def found(name: str, plan: LogPlan) -> TokenLog:
+        return _opened(plan.path, plan.fingerprint)
+
     if pinned:
-        return _open_pinned(job, pinned)
+        return _open_pinned(job, pinned, found)
     tokenizer = planned_tokenizer(job, _storage(job))
     if tokenizer is None:
         raise LogError(
             "the job's tokenizer is not trained yet", fix="raydist prepare makes it and the token logs"
         )
-    return _of_plans(job, tokenizer, lambda name, plan: _opened(plan.path, plan.fingerprint))
+    return _of_plans(job, tokenizer, found)
 
 
 def _storage(job: Job) -> Storage:
@@ -214,7 +227,7 @@ def _plan(source: Source, job: Job, tokenizer: TokenizerSpec) -> LogPlan:
 
 
 def _tokenizer(job: Job, pinned: dict[str, Any] | None) -> TokenizerSpec:
-    return _pinned_tokenizer(pinned) if pinned else resolve_tokenizer(job, _storage(job))
+    return _pinned_encoder(pinned) if pinned else resolve_tokenizer(job, _storage(job))
 
 
 def _pinned_tokenizer(pins: dict[str, Any]) -> TokenizerSpec:
@@ -222,6 +235,20 @@ def _pinned_tokenizer(pins: dict[str, Any]) -> TokenizerSpec:
     tokenizer = TokenizerSpec.from_json(pins["tokenizer"])
     check_trained(Path(tokenizer.folder))
     return tokenizer
+
+
+def _pinned_encoder(pins: dict[str, Any]) -> TokenizerSpec:
+    """The same with its content, which making token logs takes. Raises LogError where it has changed."""
+    pinned = _pinned_tokenizer(pins)
+    found = pretrained_tokenizer(str(pinned.folder))
+    if found.fingerprint != pinned.fingerprint:
+        raise LogError(
+            "the tokenizer is not the one that the run began with",
+            where=str(pinned.folder),
+            why="the same id would mean different text in the token logs that are still to be made",
+            fix="restore it, or give the job a new name",
+        )
+    return replace(pinned, json=found.json)
 
 
 def document_begin(job: Job, tokenizer: TokenizerSpec, pinned: dict[str, Any] | None) -> int | None:
@@ -243,7 +270,7 @@ def _plans(
 
     def plan(kind: str, name: str, source: Source) -> LogPlan:
         planned = _plan(source, job, tokenizer)
-        if pinned and planned.fingerprint != pinned[kind][name]:
+        if pinned and planned.fingerprint != pinned[kind].get(name, planned.fingerprint):
             raise LogError(
                 f"{name}: its source files changed before its token log was complete",
                 where=str(_storage(job).tokens / pinned[kind][name]),
@@ -267,7 +294,8 @@ def _of_plans(
     logs, eval_logs = (
         {name: log_of(name, plan) for name, plan in plans.items()} for plans in _plans(job, tokenizer, pinned)
     )
-    return Prepared(job, tokenizer, logs, eval_logs, document_begin(job, tokenizer, pinned))
+    segments = segments_of(pinned or {}, job)
+    return Prepared(job, tokenizer, logs, eval_logs, document_begin(job, tokenizer, pinned), segments)
 
 
 def _complete(job: Job, pins: dict[str, Any]) -> bool:
@@ -305,12 +333,20 @@ def _say_what_changed(prepared: Prepared, listener: Listener) -> None:
         listener.message(f"{name}: {reason}; the run goes on with the tokens it began with")
 
 
-def _open_pinned(job: Job, pins: dict[str, Any]) -> Prepared:
-    logs, eval_logs = (
-        {name: _open(job, pin) for name, pin in pins[kind].items()} for kind in ("logs", "eval_logs")
-    )
+def _open_pinned(job: Job, pins: dict[str, Any], log_of: Callable[[str, LogPlan], TokenLog]) -> Prepared:
+    """log_of: gives the token log of a source that joins the run now."""
     tokenizer = _pinned_tokenizer(pins)
-    return Prepared(job, tokenizer, logs, eval_logs, document_begin(job, tokenizer, pins))
+
+    def opened(kind: str, sources: Mapping[str, Source]) -> dict[str, TokenLog]:
+        logs = {name: _open(job, pin) for name, pin in pins[kind].items()}
+        if new := {name: source for name, source in sources.items() if name not in logs}:
+            encoder = _pinned_encoder(pins)
+            logs |= {name: log_of(name, _plan(source, job, encoder)) for name, source in new.items()}
+        return logs
+
+    logs, eval_logs = opened("logs", job.corpus.sources), opened("eval_logs", job.eval.sources)
+    bos = document_begin(job, tokenizer, pins)
+    return Prepared(job, tokenizer, logs, eval_logs, bos, segments_of(pins, job))
 
 
 def _open(job: Job, fingerprint: str) -> TokenLog:

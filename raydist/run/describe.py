@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def describe(prepared: Prepared, feed: Feed) -> dict[str, Any]:
-    """sources by name; unique_share of the documents; packing, one for each stage."""
+    """sources by name; unique_share of the documents; packing, one for each block size."""
     return {
         "sources": {
             source.name: {
@@ -27,7 +27,9 @@ def describe(prepared: Prepared, feed: Feed) -> dict[str, Any]:
             for source in feed.sources
         },
         "unique_share": unique_share(list(prepared.logs.values())),
-        "packing": [_describe_packing(stage) for stage in feed.stages],
+        "packing": [
+            _describe_packing(stage) for stage in (feed.stages if feed.stretches else feed.stages[-1:])
+        ],
     }
 
 

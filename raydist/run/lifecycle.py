@@ -29,6 +29,7 @@ from raydist.folder import Kind, RunFolder
 from raydist.job.identity import differences
 from raydist.job.load import kept_yaml, load_job
 from raydist.job.schema import Job, Scaling
+from raydist.job.segments import Segment, begun, extended, job_at, refusals, segments_of
 from raydist.redact import redact
 from raydist.storage import Storage
 from raydist.track.listener import Listener
@@ -61,6 +62,8 @@ class Life:
         self.why = ""
         """Why this driver begins; known once its folder is held."""
         self._changed: list[str] = []
+        self._segments: tuple[Segment, ...] | None = None
+        """Where the job extends the run: all that it has from now on."""
         self._old: Scaling | None = None
         self._known = False
 
@@ -75,10 +78,13 @@ class Life:
         with files.storage_watched(self.folder.path):
             check_bucket(self.folder.path.parent)
             self.folder.refresh().check_place(self.kind)
+            self._require_finished()
             with self.listener, self.folder.lease():
                 self.folder.refresh(exactly=True).mark(self.kind)
                 self._compare()
                 self.why = _why(self.folder.status(), new=self._changed != [] or not self._known)
+                if self._segments is not None and self.folder.status().get("state") == "finished":
+                    self.why = f"extended by {self._segments[-1].steps:,} steps"
                 yield
 
     def require_held(self) -> None:
@@ -88,7 +94,12 @@ class Life:
     @property
     def finished(self) -> bool:
         """Whether this very job has ended here already. Known once the folder is held."""
-        return self._known and not self._changed and self.folder.status().get("state") == "finished"
+        return (
+            self._known
+            and not self._changed
+            and self._segments is None
+            and self.folder.status().get("state") == "finished"
+        )
 
     @contextmanager
     def begun(self) -> Iterator[None]:
@@ -96,6 +107,8 @@ class Life:
         with at_the_end(self._write_status, self.folder.path), self._stop_signals():
             if self._changed:
                 self.folder.clear()
+            if self._segments is not None:
+                self._keep_segments(self._segments)  # before the job: without it they do not count
             self._keep_threads()
             self.folder.reserve_status()
             self.folder.take_back_stop()
@@ -153,6 +166,11 @@ class Life:
         if not self._changed:
             return
         listed = "\n  ".join(self._changed)
+        if self.kind == "run" and self.folder.committed() and (old.train.extend or self.job.train.extend):
+            self._segments = self._extended(old)
+        if self._segments is not None:
+            self._changed = []
+            return
         if self.kind == "run" and self.folder.committed():
             raise RunChanged(
                 f"the job differs from the run {self.job.name} that it would resume:\n  {listed}",
@@ -167,6 +185,61 @@ class Life:
                 why="its trials would not be comparable",
                 fix="give the sweep a new name, undo the change, or remove the sweep's folder",
             )
+
+    def _require_finished(self) -> None:
+        """Raises RunChanged for an extension of a run that has not been trained."""
+        if self.job.train.extend and not (self.folder.job_file.exists() and self.folder.committed()):
+            raise RunChanged(
+                f"train.extend goes on with a finished run, and {self.job.name} is none",
+                where=str(self.folder.path),
+                why="there is no checkpoint of it",
+                fix="train it without train.extend first",
+            )
+
+    def _extended(self, old: Job) -> tuple[Segment, ...] | None:
+        """The run's segments under the new job; None where that does not ask for an extension.
+
+        An extension in the old job may change as long as no step of it is committed.
+        Raises RunChanged where the run cannot go on so.
+        """
+        newest = self.folder.committed_steps()[-1]
+        pins = self.folder.data().get("pins", {})
+        if old.train.epochs is not None:
+            raise self._no_extension(differences(old, self.job))
+        known = begun(segments_of(pins, old) or extended(old)[:1], newest)
+        was = job_at(old, known)
+        changed = differences(was, self.job)
+        if changed and len(self.job.train.extend) <= len(was.train.extend):
+            return None
+        if changed and (wrong := refusals(was, self.job, newest)):
+            raise self._no_extension(wrong)
+        return extended(self.job, known)
+
+    def _no_extension(self, wrong: list[str]) -> RunChanged:
+        listed = "\n  ".join(wrong)
+        return RunChanged(
+            f"the job is no extension of the run {self.job.name}:\n  {listed}",
+            where=str(self.folder.path),
+            why="train.extend goes on with what was trained; only weights and new sources may differ",
+            fix="undo these changes, or give the job a new name",
+        )
+
+    def _keep_segments(self, segments: tuple[Segment, ...]) -> None:
+        """With the pins of the sources that the run read so far: those of others may be new ones now."""
+        pins = self.folder.data().get("pins")
+        if pins is None:
+            raise RunChanged(
+                f"the run {self.job.name} cannot be extended",
+                where=str(self.folder.data_file),
+                why="it does not say which token logs the run was trained on",
+                fix="restore data.json from a copy",
+            )
+        newest = self.folder.committed_steps()[-1]
+        read = begun(segments, newest)[-1].weights
+        logs = {name: pin for name, pin in pins["logs"].items() if name in read}
+        kept = {"segments": [each.to_json() for each in segments]} if len(segments) > 1 else {}
+        others = {name: value for name, value in pins.items() if name != "segments"}
+        self.folder.add_data(pins={**others, "logs": logs, **kept})
 
     def _keep_threads(self) -> None:
         """Those of a run that began before its folder kept them: then they stood in its job as a number."""

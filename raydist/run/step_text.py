@@ -62,7 +62,7 @@ def samples_of_step(folder: RunFolder, step: int) -> Iterator[Sample]:
     plan = make_plan(job, 1, feed.samples_per_epoch)
     if not 1 <= step <= plan.steps:
         raise RunError(f"there is no step {step}", where=str(folder.path), why=f"the run has {plan.steps}")
-    starts, sizes = [stage.start for stage in feed.stages], [stage.global_batch_size for stage in plan.stages]
+    starts, sizes = [stage.start for stage in feed.stages], feed.for_each_stage(plan.batch_sizes)
     batches = global_batches(starts, 0, plan.samples, sizes)
     _, first, end = next(batch for number, batch in enumerate(batches, 1) if number == step)
     bad = _bad(folder, step, first, end)

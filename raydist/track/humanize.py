@@ -53,6 +53,18 @@ def phases(seconds: Mapping[str, float]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {spent:,.1f} s" for name, spent in seconds.items())
 
 
+def segment(record: Mapping[str, Any]) -> str:
+    """The beginning of an extension, and what changes with it."""
+    weights = (record.get("weights") or {}).items()
+    sources = ", ".join(f"{name} {weight:.4g}" for name, weight in weights if weight is not None)
+    rate = "rises again" if record.get("rewarm") else "stays"
+    return (
+        f"extension from step {record['step']:,} on: {record.get('steps', 0):,} steps,"
+        f" the learning rate {rate}, the optimizer is {record.get('optimizer')}"
+        + (f", samples from {sources}" if sources else "")
+    )
+
+
 def skip(record: Mapping[str, Any]) -> str:
     """A bad step, what became of it, and the first of its documents."""
     became = {"recorded": "is bad, and was trained"}.get(record["action"], "was skipped")

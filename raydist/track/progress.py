@@ -19,7 +19,7 @@ from rich import progress
 from rich.console import Console, RenderableType
 from rich.text import Text
 
-from raydist.track.humanize import clean, duration, number, skip, tried, workers
+from raydist.track.humanize import clean, duration, number, segment, skip, tried, workers
 from raydist.track.listener import Listener
 from raydist.track.records import Record, evaluations, supersede
 
@@ -95,6 +95,8 @@ class View(Listener):
             self._evaluation(record["step"], record["source"], record["perplexity"])
         elif kind == "skip":
             self.message(skip(record))
+        elif kind == "segment":
+            self.message(segment(record))
         elif kind == "incident":
             self.message(f"incident: {record.get('what', '')}")
         elif kind == "resize":

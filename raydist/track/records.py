@@ -43,7 +43,7 @@ class EvalRecord(TypedDict):
     forgetting: NotRequired[float]
 
 
-HISTORY = frozenset({"start", "resume", "resize", "stage", "incident"})
+HISTORY = frozenset({"start", "resume", "resize", "stage", "segment", "incident"})
 """Kinds of records that are kept even when their steps are trained again."""
 
 _NUMBERS = frozenset(

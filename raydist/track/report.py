@@ -15,7 +15,7 @@ from raydist import files
 from raydist.folder import RunFolder
 from raydist.redact import redact
 from raydist.track.ettr import effective_time
-from raydist.track.humanize import date, duration, number, short, shown, size, tried, workers
+from raydist.track.humanize import date, duration, number, segment, short, shown, size, tried, workers
 from raydist.track.plots import Curve, draw, smoothed
 from raydist.track.records import (
     HISTORY,
@@ -102,7 +102,7 @@ def page(template: str, folder: RunFolder, *, error: str, **content: Any) -> str
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    filters = (date, duration, number, redact, short, shown, size, tried, workers)
+    filters = (date, duration, number, redact, segment, short, shown, size, tried, workers)
     environment.filters.update({f.__name__: f for f in filters})
     return environment.get_template(template).render(
         name=folder.path.resolve().name,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from raydist.job.plan import Plan
+from raydist.job.plan import Mix, Plan
 from raydist.job.schema import Job
 
 
@@ -23,7 +23,7 @@ class AttemptSpec:
     why: why the attempt is made, for people.  workers_before: of the attempt before; None for the first.
     elastic: other attempts may have other numbers of workers.
     cpus: reserved for each worker.  threads: of each worker, which decide the last bits of its sums on CPU;
-    None: as torch has it.  bos: the id that each document begins with; None for none.
+    None: as torch has it.  bos: the id that each document begins with; None for none.  mixes: see Feed.
     """
 
     job: Job
@@ -45,6 +45,7 @@ class AttemptSpec:
     cpus: int = 1
     threads: int | None = None
     bos: int | None = None
+    mixes: tuple[Mix, ...] = ()
 
     def imported(self, seconds: float) -> AttemptSpec:
         """The same where so much of its start went into imports."""

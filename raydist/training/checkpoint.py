@@ -100,7 +100,8 @@ class Position:
     """How far a run is. step: steps made, with those that were skipped.  samples: the data position.
 
     seen: counts of what was trained since the start of the run; skipped: what was not.  evals: results of
-    this very step by source, if there are any.  guards: what the guard of the steps remembers, as
+    this very step by source, if there are any.  forgotten: updates before the optimizer was reset, in an
+    extended run.  guards: what the guard of the steps remembers, as
     `Guard.to_json` gives it; None where there is none.
     """
 
@@ -110,11 +111,12 @@ class Position:
     evals: dict[str, dict[str, Any]] = field(default_factory=dict)
     skipped: Skipped = Skipped()
     guards: dict[str, Any] | None = None
+    forgotten: int = 0
 
     @property
     def updates(self) -> int:
-        """Steps that the optimizer took."""
-        return self.step - self.skipped.steps
+        """Steps that the optimizer took since it began, or was reset."""
+        return self.step - self.skipped.steps - self.forgotten
 
     @property
     def eval_loss(self) -> float | None:
@@ -157,8 +159,16 @@ class Checkpoints:
     """What one attempt saves, and what it goes on from. Collective: all ranks call each method alike."""
 
     def __init__(
-        self, folder: RunFolder, world: World, strategy: Strategy, *, feed: str, attempt: int, keep: int
+        self,
+        folder: RunFolder,
+        world: World,
+        strategy: Strategy,
+        *,
+        feed: Callable[[int], str],
+        attempt: int,
+        keep: int,
     ) -> None:
+        """feed: gives the fingerprint of so many samples."""
         self.folder, self.world, self.strategy = folder, world, strategy
         self.feed, self.attempt, self.keep = feed, attempt, keep
         self.last: Commit | None = None
@@ -181,7 +191,7 @@ class Checkpoints:
             return None
         self.last = found or read_commit(self.folder.checkpoint(step))
         have(self.last)
-        check_same_data(self.last, self.feed)
+        check_same_data(self.last, self.feed(self.last.samples))
         self.strategy.load(self.last.state, self.last.updates)
         self.resumed_from = step
         return self.last
@@ -266,7 +276,7 @@ class Checkpoints:
         made = Commit(
             **{each.name: getattr(position, each.name) for each in fields(Position)},
             path=self.folder.checkpoint(position.step),
-            feed=self.feed,
+            feed=self.feed(position.samples),
             attempt=self.attempt,
             world_size=self.world.world_size,
             ledger=f"{self.attempt}-{position.step}",
@@ -335,6 +345,7 @@ def _record(done: Commit) -> dict[str, Any]:
     """The content of COMMIT.json; without what there is none of, as in those of older versions."""
     record = {**asdict(done), "seen": done.seen.to_json(), "skipped": done.skipped.to_json()}
     left_out = {"path", *["skipped"] * (done.skipped == Skipped()), *["guards"] * (done.guards is None)}
+    left_out |= set() if done.forgotten else {"forgotten"}
     return {name: value for name, value in record.items() if name not in left_out}
 
 
@@ -467,8 +478,12 @@ def go_on_from(folder: RunFolder, say: Callable[[str], None] = lambda what: None
 
 
 def best(folder: RunFolder) -> Commit | None:
-    """The commit of least mean evaluation loss, the newest of equals; None when none was evaluated."""
+    """The commit of least mean evaluation loss, the newest of equals; None when none was evaluated.
+
+    Of an extended run only those count that were evaluated on the sources that it has now.
+    """
     evaluated = [found for found in commits(folder) if found.eval_loss is not None]
+    evaluated = [found for found in evaluated if found.evals.keys() == evaluated[0].evals.keys()]
     return min(evaluated, key=lambda found: (found.eval_loss, -found.step), default=None)
 
 

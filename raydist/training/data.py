@@ -33,7 +33,7 @@ def open_data(spec: AttemptSpec) -> Data:
     eval_logs = {name: open_log(path) for name, path in spec.eval_logs.items()}
     eval_sets, feed = (
         open_eval_sets(spec.job, logs, eval_logs, spec.bos),
-        make_feed(spec.job, logs, bos=spec.bos),
+        make_feed(spec.job, logs, bos=spec.bos, mixes=spec.mixes),
     )
     return Data(feed, eval_sets, [shard for each in eval_sets for shard in each.shards])
 

@@ -81,8 +81,7 @@ class Guard:
         is_short: the batch has fewer samples than the others, so that both vary more: they are not compared.
         """
         if block_size != self._block_size:
-            self._losses.clear()
-            self._norms.clear()
+            self.clear_windows()
             self._block_size = block_size
         told, scores = [], []
         for name, value, window in (("loss", loss, self._losses), ("gradient norm", norm, self._norms)):
@@ -131,6 +130,11 @@ class Guard:
     def load_windows(self, known: dict[str, Any]) -> None:
         self._losses, self._norms = self._window(known["losses"]), self._window(known["norms"])
         self._block_size = known["block_size"]
+
+    def clear_windows(self) -> None:
+        """What comes now is not comparable with the steps before."""
+        self._losses.clear()
+        self._norms.clear()
 
     def _window(self, values: Iterable[float]) -> deque[float]:
         return deque(values, maxlen=self.settings.window)

@@ -154,7 +154,10 @@ class KeepBest(Hook):
 
     def on_evaluate(self, attempt: Attempt, evals: dict[str, dict[str, Any]]) -> None:
         loss = attempt.position.eval_loss
-        if attempt.step > 0 and loss is not None and loss < self._least:
+        if attempt.step > 0 and attempt.step == attempt.plan.segment(attempt.step).first_step:
+            # an extension has new sources, so its losses are not comparable with those before
+            self._least = math.inf if loss is None else loss
+        elif attempt.step > 0 and loss is not None and loss < self._least:
             self._least = loss
             attempt.request_commit()
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -54,7 +55,7 @@ from raydist.training.profiler import Profile
 from raydist.training.progress import progress_written
 from raydist.training.records import Records
 from raydist.training.room import Room
-from raydist.training.schedule import learning_rate
+from raydist.training.schedule import planned_rate
 from raydist.training.shard_check import ShardCheck
 from raydist.training.skips import Skips
 
@@ -135,7 +136,7 @@ class Attempt:
             self.folder,
             world,
             self.strategy,
-            feed=data.feed.fingerprint,
+            feed=data.feed.fingerprint_at,
             attempt=spec.attempt,
             keep=self.job.checkpoint.save_total_limit,
         )
@@ -176,8 +177,9 @@ class Attempt:
             self._evaluate()
         self.phases.begin("first_step", self.step, self.plan.steps)
         for batch in self._batches():
+            self._begin_segment()
             n_labels, counts, stop = self._agree(batch)
-            lr = learning_rate(self.step, self.plan.steps, self.job.train)
+            lr = planned_rate(self.step, self.plan, self.job.train)
             loss = self._forward_backward(batch, n_labels)
             norm, taken = self._update(batch, loss, lr)
             self._advance(batch, counts, taken=taken)
@@ -234,14 +236,40 @@ class Attempt:
             self.world.world_size,
             self.samples,
             self.plan.samples,
-            global_batch_size=[stage.global_batch_size for stage in self.plan.stages],
-            micro_batch_size=[stage.micro_batch_size for stage in self.plan.stages],
+            global_batch_size=self.plan.batch_sizes,
+            micro_batch_size=self.plan.micro_batch_sizes,
             while_waiting=self._end_with_the_run,
             on_shards=self._check_shards,
             on_next=self.shard_check.want_next if self.folder.remote and self.world.local_rank == 0 else None,
             collate=self.collate,
             place=copier(self.world.device),
         )
+
+    def _begin_segment(self) -> None:
+        """Where an extension begins, also when the attempt goes on from a checkpoint of this very step."""
+        segment = self.plan.segment(self.step)
+        if self.step == 0 or self.step != segment.first_step:
+            return
+        feed = self.data.feed
+        self.record(
+            "segment",
+            number=self.plan.segments.index(segment) + 1,
+            steps=segment.steps,
+            rewarm=segment.rewarm,
+            optimizer="reset" if segment.reset else "kept",
+            weights={
+                source.name: source.weight for source in feed.stages[feed.stage_number(self.samples)].sources
+            },
+        )
+        self._evaluate(known=self.position.evals)
+        self.skips.guard.clear_windows()
+        if segment.reset:
+            self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        self.strategy.reset_optimizer()
+        taken = self.position.step - self.position.skipped.steps
+        self.position = replace(self.position, forgotten=taken)
 
     def _check_shards(self, shards: Sequence[Shard]) -> None:
         """One rank of each node verifies them, in the background."""
@@ -289,7 +317,13 @@ class Attempt:
             seen += counts
         else:
             skipped = skipped.add(batch.start, batch.stop, steps=1, tokens=counts.tokens)
-        self.position = Position(step=self.step + 1, samples=batch.stop, seen=seen, skipped=skipped)
+        self.position = Position(
+            step=self.step + 1,
+            samples=batch.stop,
+            seen=seen,
+            skipped=skipped,
+            forgotten=self.position.forgotten,
+        )
 
     def _read(self, loss: Tensor, norm: Tensor) -> tuple[float | None, float | None]:
         """The step's loss over all ranks and its gradient norm, where they are recorded. A GPU waits then."""
@@ -301,27 +335,31 @@ class Attempt:
 
     def _due(self, every: int | Literal["epoch"]) -> bool:
         if every != "epoch":
-            return self.step % every == 0 or self.step == self.plan.steps
+            return self.step % every == 0 or self.step == self.plan.steps or self.step in self.plan.starts
         length = self.plan.samples_per_epoch or self.plan.samples
         return self.samples // length > (self.samples - self.plan.global_batch_size) // length
 
     # --- evaluations and checkpoints ---------------------------------------------------------------
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, known: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> None:
+        """known: results of this very step, which are not made again."""
         self.norms.check()
         with self.phases.during("evaluation"):
             if not self._held_out_is_known():
                 return
+            missing = [data for data in self.data.eval_sets if data.name not in known]
+            if known and not any(data.n_documents for data in missing):
+                return
             results = evaluate(
                 self.strategy.model,
-                self.data.eval_sets,
+                missing,
                 self.world,
                 self.plan.stages[-1].micro_batch_size,
                 self.job.train.mixed_precision,
                 self.phases.at,
             )
             evals = {result.source: result.to_json() for result in results}
-            self.position = replace(self.position, evals=evals)
+            self.position = replace(self.position, evals={**known, **evals})
             for hook in self.hooks:
                 hook.on_evaluate(self, evals)
 

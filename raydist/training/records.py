@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import platform
+from collections.abc import Collection
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,8 @@ class Records(Hook):
         self._wait_seconds, self._flops, self._steps, self._tokens = 0.0, 0.0, 0, 0
 
     def on_start(self, attempt: Attempt) -> None:
-        self._before = losses_at_start(attempt.folder) if attempt.world.is_main else {}
+        starts = attempt.plan.starts
+        self._before = losses_at_start(attempt.folder, starts) if attempt.world.is_main else {}
         attempt.record(
             "resume" if attempt.resumed else "start",
             samples=attempt.samples,
@@ -85,7 +87,8 @@ class Records(Hook):
         job = attempt.job
         replayed = {n for n, source in {**job.eval.sources, **job.corpus.sources}.items() if source.replay}
         for source, values in evals.items():
-            if attempt.step == 0:
+            first = attempt.step == 0 or (source not in self._before and attempt.step in attempt.plan.starts)
+            if first:
                 self._before[source] = values["eval_loss"]
             elif replayed and (before := self._before.get(source)) is not None:
                 worse = values["eval_loss"] - before
@@ -127,15 +130,20 @@ class Records(Hook):
             attempt.record("stage", number=number + 1, block_size=block_size)
 
 
-def losses_at_start(folder: RunFolder) -> dict[str, float]:
-    """Of the evaluation at step 0, by source, in nats; {} where none is on record."""
-    found: dict[str, float] = {}
+def losses_at_start(folder: RunFolder, starts: Collection[int] = (0,)) -> dict[str, float]:
+    """Of the first evaluation of each source, in nats, where that is at the start of a segment.
+
+    starts: the first step of each segment.
+    """
+    found: dict[str, tuple[int, float]] = {}
     for line in folder.metrics_file.read_bytes().split(b"\n") if folder.metrics_file.exists() else ():
         with contextlib.suppress(ValueError):  # a torn or damaged line
             record = opened(line)
-            if record.get("kind") == "eval" and record.get("step") == 0:
-                found[record["source"]] = record["eval_loss"]
-    return found
+            if record.get("kind") == "eval" and record.get("step") in starts:
+                step = record["step"]
+                if step <= found.get(record["source"], (step,))[0]:
+                    found[record["source"]] = step, record["eval_loss"]
+    return {source: loss for source, (_, loss) in found.items()}
 
 
 def _device_name(device: torch.device) -> str:

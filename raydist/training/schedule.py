@@ -4,11 +4,23 @@ from __future__ import annotations
 
 import math
 
+from raydist.job.plan import Plan
 from raydist.job.schema import Train
 
 
+def planned_rate(step: int, plan: Plan, train: Train) -> float:
+    """The rate of optimizer step `step`, which counts from 0: by the schedule of its segment.
+
+    An extension that is not re-warmed stays at the rate that the schedule before it reached.
+    """
+    segment = plan.segment(step)
+    if segment.rewarm:
+        return learning_rate(step - segment.first_step, segment.steps, train)
+    return train.lr * (1.0 if train.scheduler == "constant" else train.min_lr_ratio)
+
+
 def learning_rate(step: int, steps: int, train: Train) -> float:
-    """The rate of optimizer step `step`, which counts from 0, in a run of `steps`.
+    """The rate of optimizer step `step`, which counts from 0, in a segment of `steps`.
 
     A linear warm-up, whose first step is not at rate zero, then a decay that reaches lr * min_lr_ratio
     at `steps`.

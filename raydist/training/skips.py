@@ -158,6 +158,8 @@ class Skips:
         attempt.position = replace(now, seen=found.seen, skipped=skipped)
         if found.guards is not None:
             guard.load_windows(found.guards)
+        if now.forgotten != found.forgotten:  # the checkpoint lies before the optimizer was reset
+            attempt.reset_optimizer()
         return {"back_to": found.step, "skipped_from": found.samples}
 
     def _given_up(self, step: Taken, verdict: Verdict, suspects: Suspects | None) -> TrainingError:

@@ -35,11 +35,14 @@ def test_there_are_commands_to_check() -> None:
 
 
 def test_the_readmes_job_is_valid_and_short() -> None:
-    text, optimizer, curriculum, sweep = [text for language, text in BLOCKS if language == "yaml"]
+    text, optimizer, extension, curriculum, sweep = [text for language, text in BLOCKS if language == "yaml"]
     assert build_job(yaml.safe_load(text)).scaling.num_workers == 8
     assert len(text.splitlines()) <= 12
     train = {**yaml.safe_load(text)["train"], **yaml.safe_load(optimizer)["train"]}
     assert build_job({**yaml.safe_load(text), "train": train}).train.optimizer.name == "muon"
+    given = yaml.safe_load(extension)
+    train = {**yaml.safe_load(text)["train"], **given["train"]}
+    assert build_job({**yaml.safe_load(text), **given, "train": train}).train.extend[0].rewarm
     staged = build_job({**yaml.safe_load(text), **yaml.safe_load(curriculum)})
     assert staged.block_sizes == [512, 2048] and staged.corpus.dedup == "exact"
     tune = build_job(yaml.safe_load(text + sweep)).tune

@@ -24,6 +24,7 @@ train: {max_tokens: 1000}
 """
 GRID = "tune={search: {train.lr: {grid: [1e-4, 1e-3]}}}"
 CONFIG = "model={config: {model_type: llama}, tokenizer: t}"
+EXTEND = "train.extend={max_tokens: 1e6}"
 STAGES = "stages=[{block_size: 64, max_tokens: 1e5}, {block_size: 96, max_tokens: 1e5}]"
 SEARCH = "--set tune: tune.search."
 ZERO = ("strategy.name=zero", "strategy.stage=3")
@@ -100,6 +101,19 @@ CASES: list[tuple[tuple[str, ...], str]] = [
     (
         (STAGES, "train.max_tokens=null", "train.global_batch_tokens=128"),
         "--set stages: stages.1.block_size: train.global_batch_tokens 128 is not a multiple of a block_size",
+    ),
+    (
+        (EXTEND, "train.max_tokens=null", "train.epochs=1"),
+        "--set train.extend: train.extend: a run of epochs cannot be extended",
+    ),
+    ((EXTEND, STAGES, "train.max_tokens=null"), "--set train.extend: train.extend: a run with stages cannot"),
+    (
+        (EXTEND, "tune={search: {train.lr: {grid: [1e-4]}}}"),
+        "--set train.extend: train.extend: a sweep's trials are new runs",
+    ),
+    (
+        ("train.extend={max_tokens: 1e6, rewarm: false}",),
+        "--set train.extend: train.extend: rewarm: false keeps the learning rate",
     ),
     (("quantization=int4",), "--set quantization: quantization: int4 needs an adapter"),
     (("strategy.stage=2",), "--set strategy.stage: strategy.stage: name: ddp has no stage"),
