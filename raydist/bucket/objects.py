@@ -141,7 +141,7 @@ class Bucket:
         return [each for each in found if each.size or each.key not in folders]  # markers of other tools
 
     def children(self, prefix: str) -> tuple[list[str], list[Listed]]:
-        """Names of the folders, and the objects, directly below a prefix that ends with a slash."""
+        """Names of the folders, and the objects, directly below a prefix that ends with a slash; by key."""
         import obstore
 
         def read() -> Any:
@@ -150,7 +150,7 @@ class Bucket:
         found = self._try("LIST", prefix, read)
         folders = {str(each).rstrip("/") for each in found["common_prefixes"]}
         markers = {*folders, prefix.rstrip("/")}
-        objects = [_listed(each) for each in found["objects"]]
+        objects = sorted((_listed(each) for each in found["objects"]), key=lambda each: each.key)
         names = sorted(folder.removeprefix(prefix) for folder in folders)
         return names, [each for each in objects if each.size or each.key not in markers]
 
@@ -283,7 +283,7 @@ def _listed(meta: Any) -> Listed:
 def _is_of_the_store(error: BaseException) -> bool:
     from obstore.exceptions import BaseError
 
-    return isinstance(error, BaseError | _Truncated | TimeoutError | ConnectionError)
+    return isinstance(error, BaseError | _Truncated | TimeoutError | ConnectionError | NotImplementedError)
 
 
 def _is_passing(error: BaseException) -> bool:
@@ -314,7 +314,7 @@ _KNOWN = (
     ("RequestTimeTooSkewed", "this machine's clock is wrong", "set the clock (NTP)"),
     ("PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|301 Moved",
      "the bucket is in another region", "set AWS_REGION to the bucket's region"),
-    ("NotImplemented|501", "the store cannot do this",
+    ("NotImplemented|not yet implemented|501", "the store cannot do this",
      "take one with conditional writes (S3, GCS, Azure, R2, MinIO)"),
     ("AccessDenied|403|Forbidden|401|Unauthorized", "access is denied",
      "give these credentials leave to list, read, write and delete there"),
