@@ -70,10 +70,12 @@ def prepare(job: Job, *, address: str | None = None, listener: Listener | None =
     Reads what exists, and makes again what is damaged. listener: by default a live view, or lines, on stderr.
     """
     view, address = listener or make_view(name=job.name), ray_address(address)
+    # an extension has the tokenizer of its run, which may have been trained on the corpus of that time
+    pinned = folder_of(job).refresh().data().get("pins") if job.train.extend else None
     with storage_watched(Storage(job.storage).path), view:
         view.phase("joining the cluster" if address else "starting Ray")
         with ray_session(0, 1, address) as session:
-            made = partial(prepare_logs, job, view, verify=True)
+            made = partial(prepare_logs, job, view, pinned=pinned, verify=True)
             return session.do_again(made, "preparation", job.scaling.max_failures, view.message)
 
 

@@ -32,7 +32,8 @@ tags: [raydist]
 
 Trained by raydist from {start}, {method}: {weights.step:,} steps of
 {_batches(spec.plan)}, {weights.seen.tokens:,} document
-tokens, learning rate {job.train.lr:g} ({job.train.scheduler}), compute in {job.train.mixed_precision}.
+tokens, learning rate {job.train.lr:g} ({job.train.scheduler}{_segments(spec.plan)}),
+compute in {job.train.mixed_precision}.
 
 {_how_to_load(job)}## Held-out text
 
@@ -44,6 +45,11 @@ tokens, learning rate {job.train.lr:g} ({job.train.scheduler}), compute in {job.
 Token logs by fingerprint, and the fingerprint of the feed that mixed and packed them: `{feed}`.
 
 {logs}"""
+
+
+def _segments(plan: Plan) -> str:
+    steps = [f"{segment.steps:,}" for segment in plan.segments]
+    return f", in segments of {', '.join(steps)} steps" if len(steps) > 1 else ""
 
 
 def _batches(plan: Plan) -> str:
