@@ -68,7 +68,7 @@ def cut_after(spec: AttemptSpec, steps: int) -> Data:
     data = open_data(spec)
 
     class Dying:
-        fingerprint = data.feed.fingerprint
+        fingerprint, fingerprint_at = data.feed.fingerprint, data.feed.fingerprint_at
         complete = True
 
         def loader(self, rank: int, world_size: int, start: int, stop: int, **sizes: Any) -> Any:
