@@ -70,11 +70,17 @@ def make_bucket(host: str, port: int) -> None:
 
 
 class Faults:
-    """What the proxy does, and what it has done. share: of the requests that go wrong."""
+    """What the proxy does, and what it has done. share: of the requests that go wrong.
+
+    refused: the status and code with which every request of these methods is answered; None for none.
+    """
 
     KINDS = ("500", "503", "reset before", "reset after", "cut")
 
-    def __init__(self, share: float, seed: int = 0) -> None:
+    def __init__(
+        self, share: float, seed: int = 0, refused: tuple[int, str, tuple[str, ...]] | None = None
+    ) -> None:
+        self.refused = refused
         self.share, self.count = share, dict.fromkeys(self.KINDS, 0)
         self._random, self._lock = random.Random(seed), threading.Lock()
 
@@ -96,6 +102,11 @@ def faulty(port: int, faults: Faults) -> Iterator[int]:
 
         def do(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if faults.refused is not None and self.command in faults.refused[2]:
+                status, code, _ = faults.refused
+                said = f"<Code>{code}</Code><Message>No.</Message><AWSAccessKeyId>key</AWSAccessKeyId>"
+                self._answer(status, {}, f"<Error>{said}</Error>".encode())
+                return
             kind = faults.next()
             if kind in ("500", "503"):
                 self._answer(int(kind), {}, b"")

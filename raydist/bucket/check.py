@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
@@ -50,8 +51,11 @@ def check_bucket(storage: Path) -> None:
             _check_clock(place.bucket.uri, (datetime.now(UTC) - listed.modified).total_seconds())
     except Missing as error:
         raise _unconditional(place.bucket.uri, "an object that was just written is not there") from error
-    finally:
-        place.bucket.delete(key)
+    except BaseException:
+        with contextlib.suppress(StorageError):  # the first error is the one to tell
+            place.bucket.delete(key)
+        raise
+    place.bucket.delete(key)
 
 
 def _check_clock(uri: str, ahead: float) -> None:

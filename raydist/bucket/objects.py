@@ -301,9 +301,7 @@ def _is_passing(error: BaseException) -> bool:
 
 
 _STATUS = re.compile(r"status code: (\d{3})")
-_PERMANENT = re.compile(
-    r"builder error|BadScheme|missing credentials|Missing|invalid|metadata endpoint", re.I
-)
+_PERMANENT = re.compile(r"builder error|BadScheme|missing|invalid|metadata endpoint|redirect", re.I)
 
 _KNOWN = (
     ("NoSuchBucket", "there is no such bucket", "create it, or correct storage"),
@@ -312,7 +310,7 @@ _KNOWN = (
     ("ExpiredToken", "the credentials have expired", "renew them"),
     ("SignatureDoesNotMatch", "the secret key does not fit the access key", "correct the credentials"),
     ("RequestTimeTooSkewed", "this machine's clock is wrong", "set the clock (NTP)"),
-    ("PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|301 Moved",
+    ("configured region|PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraint|301 Moved",
      "the bucket is in another region", "set AWS_REGION to the bucket's region"),
     ("NotImplemented|not yet implemented|501", "the store cannot do this",
      "take one with conditional writes (S3, GCS, Azure, R2, MinIO)"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xxhash
@@ -149,6 +150,31 @@ def test_a_bucket_that_cannot_be_used_is_refused(
         check_bucket(place_of(uri))
     text = str(raised.value)
     assert uri.rpartition("/")[0] in text and "secret-of-the-tests" not in text and "LIST" in text
+
+
+@pytest.mark.parametrize(
+    ("refused", "says"),
+    [
+        ((403, "AccessDenied", ("PUT", "POST")), "access is denied"),  # keys that may only read
+        ((301, "PermanentRedirect", ("GET", "PUT")), "in another region"),
+        ((403, "RequestTimeTooSkewed", ("GET", "PUT")), "this machine's clock is wrong"),
+        ((403, "InvalidAccessKeyId", ("GET", "PUT")), "does not know the access key"),
+        ((501, "NotImplemented", ("PUT",)), "the store cannot do this"),
+    ],
+)
+def test_a_refusal_is_told_at_once_with_its_request(
+    server: int, storage: Path, monkeypatch: pytest.MonkeyPatch, refused: Any, says: str
+) -> None:
+    methods = refused[2]
+    monkeypatch.setattr(objects, "retried", {})
+    with s3.faulty(server, s3.Faults(0, refused=refused)) as port:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+        objects.open_bucket.cache_clear()
+        with pytest.raises(StorageError, match=says) as raised:
+            check_bucket(storage)
+    request = "LIST" if "GET" in methods else "PUT if none"
+    assert raised.value.where.startswith(f"{request} s3://{s3.BUCKET}/")
+    assert "AWSAccessKeyId" not in str(raised.value) and not objects.retried, "trying again would not help"
 
 
 @pytest.mark.parametrize(
