@@ -304,6 +304,10 @@ _STATUS = re.compile(r"status code: (\d{3})")
 _PERMANENT = re.compile(r"builder error|BadScheme|missing|invalid|metadata endpoint|redirect", re.I)
 
 _KNOWN = (
+    ("metadata endpoint|169.254.169.254|missing credentials|No credentials|error getting credentials",
+     "no credentials were found",
+     "set them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in ~/.aws; or give the"
+     " machine a role"),
     ("NoSuchBucket", "there is no such bucket", "create it, or correct storage"),
     ("InvalidBucketName", "this is no name of a bucket", "correct storage"),
     ("InvalidAccessKeyId", "the store does not know the access key", "renew the credentials"),
@@ -316,10 +320,6 @@ _KNOWN = (
      "take one with conditional writes (S3, GCS, Azure, R2, MinIO)"),
     ("AccessDenied|403|Forbidden|401|Unauthorized", "access is denied",
      "give these credentials leave to list, read, write and delete there"),
-    ("metadata endpoint|169.254.169.254|missing credentials|No credentials|error getting credentials",
-     "no credentials were found",
-     "set them in the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY) or in ~/.aws; or give the"
-     " machine a role"),
     ("error sending request|timed out|Connect|dns", "the store does not answer",
      "check the network, and the endpoint if you set one (AWS_ENDPOINT_URL)"),
 )  # fmt: skip

@@ -185,7 +185,7 @@ def test_a_refusal_is_told_at_once_with_its_request(
         ("status code: 301 Moved Permanently: <Code>PermanentRedirect</Code>", "in another region"),
         ("<Code>RequestTimeTooSkewed</Code>", "clock is wrong"),
         ("status code: 501: <Code>NotImplemented</Code>", "cannot do this"),
-        ("Error performing PUT http://169.254.169.254/latest/api/token", "no credentials"),
+        ("PUT http://169.254.169.254/latest/api/token - status code: 403 Forbidden", "no credentials"),
     ],
 )  # fmt: skip
 def test_what_stores_say_is_explained(said: str, what: str) -> None:
