@@ -154,7 +154,7 @@ class RunFolder:
         sizes = []
         for name in mirror.names_below(self.path):
             top, _, rest = name.partition("/")
-            if top not in left_out and not top.endswith(".parts"):
+            if top not in left_out and not top.endswith(".parts") and uri_of(self.path / name):
                 part = re.sub(r"^attempt-\d+/", "", rest.partition("/")[2])
                 in_checkpoint = top == self.checkpoints.name and part
                 local = f"{top}/{rest.partition('/')[0]}/{part}" if in_checkpoint else name
@@ -618,7 +618,9 @@ def find_run(run: str | Path, storage: str = "runs") -> RunFolder:
     for path in paths:
         if (folder := RunFolder(path).refresh()).exists():
             return folder
-    known = [folder.path.name for folder in runs_in(storage)] if not is_remote(known_as) else []
+    if is_remote(known_as):
+        storage = known_as.rstrip("/").rpartition("/")[0]
+    known = [folder.path.name for folder in runs_in(storage)]
     raise RunError(
         f"no run {run}",
         where=f"{' and '.join(shown(path) for path in paths)}: no run is there",

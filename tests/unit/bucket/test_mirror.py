@@ -216,3 +216,29 @@ def test_records_of_a_run_reach_the_other_node(storage: Path) -> None:
         here.append_metric({"kind": "train", "step": 1})
         here.flush()
         assert read_sealed_lines(there.refresh().metrics_file) == [{"kind": "train", "step": 1}]
+
+
+def test_a_run_is_downloaded_without_what_is_not_its_own(storage: Path, tmp_path: Path) -> None:
+    folder, place = RunFolder(storage / "run"), mirror.object_of(storage / "run")
+    assert place is not None
+    with folder.lease(), folder.writer(1):
+        folder.mark("run")
+        folder.set_status("finished")
+        folder.append_metric({"kind": "train", "step": 1})
+        commit(folder, _state(folder, 10, b"state", 1), 0, None)
+    place.bucket.put(f"{place.key}/.model.tmp/config.json", b"{}")  # nothing that raydist writes there
+    n_files, _ = find_run(shown(folder.path)).download(tmp_path / "all", checkpoints=True)
+    copied = RunFolder(tmp_path / "all")
+    there = sorted(p.relative_to(copied.path).as_posix() for p in copied.path.rglob("*") if p.is_file())
+    step = "checkpoints/step-00000010"
+    assert there == [
+        ".raydist", f"{step}/COMMIT.json", f"{step}/model.safetensors", "ledger.jsonl", "metrics.jsonl",
+        "status.json",
+    ]  # fmt: skip
+    assert n_files == len(there)
+    found = newest_valid(copied)
+    assert found is not None and found.step == 10, "it goes on as a run in a folder"
+    with pytest.raises(RunError, match="is not empty"):
+        folder.download(tmp_path / "all")
+    with pytest.raises(RunError, match=r"runs in s3://.*: run"):
+        find_run(f"{shown(storage)}/other")
