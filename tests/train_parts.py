@@ -24,7 +24,10 @@ from raydist.job.plan import make_plan
 from raydist.job.schema import Job
 from raydist.parallel.world import World
 from raydist.training.attempt_spec import AttemptSpec
+from raydist.training.checkpoint import Commit
 from raydist.training.data import open_data
+from raydist.training.hooks import Hook
+from raydist.training.loop import Attempt
 from raydist.training.schedule import learning_rate
 from tests.fork_server import Rank
 
@@ -231,6 +234,21 @@ def plain_losses(spec: AttemptSpec, device: str | torch.device = "cpu") -> list[
         optimizer.step()
         found.append(loss.item())
     return found
+
+
+class Cut(Exception):
+    """Of a process that dies."""
+
+
+class DyingAt(Hook):
+    """Once the checkpoint of that step counts."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
+        if commit.step == self._step:
+            raise Cut
 
 
 def stopped_and_resumed(

@@ -14,12 +14,12 @@ from raydist.folder import RunFolder
 from raydist.job.plan import Mix, make_plan
 from raydist.job.schema import Job
 from raydist.training.attempt_spec import AttemptSpec
-from raydist.training.checkpoint import Commit, newest_valid
+from raydist.training.checkpoint import newest_valid
 from raydist.training.data import open_data
 from raydist.training.hooks import Hook
 from raydist.training.loop import Attempt, train
 from raydist.training.schedule import learning_rate, planned_rate
-from tests.train_parts import losses, make_job, make_spec, run_ranks, write_log
+from tests.train_parts import Cut, DyingAt, losses, make_job, make_spec, run_ranks, write_log
 from tests.weights import weight_hash
 
 STEP_TOKENS = 4 * 32
@@ -27,19 +27,6 @@ FLAT = {"max_steps": 8, "scheduler": "constant", "warmup_ratio": 0.0}
 MORE = {"max_tokens": 5 * STEP_TOKENS}
 SOURCES = {"random": {"path": "random.txt", "weight": 0.25}, "new": {"path": "new.txt", "weight": 0.75}}
 MIXES = (Mix(0, {"random": None}), Mix(32, {"random": 0.25, "new": 0.75}))
-
-
-class Cut(Exception):
-    pass
-
-
-class DyingAt(Hook):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
-        if commit.step == self._step:
-            raise Cut
 
 
 def extended(spec: AttemptSpec, extend: Any, **corpus: Any) -> AttemptSpec:

@@ -24,6 +24,7 @@ from raydist.training.loop import Attempt, train
 from tests.train_parts import (
     LLAMA,
     VOCABULARY,
+    Cut,
     finish,
     losses,
     make_job,
@@ -57,10 +58,6 @@ def test_loss_for_loss_it_is_a_plain_loop(tmp_path: Path, world_size: int) -> No
     assert expected[-1] < 0.8 * expected[0]
     norms = [r["grad_norm"] for r in read_jsonl(spec.run / "metrics.jsonl") if r["kind"] == "train"]
     assert max(norms) > spec.job.train.max_grad_norm  # or clipping was not tested
-
-
-class Cut(Exception):
-    pass
 
 
 def cut_after(spec: AttemptSpec, steps: int) -> Data:

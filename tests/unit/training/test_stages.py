@@ -11,29 +11,14 @@ import pytest
 from raydist.feed import audit
 from raydist.files import read_jsonl
 from raydist.training.attempt_spec import AttemptSpec
-from raydist.training.checkpoint import Commit
 from raydist.training.data import open_data
-from raydist.training.hooks import Hook
-from raydist.training.loop import Attempt, train
+from raydist.training.loop import train
 from raydist.training.schedule import learning_rate
-from tests.train_parts import losses, make_spec, run_ranks
+from tests.train_parts import Cut, DyingAt, losses, make_spec, run_ranks
 from tests.weights import weight_hash
 
 STAGES = [{"block_size": 16, "max_tokens": 500}, {"block_size": 32, "max_tokens": 1280}]
 """8 steps of 4 blocks of 16 tokens, then 10 of 4 of 32."""
-
-
-class Cut(Exception):
-    pass
-
-
-class DyingAt(Hook):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_commit(self, attempt: Attempt, commit: Commit) -> None:
-        if commit.step == self._step:
-            raise Cut
 
 
 def spec_of(folder: Path, run: str, **more: Any) -> AttemptSpec:
