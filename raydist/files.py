@@ -11,7 +11,6 @@ import errno
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,15 +39,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _replacing_here(path: Path) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
-    try:
+    with mirror.temporary_for(path) as temporary:
         yield temporary
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_to_disk(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def create_json(path: Path, value: Any) -> None:

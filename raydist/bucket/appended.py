@@ -9,7 +9,6 @@ A part is created, never replaced, so that of two writers of one number only one
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import threading
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import orjson
 
-from raydist.bucket.mirror import object_of
+from raydist.bucket.mirror import locked, object_at
 from raydist.bucket.objects import Bucket, Missing
 
 FLUSH_SECONDS = 2.0
@@ -96,8 +95,7 @@ class _Appender:
 
 def _parts(path: Path) -> tuple[Bucket, str]:
     """The bucket, and the prefix of the file's parts."""
-    place = object_of(path)
-    assert place is not None, path
+    place = object_at(path)
     return place.bucket, f"{place.key}.parts/"
 
 
@@ -122,7 +120,7 @@ def rewrite(path: Path, content: bytes) -> None:
 def join(path: Path) -> None:
     """Append to the file what the bucket has more of it. Any process of the node may call it at any time."""
     bucket, prefix = _parts(path)
-    with _locked(path):
+    with locked(path):
         seen, end = _seen(path)
         if path.exists() and path.stat().st_size > end:
             os.truncate(path, end)  # a process was killed between the two writes below
@@ -139,7 +137,7 @@ def join(path: Path) -> None:
 
 def forget(path: Path) -> None:
     """Join all parts again at the next look."""
-    with _locked(path):
+    with locked(path):
         _index(path).unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 
@@ -156,11 +154,3 @@ def _seen(path: Path) -> tuple[str, int]:
 
 def _index(path: Path) -> Path:
     return path.with_name(f".{path.name}.parts.json")
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.with_name(f".{path.name}.lock").open("a") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield

@@ -21,7 +21,7 @@ from typing import Any
 import orjson
 import psutil
 
-from raydist.bucket.mirror import Object, object_of
+from raydist.bucket.mirror import Object, object_at
 from raydist.bucket.objects import Changed, Exists, Missing, Version
 from raydist.errors import RunBusy, StorageError
 
@@ -34,9 +34,7 @@ class Lease:
     """Held by this process from `take` to `release`. lost: another one has it."""
 
     def __init__(self, path: Path) -> None:
-        place = object_of(path)
-        assert place is not None, path
-        self._place: Object = place
+        self._place = object_at(path)
         self._owner = uuid.uuid4().hex
         self._version: Version | None = None
         self._ended, self.lost = threading.Event(), threading.Event()
@@ -46,7 +44,7 @@ class Lease:
         """Raises RunBusy, naming the holder, once a heartbeat of it came and wait_seconds are over."""
         deadline, seen, since = time.monotonic() + wait_seconds, None, time.monotonic()
         while True:
-            found = self._read()
+            found = _read(self._place)
             if found is None:
                 with contextlib.suppress(Exists):
                     self._version = self._place.bucket.create(self._place.key, self._content())
@@ -77,7 +75,7 @@ class Lease:
     def require(self) -> None:
         """Raises RunBusy where another process has taken it meanwhile."""
         if self.lost.is_set():
-            found = self._read()
+            found = _read(self._place)
             raise self._busy(found[0] if found else {})
 
     def _beat(self) -> None:
@@ -90,17 +88,6 @@ class Lease:
                 return
             except StorageError:
                 continue  # while the store does not answer, nobody else can take it either
-
-    def _read(self) -> tuple[dict[str, Any], Version] | None:
-        try:
-            content, version = self._place.bucket.get(self._place.key)
-        except Missing:
-            return None
-        try:
-            held = orjson.loads(content)
-        except ValueError:
-            held = {}
-        return held if isinstance(held, dict) else {}, version
 
     def _content(self, **more: Any) -> bytes:
         process = psutil.Process()
@@ -123,6 +110,19 @@ class Lease:
         )
 
 
+def _read(place: Object) -> tuple[dict[str, Any], Version] | None:
+    """What the lease says, and its version; None where there is none."""
+    try:
+        content, version = place.bucket.get(place.key)
+    except Missing:
+        return None
+    try:
+        held = orjson.loads(content)
+    except ValueError:
+        held = {}
+    return held if isinstance(held, dict) else {}, version
+
+
 def named(held: dict[str, Any]) -> str:
     return f"process {held.get('pid', '?')} on {held.get('host', '?')}"
 
@@ -141,15 +141,12 @@ def _is_dead(held: dict[str, Any]) -> bool:
 
 def holder(path: Path) -> str:
     """Who holds the lease of a mirror's path, as its last heartbeat says; empty if nobody does."""
-    place = object_of(path)
-    assert place is not None, path
-    try:
-        content, _ = place.bucket.get(place.key)
-        held = orjson.loads(content)
-        listed = place.bucket.head(place.key)
-    except (Missing, ValueError):
+    place = object_at(path)
+    found, listed = _read(place), place.bucket.head(place.key)
+    if found is None or listed is None:
         return ""
-    if held.get("released") or _is_dead(held) or listed is None:
+    held, _ = found
+    if held.get("released") or _is_dead(held):
         return ""
     age = (datetime.now(UTC) - listed.modified).total_seconds()
     return named(held) if age < 2 * EXPIRES_SECONDS else ""

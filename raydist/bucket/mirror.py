@@ -40,10 +40,6 @@ class Object:
     bucket: Bucket
     key: str
 
-    @property
-    def uri(self) -> str:
-        return f"{self.bucket.uri}/{self.key}"
-
 
 # --- paths and URIs ------------------------------------------------------------------------------
 
@@ -77,6 +73,13 @@ def object_of(path: Path) -> Object | None:
     return Object(open_bucket(f"{scheme}://{bucket}"), key)
 
 
+def object_at(path: Path) -> Object:
+    """The same of a path that is known to stand for one."""
+    place = object_of(path)
+    assert place is not None, path
+    return place
+
+
 def is_own(name: str) -> bool:
     """Whether a file of this name is this node's own, and of no object."""
     return re.fullmatch(r"\..*\.(tmp|lock|parts\.json)", name) is not None
@@ -91,10 +94,7 @@ _versions: dict[Path, Version] = {}
 def publish(path: Path, source: Path | None = None) -> None:
     """Write the object of `path`, from the file `source`; by default from `path` itself."""
     if (place := object_of(path)) is not None:
-        source = source or path
-        size = source.stat().st_size
-        content = source if size > TRIM_BYTES // 64 else source.read_bytes()
-        _versions[path] = place.bucket.put(place.key, content)
+        _versions[path] = place.bucket.put(place.key, source or path)
 
 
 def create(path: Path, content: bytes) -> None:
@@ -135,9 +135,8 @@ def remove_folder(folder: Path, first: str = "") -> None:
 
 def copy(path: Path, target: Path) -> int:
     """The object of a path, written to a file outside of the mirror; returns its bytes. Raises Missing."""
-    place = object_of(path)
-    assert place is not None, path
-    with _temporary(target) as temporary:
+    place = object_at(path)
+    with temporary_for(target) as temporary:
         size = place.bucket.download(place.key, temporary)
         temporary.replace(target)
     return size
@@ -231,7 +230,7 @@ def pull_file(path: Path) -> bool:
 def _bring(bucket: Bucket, each: Listed, path: Path) -> None:
     if path.exists() and _versions.get(path) == each.version:
         return
-    with _temporary(path) as temporary:
+    with temporary_for(path) as temporary:
         try:
             bucket.download(each.key, temporary)
         except Missing:  # removed since
@@ -241,7 +240,8 @@ def _bring(bucket: Bucket, each: Listed, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def temporary_for(path: Path) -> Iterator[Path]:
+    """A path next to it, for a file to be renamed; removed at the end where it was not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
     try:
@@ -261,11 +261,11 @@ def fetch(path: Path, expected: Mapping[str, Any]) -> bool:
     place = object_of(path)
     if place is None or _has(path, expected["size"]):
         return path.exists()
-    with _only_one(path):
+    with locked(path) as lock:
         if _has(path, expected["size"]):
             return True
         for _ in range(2):
-            with _temporary(path) as temporary:
+            with temporary_for(path) as temporary:
                 hash_ = xxhash.xxh3_128()
                 try:
                     size = place.bucket.download(place.key, temporary, hash_)
@@ -274,6 +274,7 @@ def fetch(path: Path, expected: Mapping[str, Any]) -> bool:
                 if {"size": size, "xxh3_128": hash_.hexdigest()} == dict(expected):
                     temporary.replace(path)
                     _make_room(path, size)
+                    lock.unlink(missing_ok=True)
                     return True
     return False
 
@@ -290,15 +291,13 @@ def _has(path: Path, size: int) -> bool:
 
 
 @contextlib.contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[Path]:
+    """One process of this node at a time works on the file. Gives the lock's own file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = path.with_name(f".{path.name}.lock")
     with lock.open("a") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            lock.unlink(missing_ok=True)
+        yield lock
 
 
 _since_trim = 0

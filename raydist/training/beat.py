@@ -75,9 +75,7 @@ def beating(ranks: Path, rank: int, phases: Phases, *, every: float = BEAT_SECON
 
 def read_beats(ranks: Path) -> list[Beat]:
     """The last sign of life of each rank that is there, by rank."""
-    with contextlib.suppress(
-        StorageError
-    ):  # then the signs look older than they are; the next look may succeed
+    with contextlib.suppress(StorageError):  # the next look may succeed
         mirror.pull(ranks)
     beats = []
     for path in ranks.glob("rank-*.json"):

@@ -401,9 +401,9 @@ def _skipped(path: Path, raw: dict[str, Any]) -> Skipped:
 
 def verify(found: Commit) -> None:
     """Raises CheckpointError for a file that is missing, cut short or altered."""
+    have(found)
     for name, expected in (found.files or {}).items():
         path = found.state / name
-        mirror.fetch(path, expected)
         actual = files.measure(path) if path.is_file() else None
         if actual != expected:
             raise CheckpointError(

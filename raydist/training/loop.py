@@ -382,7 +382,8 @@ class Attempt:
     def _end_with_the_run(self) -> None:
         """Called while the data does not go on: once the driver has given up, nothing more will come."""
         self.phases.heard()
-        state = self.folder.refresh().status().get("state")
+        self.folder.look(self.folder.status_file)
+        state = self.folder.status().get("state")
         if state != "training":
             raise TrainingError(f"the run is {state}: its token logs do not grow any more")
 

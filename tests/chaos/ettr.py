@@ -1,6 +1,6 @@
 """The effective training time ratio (ETTR) of runs with faults: a short real one, and 54 simulated days.
 
-    real       a small run of two workers, of which one is SIGKILLed again and again
+    real       a small run of two workers; one of them is SIGKILLed again and again
                  │ restart, checkpoint, step: measured
                  ▼
     simulated  54 days with 419 faults
